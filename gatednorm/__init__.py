@@ -1,0 +1,35 @@
+"""gatednorm: `norm(x) * act(z)` and `norm(x * act(z))`, forward and backward, one pair of kernels.
+
+Training: `RMSNorm`, `LayerNorm`, `rmsnorm_fn`, `layernorm_fn`, `LayerNormFn`.
+Inference: `rms_norm_gated`.
+For your own autograd Function: `layernorm_forward`, `layernorm_backward`.
+The equation in plain PyTorch: `rms_norm_ref`, `gated_norm_ref`.
+"""
+
+from .autograd import LayerNormFn
+from .functional import (
+    NORM_PATHS,
+    layernorm_backward,
+    layernorm_fn,
+    layernorm_forward,
+    rms_norm_gated,
+    rmsnorm_fn,
+)
+from .modules import LayerNorm, RMSNorm
+from .reference import gated_norm_ref, rms_norm_ref
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NORM_PATHS",
+    "LayerNorm",
+    "LayerNormFn",
+    "RMSNorm",
+    "gated_norm_ref",
+    "layernorm_backward",
+    "layernorm_fn",
+    "layernorm_forward",
+    "rms_norm_gated",
+    "rms_norm_ref",
+    "rmsnorm_fn",
+]

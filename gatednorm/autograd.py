@@ -1,0 +1,252 @@
+"""What is saved, and which launcher runs: LayerNormFn and the torch.library registration.
+
+Eager calls go from LayerNormFn straight to a launcher. Everything that traces (torch.compile,
+torch.export, fake and meta tensors, tensor subclasses) sees the registered operators
+`gatednorm::forward`, `gatednorm::backward` and `gatednorm::forward_out`, whose implementations run
+the same launchers.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .problem import Problem, describe, rows_of
+
+Options = tuple  # eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, ...
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def backend(device_type: str) -> ModuleType:
+    """The module whose `forward` and `backward` run on this device; triton is imported late."""
+    return importlib.import_module(
+        ".cpu" if device_type == "cpu" else ".kernels", package=__package__
+    )
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a call must go through the registered operators instead of a launcher."""
+    return (
+        torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS or x.device.type == "meta"
+    )
+
+
+def run_forward(
+    p: Problem, x: Tensor, weight, bias, z, out: Tensor | None, save_stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Allocate what is missing and launch; returns `y`, `mean`, `rstd` (None where not kept)."""
+    if out is None:
+        out = torch.empty(p.shape, dtype=p.out_dtype, device=x.device)
+    mean = rstd = None
+    if save_stats:
+        stats = (p.n_rows, p.n_groups)
+        rstd = torch.empty(stats, dtype=p.compute_dtype, device=x.device)
+        if not p.is_rms_norm:
+            mean = torch.empty_like(rstd)
+    if p.n_rows:
+        backend(x.device.type).forward(p, x, z, weight, bias, out, mean, rstd)
+    return out, mean, rstd
+
+
+def run_backward(
+    p: Problem, dy: Tensor, x: Tensor, weight, bias, z, mean, rstd: Tensor, dx=None, dz=None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward; returns `dx`, `dw`, `db`, `dz` (None where there is no such input)."""
+    if dx is None:
+        dx = torch.empty(p.shape, dtype=x.dtype, device=x.device)
+    if dz is None and z is not None:
+        dz = torch.empty(p.shape, dtype=z.dtype, device=z.device)
+    if p.n_rows == 0:
+        return (
+            dx,
+            None if weight is None else torch.zeros_like(weight),
+            None if bias is None else torch.zeros_like(bias),
+            dz,
+        )
+    dw, db = backend(x.device.type).backward(p, dy, x, z, weight, bias, mean, rstd, dx, dz)
+    if weight is not None:
+        dw = dw.to(weight.dtype)
+    if bias is not None:
+        db = db.to(bias.dtype)
+    return dx, dw, db, dz
+
+
+def _addressable(p: Problem, dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
+    """The gradient itself, or a copy where autograd hands in one that no kernel can address.
+
+    The one place where something is copied: the gradient of `sum()` is an expanded scalar without
+    unit stride. The user did not choose its strides and could not be asked to change them.
+    """
+    dense = dy.stride(-1) == 1 or p.width == 1
+    if dense:
+        try:
+            rows_of(p.shape, *(t.stride() for t in (dy, x, z) if t is not None), _dense(p.shape))
+        except ValueError:
+            dense = False
+    return dy if dense else dy.contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense(shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides)
+
+
+class LayerNormFn(torch.autograd.Function):
+    """The gated norm under autograd.
+
+    `LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
+    activation, zero_centered, numerics, out_dtype)`; shapes and options as in
+    :func:`gatednorm.layernorm_fn`. Kept for the backward: `x`, `z`, the parameters and one
+    `rstd` (for layer norm also `mean`) per row and group, in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        z=None,
+        eps=1e-6,
+        group_size=None,
+        norm_before_gate=True,
+        is_rms_norm=False,
+        activation="silu",
+        zero_centered=False,
+        numerics="fp32",
+        out_dtype=None,
+    ):
+        options = (
+            eps, group_size, norm_before_gate, is_rms_norm,
+            activation, zero_centered, numerics, out_dtype,
+        )  # fmt: skip
+        ctx.options = options
+        if traced(x):
+            y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+        else:
+            p = describe(x, weight, bias, z, None, *options)
+            y, mean, rstd = run_forward(p, x, weight, bias, z, None, save_stats=True)
+            ctx.problem = p
+        ctx.save_for_backward(x, weight, bias, z, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, z, mean, rstd = ctx.saved_tensors
+        if traced(dy):
+            grads = _backward_op(dy, x, weight, bias, z, mean, rstd, ctx.options)
+        else:
+            dy = _addressable(ctx.problem, dy, x, z)
+            grads = run_backward(ctx.problem, dy, x, weight, bias, z, mean, rstd)
+        return *grads, *(None,) * len(ctx.options)
+
+
+# ---- torch.library ----
+
+_INPUTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? z"
+_OPTIONS = (
+    "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
+    "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
+)
+_library = torch.library.Library("gatednorm", "DEF")
+_library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
+_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
+_library.define(
+    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}) "
+    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dz)"
+)
+DEVICES = ("CPU", "CUDA", "XPU")  # torch calls AMD GPUs CUDA
+
+
+def _none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator returns tensors only: an absent one becomes a tensor of no elements."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def _forward_impl(x, weight, bias, z, *options):
+    p = describe(x, weight, bias, z, None, *options)
+    return _none_to_empty(x, *run_forward(p, x, weight, bias, z, None, save_stats=True))
+
+
+def _forward_out_impl(x, weight, bias, z, out, *options):
+    p = describe(x, weight, bias, z, out, *options)
+    run_forward(p, x, weight, bias, z, out, save_stats=False)
+
+
+def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
+    p = describe(x, weight, bias, z, None, *options)
+    dy = _addressable(p, dy, x, z)
+    grads = run_backward(p, dy, x, weight, bias, z, mean if mean.numel() else None, rstd)
+    return _none_to_empty(x, *grads)
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, *rest):
+    out_dtype = rest[-1] or x.dtype
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    rstd = x.new_empty((rows, x.shape[-1] // (group_size or x.shape[-1])), dtype=_stats_dtype(x))
+    mean = x.new_empty(0) if is_rms_norm else torch.empty_like(rstd)
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+
+
+def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):
+    dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
+    return _none_to_empty(x, *dense)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, z, *options = inputs
+    _, mean, rstd = output
+    ctx.options = tuple(options)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, z, mean, rstd)
+
+
+def _backward_op(dy, x, weight, bias, z, mean, rstd, options):
+    if mean is None:
+        mean = x.new_empty(0)
+    grads = torch.ops.gatednorm.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    given = (x, weight, bias, z)
+    return tuple(None if t is None else g for t, g in zip(given, grads, strict=True))
+
+
+def _backward_of_forward(ctx, dy, _dmean, _drstd):
+    grads = _backward_op(dy, *ctx.saved_tensors, ctx.options)
+    return *grads, *(None,) * len(ctx.options)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "the gated norm has no second derivative; use gatednorm.rms_norm_ref, which PyTorch "
+        "differentiates any number of times"
+    )
+
+
+for _name, _impl in (
+    ("forward", _forward_impl), ("forward_out", _forward_out_impl), ("backward", _backward_impl),
+):  # fmt: skip
+    for _device in DEVICES:
+        _library.impl(_name, _impl, _device)
+torch.library.register_fake("gatednorm::forward", _forward_fake, lib=_library)
+torch.library.register_fake("gatednorm::forward_out", lambda *args: None, lib=_library)
+torch.library.register_fake("gatednorm::backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "gatednorm::forward", _backward_of_forward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "gatednorm::backward", _refuse_second_derivative, lib=_library
+)

@@ -1,0 +1,230 @@
+"""The functions that users call: check, then training (autograd) or inference (no graph)."""
+
+import torch
+from torch import Tensor
+
+from .autograd import LayerNormFn, run_backward, run_forward, traced
+from .problem import describe, rows_of
+
+NORM_PATHS = ("training", "inference")
+
+
+def _refuse_transforms(name: str) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
+            "gatednorm.rms_norm_ref there, or torch.autograd"
+        )
+
+
+def layernorm_fn(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    *,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gated norm with a backward: `norm(x) * w + b`, times or of `act(z)`.
+
+    Args:
+        x: `[..., D]`, fp32, bf16, fp16, or (on the CPU) fp64. Any view whose last dimension has
+            unit stride and whose outer dimensions merge into at most three.
+        weight, bias: `[D]` or None, any of these dtypes.
+        z: the gate, `[..., D]` with strides and dtype of its own, or None for no gate.
+        eps: added to the variance (mean square for RMS) inside the root.
+        group_size: channels in a norm group, a divisor of `D`; None for one group.
+        norm_before_gate: True `(norm(x) * w + b) * act(z)`; False `norm(x * act(z)) * w + b`.
+        is_rms_norm: RMS norm instead of layer norm.
+        activation: `silu` (alias `swish`) or `sigmoid`.
+        zero_centered: multiply by `1 + weight`.
+        numerics: where values are rounded to the input's dtype. `fp32`: at the store only.
+            `mamba2`: also after the norm (transformers' Mamba2, Bamba, Zamba2, Nemotron-H).
+            `qwen3_next`: after the norm and after the weight (Qwen3-Next, Qwen3.5, OLMo-hybrid).
+        out_dtype: dtype of the result, by default that of `x`, under autocast too.
+
+    Returns:
+        `[..., D]`, contiguous.
+
+    Promises: arithmetic in fp32 (fp64 for fp64); the same bits as :func:`rms_norm_gated`. With the
+    Triton kernels a row's bits depend on that row, the parameters and the options alone: not on
+    the number of rows, their place or their alignment; and `dw`, `db` are the same bits in every
+    run on the same GPU and versions. A row with inf or NaN touches no other row's result.
+
+    Raises:
+        ValueError, TypeError: input that breaks a rule; names value, rule and remedy.
+        RuntimeError: under torch.func transforms, or when differentiated twice.
+
+    Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
+    """
+    _refuse_transforms("layernorm_fn")
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, out_dtype,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.gatednorm.forward(x, weight, bias, z, *options)[0]
+    return LayerNormFn.apply(x, weight, bias, z, *options)
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    *,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gated RMS norm with a backward: :func:`layernorm_fn` with `is_rms_norm=True`."""
+    return layernorm_fn(
+        x, weight, bias, z, eps, group_size, norm_before_gate, True,
+        activation=activation, zero_centered=zero_centered, numerics=numerics, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def rms_norm_gated(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    *,
+    is_rms_norm: bool = True,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gated norm for inference: the forward of :func:`layernorm_fn`, bit for bit, saving nothing.
+
+    Arguments, promises and errors as there, and:
+
+    Args:
+        is_rms_norm: False for layer norm.
+        out: `[..., D]`, written and returned; a view with strides of its own, or an input itself.
+
+    Raises:
+        RuntimeError: when an input requires a gradient while gradients are on: this function would
+            cut the graph.
+    """
+    _refuse_transforms("rms_norm_gated")
+    if torch.is_grad_enabled():
+        for name, t in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"rms_norm_gated is for inference, and {name} requires a gradient; "
+                    "use rmsnorm_fn, or call it under torch.no_grad()"
+                )
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, out_dtype,
+    )  # fmt: skip
+    if traced(x):
+        if out is None:
+            out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+        torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)
+        return out
+    p = describe(x, weight, bias, z, out, *options)
+    return run_forward(p, x, weight, bias, z, out, save_stats=False)[0]
+
+
+def layernorm_forward(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    *,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The forward alone, for those who write their own autograd Function around it.
+
+    Arguments as in :func:`layernorm_fn` and :func:`rms_norm_gated`; nothing is recorded.
+
+    Returns:
+        `y` `[..., D]`, `mean` (None for RMS) and `rstd`, both fp32 `[rows, groups]`.
+    """
+    p = describe(
+        x, weight, bias, z, out, eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, out_dtype,
+    )  # fmt: skip
+    with torch.no_grad():
+        return run_forward(p, x, weight, bias, z, out, save_stats=True)
+
+
+def layernorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    *,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    dx: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The backward alone, from what :func:`layernorm_forward` returned.
+
+    Args:
+        dy: `[..., D]`, the gradient of `y`.
+        dx, dz: `[..., D]` to be written, for example slices of one packed gradient; by default new.
+
+    Returns:
+        `dx`, `dw`, `db`, `dz` in the dtypes of `x`, `weight`, `bias`, `z`; None where absent.
+
+    Raises:
+        ValueError, TypeError: as in :func:`layernorm_fn`; also when `dx` or `dz` overlaps an input.
+    """
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
+    )  # fmt: skip
+    describe(dy, weight, bias, z, None, *options, None)
+    p = describe(x, weight, bias, z, None, *options, None)
+    if dy.shape != x.shape:
+        raise ValueError(
+            f"dy must have the shape of x, got {tuple(dy.shape)} and {tuple(x.shape)}"
+        )
+    if tuple(rstd.shape) != (p.n_rows, p.n_groups) or (mean is None) != p.is_rms_norm:
+        raise ValueError(
+            f"rstd must be [rows, groups] = {[p.n_rows, p.n_groups]} and mean None exactly for RMS, "
+            f"got {list(rstd.shape)} and {'None' if mean is None else list(mean.shape)}; "
+            "pass what layernorm_forward returned for the same options"
+        )
+    for given, like in ((dx, x), (dz, z)):
+        if given is not None:
+            describe(like, weight, bias, dy, given, *options, given.dtype)
+            describe(x, None, None, z, given, *options, given.dtype)
+    rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
+    with torch.no_grad():
+        return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

@@ -1,0 +1,118 @@
+"""Parameters and one call."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
+from .problem import ACTIVATIONS, NUMERICS
+
+
+class LayerNorm(nn.Module):
+    """Gated layer norm over the last dimension; `y = (norm(x) * w + b) * act(z)` or gate before.
+
+    Args:
+        hidden_size: `D`, the channels of the last dimension.
+        eps: added to the variance inside the root.
+        group_size: channels in a norm group, a divisor of `hidden_size`; None for one group.
+        norm_before_gate: the gate after the norm (True) or before it (False).
+        activation: `silu` (alias `swish`) or `sigmoid`.
+        zero_centered: the weight is stored around 0 and used as `1 + weight`.
+        numerics: rounding points, see :func:`gatednorm.layernorm_fn`.
+        path: `training` (autograd) or `inference` (:func:`gatednorm.rms_norm_gated`, which refuses
+            to cut a graph); may be changed at any time.
+
+    Raises:
+        ValueError: sizes or names that do not fit, before any parameter is made.
+    """
+
+    is_rms_norm = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "silu",
+        zero_centered: bool = False,
+        numerics: str = "fp32",
+        path: str = "training",
+    ):
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
+        if group_size is not None and (group_size < 1 or hidden_size % group_size):
+            raise ValueError(
+                f"group_size must divide hidden_size, got group_size={group_size} and "
+                f"hidden_size={hidden_size}; use a divisor of {hidden_size}, or None for one group"
+            )
+        for name, value, allowed in (
+            ("activation", activation, ACTIVATIONS),
+            ("numerics", numerics, NUMERICS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.hidden_size = hidden_size
+        self.eps = eps
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.activation = activation
+        self.zero_centered = zero_centered
+        self.numerics = numerics
+        self.path = path
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            None
+            if self.is_rms_norm
+            else nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)),
+        )
+        self.reset_parameters()
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    @path.setter
+    def path(self, value: str) -> None:
+        if value not in NORM_PATHS:
+            raise ValueError(f"path must be one of {', '.join(NORM_PATHS)}, got {value!r}")
+        self._path = value
+
+    def reset_parameters(self) -> None:
+        (nn.init.zeros_ if self.zero_centered else nn.init.ones_)(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """`x`, `z` `[..., hidden_size]` to `[..., hidden_size]` in the dtype of `x`."""
+        function = rms_norm_gated if self._path == "inference" else layernorm_fn
+        return function(
+            x,
+            self.weight,
+            self.bias,
+            z,
+            self.eps,
+            self.group_size,
+            self.norm_before_gate,
+            is_rms_norm=self.is_rms_norm,
+            activation=self.activation,
+            zero_centered=self.zero_centered,
+            numerics=self.numerics,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, eps={self.eps}, group_size={self.group_size}, "
+            f"norm_before_gate={self.norm_before_gate}, activation={self.activation}, "
+            f"zero_centered={self.zero_centered}, numerics={self.numerics}, path={self.path}"
+        )
+
+
+class RMSNorm(LayerNorm):
+    """Gated RMS norm over the last dimension, without a bias; arguments as :class:`LayerNorm`."""
+
+    is_rms_norm = True

@@ -1,0 +1,273 @@
+"""What a call asks for: checked once, described once, remembered for the next call like it.
+
+A tensor of shape `[..., D]` is a set of rows. `rows_of` merges the outer dimensions of all
+tensors of a call into at most three that every one of them can address by strides.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import ROUNDING
+
+ACTIVATIONS = ("silu", "swish", "sigmoid")
+NUMERICS = tuple(ROUNDING)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_OUTER_DIMS = 3
+
+
+class Problem(NamedTuple):
+    """A checked call: `n_rows` rows of `width` channels in `n_groups` groups of `group_size`."""
+
+    shape: torch.Size
+    n_rows: int
+    width: int
+    group_size: int
+    n_groups: int
+    eps: float
+    is_rms_norm: bool
+    norm_before_gate: bool
+    activation: str
+    zero_centered: bool
+    round_norm: bool
+    round_weight: bool
+    out_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+
+class Rows(NamedTuple):
+    """Outer sizes, and per tensor its outer strides in elements (equally many)."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows:
+    """Merge the outer dimensions of tensors `[*outer, D]` that share `shape`.
+
+    Two neighbouring dimensions merge when, in every tensor, a step of the outer one is as long as
+    the inner one is in all. Dimensions of size 1 vanish.
+
+    Raises:
+        ValueError: when more than three outer dimensions remain.
+    """
+    sizes: list[int] = []
+    merged: list[list[int]] = []
+    for dim in range(len(shape) - 1):
+        size = shape[dim]
+        if size == 1:
+            continue
+        step = [s[dim] for s in strides]
+        if sizes and all(last == size * s for last, s in zip(merged[-1], step, strict=True)):
+            sizes[-1] *= size
+            merged[-1] = step
+        else:
+            sizes.append(size)
+            merged.append(step)
+    if not sizes:
+        sizes, merged = [1], [[0] * len(strides)]
+    if len(sizes) > MAX_OUTER_DIMS:
+        raise ValueError(
+            f"the outer dimensions must merge into at most {MAX_OUTER_DIMS}, got sizes "
+            f"{tuple(sizes)} for shape {tuple(shape)} with strides "
+            f"{', '.join(str(tuple(s)) for s in strides)}; call .contiguous() on the tensor whose "
+            "strides do not merge, which copies it"
+        )
+    return Rows(tuple(sizes), tuple(zip(*merged, strict=True)))
+
+
+def _check_tensor(name: str, meta: tuple | None, like: tuple | None = None) -> None:
+    """One tensor's dtype, device and unit stride; `like` is the metadata of x."""
+    if meta is None:
+        return
+    shape, stride, dtype, device = meta
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {dtype}; "
+            f"convert it with {name}.to(torch.float32)"
+        )
+    if dtype == torch.float64 and device.type != "cpu":
+        raise TypeError(
+            f"{name} is float64 on {device}, but float64 runs on the CPU only; "
+            f"use float32, or move the tensors with .cpu()"
+        )
+    if len(shape) and shape[-1] > 1 and stride[-1] != 1:
+        raise ValueError(
+            f"the last dimension of {name} must have unit stride, got strides {tuple(stride)} for "
+            f"shape {tuple(shape)}; call {name}.contiguous(), which copies it"
+        )
+    if like is not None and device != like[3]:
+        raise ValueError(
+            f"{name} must be on the device of x, got {device} and {like[3]}; "
+            f"move it with {name}.to('{like[3]}')"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe(
+    x: tuple,
+    weight: tuple | None,
+    bias: tuple | None,
+    z: tuple | None,
+    out: tuple | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    is_rms_norm: bool,
+    activation: str,
+    zero_centered: bool,
+    numerics: str,
+    out_dtype: torch.dtype | None,
+) -> Problem:
+    _check_tensor("x", x)
+    shape, _, dtype, _ = x
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(
+            f"x must have at least one channel in its last dimension, got shape {tuple(shape)}"
+        )
+    width = shape[-1]
+    for name, meta in (("z", z), ("out", out)):
+        _check_tensor(name, meta, x)
+        if meta is not None and meta[0] != shape:
+            raise ValueError(
+                f"{name} must have the shape of x, got {tuple(meta[0])} and {tuple(shape)}"
+            )
+    for name, meta in (("weight", weight), ("bias", bias)):
+        _check_tensor(name, meta, x)
+        if meta is not None and meta[0] != (width,):
+            raise ValueError(
+                f"{name} must have one entry per channel, got shape {tuple(meta[0])} and D={width}"
+            )
+    if group_size is None:
+        group_size = width
+    elif not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size must be an int or None, got {group_size!r}")
+    elif group_size < 1 or width % group_size:
+        raise ValueError(
+            f"group_size must divide the last dimension of x, got group_size={group_size} and "
+            f"D={width}; use a divisor of {width}, or None for one group"
+        )
+    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
+    _one_of("activation", activation, ACTIVATIONS)
+    _one_of("numerics", numerics, NUMERICS)
+    round_norm, round_weight = ROUNDING[numerics]
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(
+            f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype!r}"
+        )
+    if out_dtype == torch.float64 and x[3].type != "cpu":
+        raise TypeError(f"out_dtype float64 runs on the CPU only, and x is on {x[3]}; use float32")
+    if out is not None:
+        if out_dtype is not None and out[2] != out_dtype:
+            raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
+        if any(size > 1 and step == 0 for size, step in zip(out[0], out[1], strict=True)):
+            raise ValueError(
+                f"out must not overlap itself, got strides {tuple(out[1])} for shape {tuple(shape)}"
+            )
+        out_dtype = out[2]
+    rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
+    return Problem(
+        shape=shape,
+        n_rows=math.prod(shape[:-1]),
+        width=width,
+        group_size=group_size,
+        n_groups=width // group_size,
+        eps=float(eps),
+        is_rms_norm=bool(is_rms_norm),
+        norm_before_gate=bool(norm_before_gate),
+        activation="silu" if activation == "swish" else activation,
+        zero_centered=bool(zero_centered),
+        round_norm=round_norm,
+        round_weight=round_weight,
+        out_dtype=out_dtype or dtype,
+        compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+    )
+
+
+def _meta(name: str, t: Tensor | None) -> tuple | None:
+    if t is None:
+        return None
+    try:
+        return t.shape, t.stride(), t.dtype, t.device
+    except AttributeError:
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}") from None
+
+
+def describe(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    out: Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    is_rms_norm: bool,
+    activation: str,
+    zero_centered: bool,
+    numerics: str,
+    out_dtype: torch.dtype | None,
+) -> Problem:
+    """Check a call and describe it; the checks of a call like an earlier one are remembered.
+
+    Raises:
+        ValueError: shapes, strides, devices or option values that do not fit.
+        TypeError: something that is no tensor, or a dtype that is not supported.
+    """
+    if x is None:
+        raise TypeError("x must be a torch.Tensor, got None")
+    if out is not None:
+        for name, other in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
+            if other is not None:
+                _check_overlap(name, other, out)
+    return _describe(
+        _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
+        _meta("out", out), eps, group_size, norm_before_gate, is_rms_norm, activation,
+        zero_centered, numerics, out_dtype,
+    )  # fmt: skip
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """First and one-past-last byte that a tensor touches."""
+    start = t.data_ptr()
+    reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return start, start + (reach + 1) * t.element_size()
+
+
+def _check_overlap(name: str, other: Tensor, out: Tensor) -> None:
+    """`out` may be exactly an input, or share no element with it.
+
+    Slices of one packed buffer interleave: they are disjoint when their rows start at different
+    places within the same row stride and are short enough not to meet.
+    """
+    if not isinstance(out, Tensor) or not isinstance(other, Tensor):
+        return
+    if other.numel() == 0 or other.device != out.device:
+        return
+    (a, a_end), (b, b_end) = _span(other), _span(out)
+    if a_end <= b or b_end <= a:
+        return
+    same = other.shape == out.shape and other.stride() == out.stride()
+    if same and other.element_size() == out.element_size():
+        if a == b:
+            return
+        steps = [s for n, s in zip(out.shape[:-1], out.stride()[:-1], strict=True) if n > 1]
+        width, size = out.shape[-1], out.element_size()
+        if steps and all(s % min(steps) == 0 for s in steps):
+            between = (b - a) % (min(steps) * size)
+            if width * size <= between <= (min(steps) - width) * size:
+                return
+    raise ValueError(
+        f"out overlaps {name} without being the same view of it, and would corrupt it; "
+        f"pass {name} itself, a slice that shares no element with it, or a new tensor"
+    )

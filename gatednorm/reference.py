@@ -1,0 +1,89 @@
+"""The equation in plain PyTorch: the truth that tests and benchmarks compare with.
+
+    gate after:   y = (norm(x) * w + b) * act(z)      norm_before_gate=True
+    gate before:  y =  norm(x * act(z)) * w + b       norm_before_gate=False
+
+Nothing here is fast, and nothing on the product's own path imports it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Where a family of models rounds to the input's dtype besides the store:
+# (after the norm, after the weight). See `numerics` in functional.py.
+ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
+
+
+def gated_norm_ref(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+    *,
+    is_rms_norm: bool = True,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The gated norm, differentiable by PyTorch's own autograd.
+
+    Args:
+        x, z: `[..., D]`; `z` may be None (no gate).
+        weight, bias: `[D]` or None.
+        upcast: compute in fp32 (fp64 for fp64 input); False computes in the dtype of `x`, the
+            plain expression whose error the tests grant to the kernels twice over.
+        numerics: rounding points, as in :func:`gatednorm.rmsnorm_fn`.
+
+    Returns:
+        `[..., D]` in `out_dtype`, by default the dtype of `x`.
+    """
+    dtype, out_dtype = x.dtype, out_dtype or x.dtype
+    compute = torch.promote_types(dtype, torch.float32) if upcast else dtype
+    round_norm, round_weight = ROUNDING[numerics]
+    gate = None
+    if z is not None:
+        gate = z.to(compute)
+        gate = torch.sigmoid(gate) if activation == "sigmoid" else F.silu(gate)
+    h = x.to(compute)
+    if gate is not None and not norm_before_gate:
+        h = h * gate
+    h = h.unflatten(-1, (-1, group_size or x.shape[-1]))
+    if not is_rms_norm:
+        h = h - h.mean(-1, keepdim=True)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    h = h.flatten(-2)
+    if round_norm:
+        h = h.to(dtype).to(compute)
+    if weight is not None:
+        w = weight.to(compute)
+        h = h * (1 + w if zero_centered else w)
+        if round_weight:
+            h = h.to(torch.promote_types(dtype, weight.dtype)).to(compute)
+    if bias is not None:
+        h = h + bias.to(compute)
+    if gate is not None and norm_before_gate:
+        h = h * gate
+    return h.to(out_dtype)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+    **options,
+) -> Tensor:
+    """Gated RMS norm in plain PyTorch; :func:`gated_norm_ref` with `is_rms_norm=True`."""
+    return gated_norm_ref(
+        x, weight, bias, z, eps, group_size, norm_before_gate, upcast, is_rms_norm=True, **options
+    )
