@@ -1,0 +1,140 @@
+"""A script's `main` as a Hydra command whose every error is one line.
+
+Hydra composes, sweeps, completes and prints help; what is added here: the composed config arrives
+as a checked dataclass, text such as a prompt is taken as it stands, and a mistake of the user's is
+answered with one line on standard error and exit code 2, before any work.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import ConfigError, all_keys, infer_config, nearest, train_config
+
+CONFIG_DIR = Path(__file__).resolve().parent
+CHECKS = {"train": train_config, "infer": infer_config}
+
+
+def command(
+    name: str, *, texts: tuple[str, ...] = (), paths: tuple[str, ...] = ()
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Decorate `main(config)` of `name`.py; `main` may raise ConfigError.
+
+    Keys in `texts` and `paths` take whatever stands after their `=`, which Hydra's grammar would
+    refuse or change (spaces at the end, commas, parentheses); for a path, `null` is still None.
+    """
+
+    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+            verbatim = _take_verbatim(texts, paths)
+
+            def task(composed: DictConfig) -> None:
+                # Hydra reports every Exception of a task in its own words: leave before it sees one.
+                try:
+                    config = CHECKS[name](composed)
+                    for key, value in verbatim.items():
+                        _set(config, key, value)
+                    main(config)
+                except ConfigError as error:
+                    _fail(name, str(error))
+
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
+            except (HydraException, OmegaConfBaseException) as error:
+                _fail(name, explain(name, sys.argv[1:]) or _first_line(error))
+
+        return run
+
+    return decorate
+
+
+def compose(name: str, overrides: list[str] | None = None) -> Any:
+    """The checked config of `name`.py with these overrides, for tests and notebooks."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        return CHECKS[name](hydra.compose(name, overrides or []))
+
+
+def explain(name: str, arguments: list[str]) -> str | None:
+    """Which of the command line's overrides cannot be right, and what was probably meant."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        loader = GlobalHydra.instance().config_loader()
+        groups = _groups(loader)
+        keys = all_keys(OmegaConf.to_container(hydra.compose(name)))
+        for argument in arguments:
+            if argument.startswith("-"):
+                continue
+            try:
+                override = OverridesParser.create().parse_override(argument)
+            except HydraException:
+                return (
+                    f"cannot read {argument!r} as key=value; put text in quotes twice, "
+                    "for example \"data.path='a (copy).txt'\""
+                )
+            key, value = override.key_or_group, override.value()
+            if key in groups and isinstance(value, str) and value not in groups[key]:
+                options = ", ".join(groups[key])
+                return f"{key} must be one of {options}, got {value!r}{nearest(value, groups[key])}"
+            if key not in groups and key not in keys and not override.is_add():
+                return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
+    return None
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> dict[str, list[str]]:
+    return {
+        group: loader.get_group_options(group)
+        for group in loader.list_groups(parent)
+        if group not in ("hydra", "__pycache__")
+    }
+
+
+def _take_verbatim(texts: tuple[str, ...], paths: tuple[str, ...]) -> dict[str, str | None]:
+    """Takes `key=anything` for these keys out of sys.argv."""
+    taken, rest = {}, []
+    for argument in sys.argv[1:]:
+        key, equals, text = argument.partition("=")
+        if equals and key in texts:
+            taken[key] = _unquote(text)
+        elif equals and key in paths:
+            taken[key] = None if text == "null" else _unquote(text)
+        else:
+            rest.append(argument)
+    sys.argv[1:] = rest
+    return taken
+
+
+def _unquote(text: str) -> str:
+    """Without one pair of Hydra's quotes, if they stand around all of it."""
+    try:
+        override = OverridesParser.create().parse_override(f"text={text}")
+    except HydraException:
+        return text
+    return override.value() if isinstance(override._value, QuotedString) else text
+
+
+def _set(config: Any, key: str, value: str | None) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    setattr(config, name, value)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _fail(name: str, message: str) -> None:
+    print(f"{name}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,232 @@
+"""Types and ranges of everything that configs/*.yaml can say.
+
+The YAML files hold the defaults and say what a value means; the dataclasses here give its type and
+its range. `train_config` and `infer_config` turn a composed Hydra config into plain dataclasses, or
+raise `ConfigError`: one line that names the value, the rule and the remedy. Nothing heavy is imported.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+NORM_PATHS = ("training", "inference")
+
+
+class ConfigError(ValueError):
+    """Something that the user can put right; the message is one line."""
+
+
+def one_of(*choices: str) -> Any:
+    return field(default=MISSING, metadata={"choices": choices})
+
+
+def number(
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field for a finite number in a range, or for None where its type allows that."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+    return field(default=MISSING, metadata={"bounds": bounds})
+
+
+@dataclass
+class ModelConfig:
+    """What both language models have."""
+
+    name: str = one_of("fla", "mamba2")
+    hidden_size: int = number(at_least=1)
+    num_layers: int = number(at_least=1)
+    mlp_ratio: float = number(at_least=0)
+    tie_embeddings: bool = MISSING
+    norm_eps: float = number(above=0)
+
+    def mixer_args(self) -> dict[str, Any]:
+        """The arguments of the mixer itself: the fields that only the subclass has."""
+        shared = {f.name for f in fields(ModelConfig)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+
+
+@dataclass
+class FlaConfig(ModelConfig):
+    num_heads: int = number(at_least=1)
+    head_dim: int = number(at_least=1)
+    expand_v: float = number(above=0)
+    num_v_heads: int | None = number(at_least=1)
+    conv_size: int = number(at_least=1)
+
+
+@dataclass
+class Mamba2Config(ModelConfig):
+    d_state: int = number(at_least=1)
+    head_dim: int = number(at_least=1)
+    expand: int = number(at_least=1)
+    n_groups: int = number(at_least=1)
+    conv_size: int = number(at_least=1)
+
+
+MODELS = {"fla": FlaConfig, "mamba2": Mamba2Config}
+MIXERS = {"fla": "gated_deltanet", "mamba2": "mamba2"}
+
+
+@dataclass
+class NormConfig:
+    path: str = one_of(*NORM_PATHS)
+
+
+@dataclass
+class DataConfig:
+    name: str = one_of("stdlib", "text")
+    path: str | None = MISSING
+    hold_out: int = number(at_least=2)
+    val_tokens: int | None = number(at_least=1)
+    sequence_length: int = number(at_least=1)
+
+
+@dataclass
+class OptimConfig:
+    steps: int = number(at_least=1)
+    batch_size: int = number(at_least=1)
+    learning_rate: float = number(above=0)
+    min_learning_rate: float = number(at_least=0)
+    warmup_steps: int = number(at_least=0)
+    weight_decay: float = number(at_least=0)
+    betas: tuple[float, float] = MISSING
+    gradient_clip: float = number(at_least=0)
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = one_of("auto", "cpu", "gpu")
+    devices: int = number(at_least=1)
+    precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass
+class TrainConfig:
+    model: Any = MISSING
+    norm: NormConfig = field(default_factory=NormConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = number(at_least=0, below=2**32)
+    runs_dir: str = MISSING
+
+
+@dataclass
+class InferConfig:
+    norm: NormConfig = field(default_factory=NormConfig)
+    model: str | None = one_of(*MODELS)
+    checkpoint: str | None = MISSING
+    runs_dir: str = MISSING
+    prompt: str | None = MISSING
+    prompt_file: str | None = MISSING
+    max_new_tokens: int = number(at_least=1)
+    temperature: float = number(at_least=0)
+    top_k: int | None = number(at_least=1)
+    top_p: float | None = number(above=0, at_most=1)
+    seed: int = number(at_least=0, below=2**63)
+    device: str = one_of("auto", "cpu", "cuda")
+
+
+def train_config(composed: DictConfig) -> TrainConfig:
+    """The typed and checked form of a composed train.yaml. Raises ConfigError."""
+    name = OmegaConf.select(composed, "model.name")
+    _check_choice("model.name", name, tuple(MODELS))
+    config = _typed(TrainConfig(model=MODELS[name]()), composed)
+    if config.norm.path != "training":
+        raise ConfigError(
+            f"train.py needs norm=training, got norm={config.norm.path}: the inference path keeps "
+            "nothing for a backward pass; train with norm=training, then use it in infer.py"
+        )
+    optim = config.optim
+    if optim.min_learning_rate > optim.learning_rate:
+        raise ConfigError(
+            f"optim.min_learning_rate must be at most optim.learning_rate={optim.learning_rate}, "
+            f"got {optim.min_learning_rate}; lower it, or raise the other"
+        )
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(
+            f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
+            "use for example [0.9,0.95]"
+        )
+    return config
+
+
+def infer_config(composed: DictConfig) -> InferConfig:
+    """The typed and checked form of a composed infer.yaml. Raises ConfigError."""
+    return _typed(InferConfig(), composed)
+
+
+def nearest(word: str, choices: Any) -> str:
+    """'; did you mean ...?' for the choice that is spelt most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, [str(c) for c in choices], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def all_keys(config: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a nested mapping or dataclass, sections included."""
+    if is_dataclass(config):
+        config = {f.name: getattr(config, f.name) for f in fields(config)}
+    keys = []
+    for name, value in config.items():
+        keys.append(f"{prefix}{name}")
+        if is_dataclass(value) or isinstance(value, dict):
+            keys += all_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _typed(schema: Any, composed: DictConfig) -> Any:
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = error.full_key or str(error.key)
+        raise ConfigError(f"there is no key {key!r}{nearest(key, all_keys(schema))}") from error
+    except OmegaConfBaseException as error:
+        rule = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{_dotted(schema, error.full_key)}: {rule}; give another value") from error
+    _check_ranges(config)
+    return config
+
+
+def _dotted(schema: Any, key: str | None) -> str:
+    """OmegaConf drops the outer sections of a key that fails while merging: find them again."""
+    full = [k for k in all_keys(schema) if k == key or k.endswith(f".{key}")]
+    return full[0] if len(full) == 1 else str(key)
+
+
+def _check_ranges(config: Any, prefix: str = "") -> None:
+    for f in fields(config):
+        key, value = prefix + f.name, getattr(config, f.name)
+        if is_dataclass(value):
+            _check_ranges(value, key + ".")
+        elif value is not None and "choices" in f.metadata:
+            _check_choice(key, value, f.metadata["choices"])
+        elif value is not None and "bounds" in f.metadata:
+            _check_bounds(key, value, f.metadata["bounds"])
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{key} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+        )
+
+
+def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+    }
+    if not math.isfinite(value) or not all(holds[word](bound) for word, bound in bounds.items()):
+        rule = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+        raise ConfigError(f"{key} must be {rule}, got {value}; use a value in that range")
