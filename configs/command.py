@@ -40,18 +40,21 @@ def command(
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
             verbatim = _take_verbatim(texts, paths)
 
-            def task(composed: DictConfig) -> None:
-                # Hydra reports every Exception of a task in its own words: leave before it sees one.
+            def task(values: DictConfig) -> None:
+                # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
-                    config = CHECKS[name](composed)
+                    config = CHECKS[name](values)
                     for key, value in verbatim.items():
                         _set(config, key, value)
                     main(config)
                 except ConfigError as error:
                     _fail(name, str(error))
 
+            hydra_main = hydra.main(
+                version_base="1.3", config_path=str(CONFIG_DIR), config_name=name
+            )
             try:
-                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
+                hydra_main(task)()
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(name, explain(name, sys.argv[1:]) or _first_line(error))
 

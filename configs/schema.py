@@ -1,8 +1,8 @@
 """Types and ranges of everything that configs/*.yaml can say.
 
-The YAML files hold the defaults and say what a value means; the dataclasses here give its type and
-its range. `train_config` and `infer_config` turn a composed Hydra config into plain dataclasses, or
-raise `ConfigError`: one line that names the value, the rule and the remedy. Nothing heavy is imported.
+The YAML files hold the defaults and say what a value means; the dataclasses here give its type
+and its range. `train_config` and `infer_config` turn a composed Hydra config into dataclasses, or
+raise `ConfigError`: one line that names the value, the rule and the remedy. Imports nothing heavy.
 """
 
 import difflib
@@ -107,6 +107,7 @@ class TrainerConfig:
     accelerator: str = one_of("auto", "cpu", "gpu")
     devices: int = number(at_least=1)
     precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
+    checkpoint_every: int = number(at_least=1)
 
 
 @dataclass
@@ -191,7 +192,8 @@ def _typed(schema: Any, composed: DictConfig) -> Any:
         raise ConfigError(f"there is no key {key!r}{nearest(key, all_keys(schema))}") from error
     except OmegaConfBaseException as error:
         rule = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{_dotted(schema, error.full_key)}: {rule}; give another value") from error
+        key = _dotted(schema, error.full_key)
+        raise ConfigError(f"{key}: {rule}; give another value") from error
     _check_ranges(config)
     return config
 
@@ -215,9 +217,8 @@ def _check_ranges(config: Any, prefix: str = "") -> None:
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(
-            f"{key} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
-        )
+        hint = nearest(str(value), choices)
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:

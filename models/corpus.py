@@ -1,9 +1,9 @@
 """Text for training: which documents there are, read through `datasets` and its cache, and which of
 them are held out for validation.
 
-A document is a file, kept byte for byte (so CRLF, and text that is not UTF-8, survive). It is held
-out when the crc32 of its path, relative to the folder it was found under, says so: the split depends
-neither on order nor on the machine. A single document is held out by its end.
+A document is a file, kept byte for byte (so CRLF, and text that is not UTF-8, survive). It is
+held out when the crc32 of its path, relative to the folder it was found under, says so: the split
+depends neither on order nor on the machine. Of a single document the end is held out.
 """
 
 import glob
@@ -23,8 +23,8 @@ from configs.schema import ConfigError, DataConfig
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 # Not in every Python, or not prose or code that a person wrote to be read.
 NOT_STDLIB = frozenset(
-    "site-packages dist-packages __pycache__ test tests idle_test idlelib lib2to3 pydoc_data encodings "
-    "turtledemo ensurepip distutils".split()
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"}
+    | {"lib2to3", "pydoc_data", "encodings", "turtledemo", "ensurepip", "distutils"}
 )
 
 
@@ -72,8 +72,8 @@ def load_corpus(config: DataConfig) -> Corpus:
         if documents.tokens.size <= config.sequence_length:
             raise ConfigError(
                 f"data.sequence_length must be below the number of {part} bytes, got "
-                f"{config.sequence_length} with {documents.tokens.size} bytes in {len(documents)} of "
-                f"{len(texts)} files; shorten it, add text or change data.hold_out"
+                f"{config.sequence_length} with {documents.tokens.size} bytes in {len(documents)} "
+                f"of {len(texts)} files; shorten it, add text or change data.hold_out"
             )
     return corpus
 
@@ -110,7 +110,8 @@ def read_files(folder: Path, files: list[str]) -> datasets.Dataset:
     state = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape"))
     for name in files:
         stat = (folder / name).stat()
-        state.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        row = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+        state.update(row.encode("utf-8", "surrogateescape"))
     was_on = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # it takes a second, and the run's own bar comes next
     try:

@@ -54,7 +54,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[torch.Tensor]:
         while self.position < self.steps:
             batch = self.batch(self.position)
-            self.position += 1  # before the yield: a checkpoint taken while it trains counts it as read
+            # Before the yield: a checkpoint taken while this batch trains counts it as read.
+            self.position += 1
             yield batch
         self.position = 0
 
@@ -87,16 +88,28 @@ class TrainLoader:
         return self._epoch[1]
 
 
-def validation_batches(
-    documents: Documents, batch_size: int, sequence_length: int, max_tokens: int | None = None
-) -> list[torch.Tensor]:
+class ValidationLoader:
     """Rows of held-out text that lie end to end, or `max_tokens` of them spread evenly over it.
 
-    Returns int64 tensors [up to batch_size, sequence_length + 1].
+    Yields int64 tensors [up to batch_size, sequence_length + 1].
     """
-    begins = np.arange(0, len(documents.tokens) - sequence_length, sequence_length)
-    if max_tokens is not None and max_tokens < len(begins) * sequence_length:
-        keep = max(1, max_tokens // sequence_length)
-        begins = begins[np.linspace(0, len(begins) - 1, keep).round().astype(int)]
-    rows = np.stack([documents.tokens[b : b + sequence_length + 1] for b in begins])
-    return list(torch.from_numpy(rows.astype(np.int64)).split(batch_size))
+
+    def __init__(
+        self,
+        documents: Documents,
+        batch_size: int,
+        sequence_length: int,
+        max_tokens: int | None = None,
+    ) -> None:
+        begins = np.arange(0, len(documents.tokens) - sequence_length, sequence_length)
+        if max_tokens is not None and max_tokens < len(begins) * sequence_length:
+            keep = max(1, max_tokens // sequence_length)
+            begins = begins[np.linspace(0, len(begins) - 1, keep).round().astype(int)]
+        rows = np.stack([documents.tokens[b : b + sequence_length + 1] for b in begins])
+        self.batches = torch.from_numpy(rows).split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch.long() for batch in self.batches)

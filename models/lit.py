@@ -1,0 +1,133 @@
+"""The language model under Lightning: loss, optimiser, validation in bits per byte, throughput."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from configs.schema import OptimConfig
+from models.checkpoint import save_weights, write_whole
+from models.language_model import LanguageModel
+
+
+class LitLanguageModel(L.LightningModule):
+    """Next-token prediction with AdamW, linear warm-up and cosine decay.
+
+    Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
+    per token, which is bits per byte for byte tokens: `train_bpb` each step, `val_bpb` over all of
+    a validation.
+    """
+
+    def __init__(self, model: LanguageModel, optim: OptimConfig) -> None:
+        super().__init__()
+        self.model, self.optim = model, optim
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self.log("train_bpb", loss.detach() / math.log(2))
+        return loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        bits = self.loss(batch) / math.log(2)
+        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
+        logits, _ = self.model(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.optim
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        others = [p for p in self.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": optim.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=optim.learning_rate,
+            betas=tuple(optim.betas),
+            fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
+    """What to multiply the learning rate with at a step: linear warm-up, then a cosine down to the
+    smallest at the last step."""
+    floor = optim.min_learning_rate / optim.learning_rate
+
+    def factor(step: int) -> float:
+        if step < optim.warmup_steps:
+            return (step + 1) / optim.warmup_steps
+        progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return factor
+
+
+class Throughput(Callback):
+    """Counts tokens and the time spent on them, validation left out, and logs `tokens_per_s`."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.tokens, self.seconds = 0, 0.0
+        self._began = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._began
+        self.tokens += self.tokens_per_step
+        module.log("tokens_per_s", self.tokens_per_s)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar with the loss in bits per byte and tokens/s, and nothing else."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training  "  # there is one epoch of `optim.steps` batches: its number says nothing
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+        metrics = trainer.callback_metrics
+        shown = {}
+        if "train_bpb" in metrics:
+            shown["loss"] = f"{metrics['train_bpb']:.2f}"
+        if "tokens_per_s" in metrics:
+            shown["tokens/s"] = f"{metrics['tokens_per_s']:,.0f}"
+        return shown
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes Lightning's checkpoint whole or not at all, with the weights for infer.py beside it,
+    and reads it without running code of it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        prefix = "model."
+        weights = checkpoint["state_dict"].items()
+        save_weights(path.parent, {name.removeprefix(prefix): value for name, value in weights})
+        write_whole(path, lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,101 @@
+"""loss.png: what a run learnt, beside what general-purpose compressors make of the same text."""
+
+import bz2
+import csv
+import gzip
+import lzma
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+INK, LIGHT, ACCENT, GREY = "#1f2a44", "#a9b8d8", "#d1495b", "#8a8f98"
+
+
+def read_metric(metrics: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and values of one column of a metrics.csv, where it is not empty."""
+    with metrics.open(newline="", encoding="utf-8") as file:
+        rows = [(row["step"], row.get(name)) for row in csv.DictReader(file)]
+    points = np.array([(int(step), float(value)) for step, value in rows if value], dtype=float)
+    return (points[:, 0], points[:, 1]) if len(points) else (np.empty(0), np.empty(0))
+
+
+def compressors(text: bytes) -> dict[str, float]:
+    """Bits per byte that gzip, bz2 and xz need for `text`."""
+    compress = {"gzip": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return {name: 8 * len(pack(text)) / len(text) for name, pack in compress.items()}
+
+
+def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
+    """Exponential moving average without the pull towards zero of its first values."""
+    decay = 0.5 ** (1 / half_life)
+    out, weight, total = np.empty_like(values), 0.0, 0.0
+    for i, value in enumerate(values):
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out[i] = total / weight
+    return out
+
+
+def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, float]) -> None:
+    """Draw training and validation loss from `metrics` (a metrics.csv) to `target` (a png)."""
+    steps, losses = read_metric(metrics, "train_bpb")
+    val_steps, val_losses = read_metric(metrics, "val_bpb")
+    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
+    axes.plot(steps, losses, color=LIGHT, linewidth=0.7, label="training, each step")
+    axes.plot(
+        steps,
+        smooth(losses, max(1.0, len(losses) / 60)),
+        color=INK,
+        linewidth=1.8,
+        label="training, smoothed",
+    )
+    axes.plot(
+        val_steps,
+        val_losses,
+        "o",
+        color=ACCENT,
+        markersize=7,
+        zorder=3,
+        clip_on=False,
+        label="validation, files never trained on",
+    )
+    if len(val_losses):
+        axes.annotate(
+            f"{val_losses[-1]:.2f}",
+            (val_steps[-1], val_losses[-1]),
+            color=ACCENT,
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="right",
+            weight="bold",
+        )
+    low = min([*losses, *val_losses, *yardsticks.values()], default=0.0)
+    high = max([*losses, *val_losses], default=8.0)
+    previous = 0.0
+    for name, bits in sorted(yardsticks.items(), key=lambda item: item[1]):
+        crowded = bits < previous * 1.04
+        previous = bits
+        axes.axhline(bits, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        axes.annotate(
+            f"{name} {bits:.2f}",
+            (1, bits),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 5 if crowded else -2),
+            textcoords="offset points",
+            color=GREY,
+            size=8,
+        )
+    axes.set(yscale="log", ylim=(low * 0.93, high * 1.07), xlabel="step", ylabel="bits per byte")
+    axes.set_xlim(0, max(1, *steps, *val_steps))
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if low * 0.93 <= t <= high * 1.07]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eceff4", zorder=0)
+    axes.set_title(title, loc="left", color=INK, size=11)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(target)
+    plt.close(figure)

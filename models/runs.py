@@ -1,0 +1,121 @@
+"""A training run: its trainer, its folder, and the table at its end."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import ConfigError, TrainConfig, TrainerConfig
+from models.checkpoint import save_config
+from models.language_model import LanguageModel
+from models.lit import ProgressBar, Throughput, WholeCheckpoints
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        run: The run's folder.
+        parameters: Trained numbers, tied ones once.
+        tokens: Seen in training.
+        tokens_per_s: In training, validation left out.
+        before, after: Validation bits per byte.
+        model: As it was at the last step.
+    """
+
+    run: Path
+    parameters: int
+    tokens: int
+    tokens_per_s: float
+    before: float
+    after: float
+    model: LanguageModel
+
+
+def check_devices(config: TrainerConfig) -> None:
+    """Raises ConfigError when this machine has not the devices that `config` asks for."""
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
+            "use trainer=cpu or trainer=auto"
+        )
+
+
+def create_run(config: TrainConfig) -> Path:
+    """A new folder `<time>_<model>` under `config.runs_dir` that holds the composed config."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.model.name}"
+    number = 1
+    while True:
+        run = Path(config.runs_dir, name if number == 1 else f"{name}_{number}")
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"runs_dir must be a folder that can be written to, got {config.runs_dir!r} "
+                f"({error.strerror}); name another one"
+            ) from error
+        else:
+            save_config(run, config)
+            return run
+
+
+def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput]:
+    """Lightning's trainer for `config`, writing metrics.csv and last.ckpt to `run`."""
+    _quiet()
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    precision = config.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if on_gpu else "32-true"
+    throughput = Throughput(config.optim.batch_size * config.data.sequence_length)
+    trainer = L.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=config.trainer.devices,
+        precision=precision,
+        max_steps=config.optim.steps,
+        gradient_clip_val=config.optim.gradient_clip or None,
+        log_every_n_steps=max(1, config.optim.steps // 1000),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        logger=CSVLogger(run, name="", version=""),
+        plugins=[WholeCheckpoints()],
+        callbacks=[
+            throughput,
+            ProgressBar(),
+            ModelCheckpoint(run, "last", every_n_train_steps=config.trainer.checkpoint_every),
+        ],
+    )
+    return trainer, throughput
+
+
+def print_summary(summary: Summary) -> None:
+    table = Table(title="Done", title_justify="left", show_header=False)
+    table.add_row("parameters", f"{summary.parameters:,}")
+    table.add_row("tokens seen", f"{summary.tokens:,}")
+    table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}")
+    table.add_row("validation before", f"{summary.before:.3f} bits per byte")
+    table.add_row("validation after", f"[bold]{summary.after:.3f}[/bold] bits per byte")
+    files = ["model.safetensors", "config.yaml", "last.ckpt", "metrics.csv", "loss.png"]
+    table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
+    Console().print(table)
+
+
+def _quiet() -> None:
+    """Silences what Lightning says about things that are as they should be."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists.*")

@@ -1,0 +1,71 @@
+"""Train a small language model on text: `python train.py --help` says how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from configs.command import command
+from configs.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from models.runs import Summary
+
+
+def train(config: TrainConfig) -> Summary:
+    """Check everything, make a run folder, train, validate before and after, draw the loss.
+
+    Raises ConfigError, before there is a folder, for anything the user can put right.
+    """
+    # Imported here, so that --help and a misspelt key are answered at once.
+    import lightning
+
+    from models.checkpoint import build_model
+    from models.corpus import load_corpus
+    from models.data import TrainLoader, ValidationLoader
+    from models.lit import LitLanguageModel
+    from models.plots import compressors, plot_loss
+    from models.runs import Summary, build_trainer, check_devices, create_run
+
+    data, optim = config.data, config.optim
+    check_devices(config.trainer)
+    lightning.seed_everything(config.seed, verbose=False)
+    model = build_model(config.model, config.norm.path)
+    corpus = load_corpus(data)
+    batches = TrainLoader(
+        corpus.train, optim.batch_size, data.sequence_length, optim.steps, config.seed
+    )
+    held_out = ValidationLoader(corpus.val, 32, data.sequence_length, data.val_tokens)
+
+    run = create_run(config)
+    trainer, throughput = build_trainer(config, run)
+    module = LitLanguageModel(model, optim)
+    (before,) = trainer.validate(module, held_out, verbose=False)
+    trainer.fit(module, batches)
+    (after,) = trainer.validate(module, held_out, verbose=False)
+    trainer.save_checkpoint(run / "last.ckpt")
+
+    summary = Summary(
+        run=run,
+        parameters=model.num_parameters(),
+        tokens=throughput.tokens,
+        tokens_per_s=throughput.tokens_per_s,
+        before=before["val_bpb"],
+        after=after["val_bpb"],
+        model=model,
+    )
+    title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {data.name}"
+    yardsticks = compressors(corpus.val.tokens.tobytes())
+    plot_loss(run / "metrics.csv", run / "loss.png", title, yardsticks)
+    return summary
+
+
+@command("train", paths=("data.path", "runs_dir"))
+def main(config: TrainConfig) -> None:
+    summary = train(config)
+    from models.runs import print_summary
+
+    print_summary(summary)
+
+
+if __name__ == "__main__":
+    main()
