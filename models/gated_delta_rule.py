@@ -1,0 +1,369 @@
+"""The gated delta rule in plain PyTorch: chunk-parallel over time, and one step at a time.
+
+For each head, with decay ``a_t = exp(g_t)`` and a state ``S`` of shape [K, V]::
+
+    S_t = a_t * S_{t-1} + beta_t * k_t (v_t - a_t * S_{t-1}^T k_t)^T
+    o_t = scale * S_t^T q_t
+
+Within a chunk that starts from state ``S``, and with ``G`` the running sum of ``g`` in it, the
+updates condense into one unit lower triangular system (the WY form)::
+
+    A_ij = beta_i (k_i . k_j) exp(G_i - G_j)  for i > j,      [U | W] = (I + A)^-1 beta [v | e^G k]
+    Vn   = U - W S,      o = e^G scale q S + tril(scale q k^T * exp(G_i - G_j)) Vn
+    S'   = e^G_C S + (e^(G_C - G) k)^T Vn  =  M S + (e^(G_C - G) k)^T U
+
+Only ``S' = M S + ...`` is sequential, one small matrix product per chunk; all the rest runs for
+all chunks at once. The backward is closed-form and keeps the same two-phase shape.
+
+Source: Gated Delta Networks, arXiv 2412.06464; DeltaNet's WY form, arXiv 2406.06484.
+
+Shape letters: B batch, T tokens, H key heads, HV value heads, K and V their dimensions, C chunk
+size, N chunks, S sequences, X = N * B * HV.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.chunks import (
+    ChunkLayout,
+    block_ranges,
+    bmm_wide,
+    check_chunk_size,
+    check_state,
+    decay_matrix,
+    empty_chunks,
+    operand_dtype,
+    sequence_ends,
+    sequence_offsets,
+    state_dtype,
+)
+
+
+def unit_lower_inverse(a: Tensor) -> Tensor:
+    """``(I + a)^-1`` for strictly lower triangular ``a`` [X, C, C], by merging diagonal blocks.
+
+    ``[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]``, doubling the blocks from 1 to C.
+    Every intermediate is a block of the result, which keeps it accurate on correlated keys,
+    where powers of ``a`` overflow.
+    """
+    size = a.shape[-1]
+    if size > 8 and size % 2 == 0:
+        half = size // 2
+        blocks = torch.stack((a[:, :half, :half], a[:, half:, half:]), dim=1)
+        first, second = unit_lower_inverse(blocks.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        out = torch.zeros_like(a)
+        out[:, :half, :half] = first
+        out[:, half:, half:] = second
+        corner = torch.bmm(a[:, half:, :half], first)
+        out[:, half:, :half] = torch.bmm(second, corner).neg_()
+        return out
+    index = torch.arange(size, device=a.device)
+    out = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
+    width = 1
+    while width < size:
+        row, column = index[:, None] // width, index[None, :] // width
+        corner = a * ((row == column + 1) & (row % 2 == 1))
+        out = out - (corner if width == 1 else torch.bmm(torch.bmm(out, corner), out))
+        width *= 2
+    return out
+
+
+class _Chunks(NamedTuple):
+    """What one block of chunks needs in both passes; see the module's docstring for the symbols."""
+
+    q: Tensor  # [X, C, K], like k
+    k: Tensor
+    v: Tensor  # [X, C, V]
+    beta: Tensor  # [X, C, 1], fp32 as all the decays
+    grow: Tensor  # [X, C, 1], exp(G)
+    shrink: Tensor  # [X, C, 1], exp(G_C - G)
+    last: Tensor  # [X, 1, 1], exp(G_C)
+    pair: Tensor  # [X, C, C], exp(G_i - G_j) for i >= j, else 0
+    keys: Tensor  # [X, C, C], k k^T * pair
+    attn: Tensor  # [X, C, C], scale q k^T * pair
+    solve: Tensor  # [X, C, C], (I + A)^-1
+    both: Tensor  # [X, C, V + K], U and W side by side
+    k_out: Tensor  # [X, C, K], shrink k
+
+
+def _prepare(q, k, v, g, beta, scale, wide, solve=None) -> _Chunks:
+    """All that does not depend on the state. q, k, v, g, beta: blocks [n, B, HV, C, ...]."""
+    half = operand_dtype(q)
+    size, dim_k, dim_v = q.shape[3], q.shape[4], v.shape[4]
+    q, k, v = (x.to(half).reshape(-1, size, x.shape[4]) for x in (q, k, v))
+    beta = beta.to(wide).reshape(-1, size, 1)
+    total = g.to(wide).cumsum(-1).reshape(-1, size)
+    pair, total = decay_matrix(total), total[..., None]
+    grow, last = total.exp(), total[:, -1:].exp()
+    shrink = (total[:, -1:] - total).exp_()
+    keys = bmm_wide(k, k.mT).mul_(pair)
+    attn = bmm_wide(q, k.mT).mul_(pair).mul_(scale).to(half)
+    if solve is None:
+        solve = unit_lower_inverse((keys * beta).tril_(-1)).to(half)
+    rhs = q.new_empty(q.shape[0], size, dim_v + dim_k)
+    torch.mul(v, beta, out=rhs[..., :dim_v])
+    torch.mul(k, beta * grow, out=rhs[..., dim_v:])
+    both = torch.bmm(solve, rhs)
+    k_out = (k * shrink).to(half)
+    return _Chunks(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, both, k_out)
+
+
+def _transition(c: _Chunks) -> tuple[Tensor, Tensor]:
+    """``S' = move S + add`` of every chunk: move [X, K, K], add [X, K, V]."""
+    dim_v = c.v.shape[-1]
+    step = bmm_wide(c.k_out.mT, c.both)
+    move = step[..., dim_v:].neg()
+    move.diagonal(dim1=-2, dim2=-1).add_(c.last[:, 0])
+    return move, step[..., :dim_v]
+
+
+class _ChunkScan(torch.autograd.Function):
+    """q, k [N, B, HV, C, K], v [N, B, HV, C, V], g, beta [N, B, HV, C] in chunks, initial
+    [S, B * HV, K, V]; returns o like v and the final states like initial.
+
+    Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache;
+    the backward recomputes them, and keeps the states and the inverses alone.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, initial, scale, segments):
+        chunks, heads = q.shape[0], q.shape[1] * q.shape[2]
+        first, final_of = sequence_ends(segments)
+        final, o = initial.clone(), empty_chunks(v)
+        states = initial.new_empty(chunks, *initial.shape[1:])
+        solves = []
+        with torch.autocast(q.device.type, enabled=False):
+            for lo, hi in block_ranges(v, 0):
+                c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype)
+                move, add = (x.unflatten(0, (-1, heads)) for x in _transition(c))
+                for n in range(lo, hi):
+                    if n in first:
+                        states[n] = initial[first[n]]
+                    out = final[final_of[n]] if n in final_of else states[n + 1]
+                    torch.baddbmm(add[n - lo], move[n - lo], states[n], out=out)
+                start = states[lo:hi].flatten(0, 1).to(c.q.dtype)
+                v_new = torch.baddbmm(
+                    c.both[..., : v.shape[-1]], c.both[..., v.shape[-1] :], start, alpha=-1
+                )
+                read = torch.bmm((c.q * (c.grow * scale)).to(c.q.dtype), start)
+                o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
+                solves.append(c.solve)
+        ctx.save_for_backward(q, k, v, g, beta, initial, states, *solves)
+        ctx.scale, ctx.segments = scale, segments
+        return o, final
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        q, k, v, g, beta, initial, states, *solves = ctx.saved_tensors
+        heads, scale = q.shape[1] * q.shape[2], ctx.scale
+        first, final_of = sequence_ends(ctx.segments)
+        grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
+        dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
+        with torch.autocast(q.device.type, enabled=False):
+            for (lo, hi), solve in reversed(list(zip(block_ranges(v, 0), solves, strict=True))):
+                c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype, solve)
+                dout = do[lo:hi].to(c.q.dtype).reshape(c.v.shape)
+                q_in = (c.q * (c.grow * scale)).to(c.q.dtype)
+                dim_v = c.v.shape[-1]
+                dv_new = torch.bmm(c.attn.mT, dout)
+                # The recurrence transposed: from the gradient of a chunk's last state to that
+                # of the state before it.
+                w = c.both[..., dim_v:].mT
+                move = bmm_wide(w, c.k_out).neg_()
+                move.diagonal(dim1=-2, dim2=-1).add_(c.last[:, 0])
+                add = bmm_wide(q_in.mT, dout).sub_(bmm_wide(w, dv_new))
+                dends = torch.empty_like(add)
+                move, add, rows = (x.unflatten(0, (-1, heads)) for x in (move, add, dends))
+                for n in reversed(range(lo, hi)):
+                    if n in final_of:
+                        rows[n - lo] = dfinal[final_of[n]]
+                    elif n == hi - 1:
+                        rows[n - lo] = carry
+                    out = dinitial[first[n]] if n in first else carry
+                    if n > lo and n not in first:
+                        out = rows[n - 1 - lo]
+                    torch.baddbmm(add[n - lo], move[n - lo], rows[n - lo], out=out)
+                block = _backward_block(c, states[lo:hi].flatten(0, 1), dends, dout, dv_new, scale)
+                for grad, value in zip(grads, block, strict=True):
+                    grad[lo:hi] = value.view(grad[lo:hi].shape)
+        return (*grads, dinitial, None, None)
+
+
+def _backward_block(c: _Chunks, states, dends, dout, dv_new, scale):
+    """Gradients of q, k, v, g, beta of one block, given those of its outputs and end states.
+
+    dv_new holds ``attn^T do`` on entry, the part of Vn's gradient that comes from the output.
+    """
+    half, dim_v = c.q.dtype, c.v.shape[-1]
+    start, dend = states.to(half), dends.to(half)
+    u_w, w = c.both, c.both[..., dim_v:]
+    v_new = torch.baddbmm(u_w[..., :dim_v], w, start, alpha=-1)
+    dv_new.baddbmm_(c.k_out, dend)
+    dw = torch.bmm(dv_new, start.mT).neg_()
+    dq_in = bmm_wide(dout, start.mT)
+    dk_out = bmm_wide(v_new, dend.mT)
+    dattn = bmm_wide(dout, v_new.mT)
+    dlast = (dends * states).sum((1, 2))[:, None, None] * c.last
+
+    # The triangular system: [U | W] = (I + A)^-1 [beta v | beta e^G k].
+    dv, dk_rhs = torch.bmm(c.solve.mT, dv_new), torch.bmm(c.solve.mT, dw)
+    dkeys = bmm_wide(dv, u_w[..., :dim_v].mT).add_(bmm_wide(dk_rhs, w.mT)).neg_().tril_(-1)
+    wide = c.grow.dtype
+    inner = (dk_rhs * c.k).sum(-1, keepdim=True, dtype=wide) * c.grow
+    dbeta = (dv * c.v).sum(-1, keepdim=True, dtype=wide).add_(inner)
+    weighted = dkeys * c.keys
+    dbeta += weighted.sum(-1, keepdim=True)
+    weighted.mul_(c.beta).add_(dattn * c.attn)
+    dtotal = inner * c.beta + weighted.sum(-1, keepdim=True) - weighted.sum(-2)[..., None]
+    dv = dv * c.beta
+
+    # The products of q and k, and what decays them.
+    dattn = dattn.mul_(c.pair).mul_(scale).to(half)
+    dkeys = dkeys.mul_(c.pair).mul_(c.beta).to(half)
+    dq_in *= c.grow * scale
+    dtotal += (dq_in * c.q).sum(-1, keepdim=True)
+    dq = dq_in.add_(bmm_wide(dattn, c.k))
+    dk_out *= c.shrink
+    shrunk = (dk_out * c.k).sum(-1, keepdim=True)
+    dtotal -= shrunk
+    dtotal[:, -1:] += shrunk.sum(1, keepdim=True) + dlast
+    dk = dk_out.add_(bmm_wide(dattn.mT, c.q)).add_(bmm_wide(dkeys + dkeys.mT, c.k))
+    dk.addcmul_(dk_rhs, c.beta * c.grow)
+    # g enters through its running sum, so its gradient is the running sum from the end
+    return dq, dk, dv, dtotal.flip(1).cumsum(1).flip(1), dbeta
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule, parallel over the tokens of a chunk.
+
+    Args:
+        q, k: [B, T, H, K], queries and keys; the caller normalises them.
+        v: [B, T, HV, V], values; HV is a multiple of H, and key head i serves the value heads
+            ``i * HV / H`` up to the next key head's.
+        g: [B, T, HV], decay in log space, at most 0.
+        beta: [B, T, HV], write strength, in (0, 1), or (0, 2) for negative eigenvalues.
+        scale: factor on q; ``K ** -0.5`` if None.
+        initial_state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), zeros if None; with
+            ``cu_seqlens`` [sequences, HV, K, V].
+        output_final_state: whether to return the state after the last token of each sequence.
+        chunk_size: tokens per chunk; None is 32 on a CPU and 64 elsewhere.
+        cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+    Returns:
+        o [B, T, HV, V] in the dtype of v, and the final state like ``initial_state``, or None.
+    Raises:
+        ValueError: for shapes, offsets, a chunk size or a state that do not fit.
+    """
+    offsets = _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    if chunk_size is None:
+        chunk_size = 32 if q.device.type == "cpu" else 64
+    check_chunk_size(chunk_size)
+    heads = v.shape[2]
+    if q.shape[2] != heads:
+        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    layout = ChunkLayout(q, chunk_size, offsets)
+    state = _initial(q, v, initial_state, offsets)
+    shape = state.shape
+    # [S, B * HV, K, V]: packed sequences have B = 1, a batch is cut into chunks as one sequence
+    state = state if offsets is not None else state.flatten(0, 1)[None]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v_chunks, g, beta = (layout.split(x) for x in (q, k, v, g, beta))
+    o, final = _ChunkScan.apply(q, k, v_chunks, g, beta, state, scale, layout.segments)
+    final = final.view(shape) if output_final_state else None
+    return layout.join(o).to(v.dtype), final
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule, one token after the other: for decoding, and to check the other one.
+
+    Arguments, results and errors are those of ``chunk_gated_delta_rule``; ``chunk_size`` is
+    accepted and has no effect.
+    """
+    offsets = _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    state = _initial(q, v, initial_state, offsets)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if offsets is not None:
+        parts = [
+            _steps(*(x[:, a:b] for x in (q, k, v, g, beta)), state[i : i + 1], scale)
+            for i, (a, b) in enumerate(itertools.pairwise(offsets))
+        ]
+        o = torch.cat([part[0] for part in parts], dim=1)
+        state = torch.cat([part[1] for part in parts])
+    else:
+        o, state = _steps(q, k, v, g, beta, state, scale)
+    return o, state if output_final_state else None
+
+
+def _steps(q, k, v, g, beta, state, scale):
+    groups, wide = v.shape[2] // q.shape[2], state.dtype
+    q = q.to(wide) * scale
+    k, g, beta = k.to(wide), g.to(wide).exp(), beta.to(wide)
+    if groups != 1:
+        q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t, :, None, None]
+        read = (k[:, t, :, None] @ state)[:, :, 0]
+        write = (v[:, t].to(wide) - read) * beta[:, t, :, None]
+        state = state + k[:, t, :, :, None] * write[:, :, None]
+        outputs.append((q[:, t, :, None] @ state)[:, :, 0])
+    if not outputs:
+        return v, state
+    return torch.stack(outputs, dim=1).to(v.dtype), state
+
+
+def _initial(q, v, initial_state, offsets):
+    if initial_state is not None:
+        return initial_state
+    count = q.shape[0] if offsets is None else len(offsets) - 1
+    return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
+
+
+def _check(q, k, v, g, beta, initial_state, cu_seqlens):
+    if q.dim() != 4 or v.dim() != 4 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            "q and k must be [B, T, H, K] and v [B, T, HV, V] with the same B and T, got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}; reshape them"
+        )
+    batch, tokens, heads, dim_k = q.shape
+    if v.shape[2] % heads:
+        raise ValueError(
+            f"the value heads must be a multiple of the key heads, got {v.shape[2]} and {heads}; "
+            "each key head serves the same number of value heads"
+        )
+    if g.shape != v.shape[:3] or beta.shape != v.shape[:3]:
+        raise ValueError(
+            f"g and beta must be [B, T, HV] = {list(v.shape[:3])}, got {list(g.shape)} and "
+            f"{list(beta.shape)}; they have one entry per token and value head"
+        )
+    offsets = sequence_offsets(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        count = batch if offsets is None else len(offsets) - 1
+        check_state(initial_state, (count, v.shape[2], dim_k, v.shape[3]), state_dtype(v), q)
+    return offsets
