@@ -46,7 +46,7 @@ class _Chunks:
 
     def __init__(self, x, dt, g, b, c, wide):
         half = operand_dtype(x)
-        batch, chunks, size, self.heads, dim = x.shape
+        batch, chunks, size, self.heads = x.shape[:4]
         self.groups = b.shape[3]
         self.lead = (batch, chunks)
         self.x, self.dt = x.to(half), dt.to(wide)[..., None]

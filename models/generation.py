@@ -1,0 +1,178 @@
+"""Generation: one call over the prompt, then one recurrent step per token.
+
+Shape letters: B batch, T tokens, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from models.language_model import LanguageModel, State
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token per row: [B, V] to int64 [B].
+
+    Args:
+        logits: [B, V].
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens, or None for all.
+        top_p: keep the most likely tokens that together reach this probability, or None.
+        generator: source of randomness, on the device of the logits.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        # a token goes if those before it already reach top_p: the most likely one always stays
+        drop = probability.cumsum(dim=-1) - probability >= top_p
+        logits = logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Tensor | Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields one new token for each sequence, [B] int64, ``max_new_tokens`` times.
+
+    Args:
+        model: in either mode; it is left in the mode that it came in.
+        prompt: [T] or [B, T] int64; or a list of B prompts [T_i] of any lengths, which are packed
+            without padding.
+        max_new_tokens: how many to yield.
+        temperature, top_k, top_p: see ``sample``.
+        seed: of a generator of its own; None for a random one.
+    Raises:
+        ValueError: at once for an empty prompt and for options out of range.
+    """
+    tokens, cu_seqlens = _pack(prompt)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; use None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}; use None for no limit")
+    generator = torch.Generator(device=tokens.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    options = (temperature, top_k, top_p, generator)
+    return _tokens(model, tokens, cu_seqlens, max_new_tokens, options)
+
+
+def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Prompts as [B, T] tokens and None, or packed as [1, total] and their offsets."""
+    if isinstance(prompt, Tensor):
+        tokens = prompt[None] if prompt.dim() == 1 else prompt
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"prompt must be [T] or [B, T] with at least one token, got {list(prompt.shape)}"
+            )
+        return tokens, None
+    lengths = [len(part) for part in prompt]
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"every prompt must have at least one token, got lengths {lengths}")
+    offsets = [0, *itertools.accumulate(lengths)]
+    return torch.cat(list(prompt))[None], torch.tensor(offsets, dtype=torch.int32)
+
+
+def _tokens(model, tokens, cu_seqlens, max_new_tokens, options) -> Iterator[Tensor]:
+    if max_new_tokens == 0:
+        return
+    with _Inference(model):
+        logits, state = model(tokens, output_state=True, cu_seqlens=cu_seqlens)
+        last = logits[:, -1] if cu_seqlens is None else logits[0, cu_seqlens[1:].long() - 1]
+        token = sample(last, *options)
+    yield token
+    step = None
+    for _ in range(max_new_tokens - 1):
+        with _Inference(model):
+            step = _decoder(model, state) if step is None else step
+            token = sample(step(token), *options)
+        yield token
+
+
+class _Inference:
+    """Inference mode for one step: a generator must not hold a global mode while it is away."""
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+
+    def __enter__(self):
+        self.training = self.model.training
+        self.mode = torch.inference_mode()
+        self.mode.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *error):
+        self.model.train(self.training)
+        self.mode.__exit__(*error)
+
+
+class _EagerDecoder:
+    """One recurrent step: tokens [B] to logits [B, V], keeping the state."""
+
+    def __init__(self, model: LanguageModel, state: State):
+        self.model, self.state = model, state
+
+    def __call__(self, token: Tensor) -> Tensor:
+        logits, self.state = self.model(token[:, None], self.state, output_state=True)
+        return logits[:, 0]
+
+
+class _GraphDecoder:
+    """The same step as one CUDA graph: fixed buffers for token, state and logits, and a replay.
+
+    Without it a step at small batches is bound by Python and launches, not by the GPU.
+    """
+
+    def __init__(self, model: LanguageModel, state: State):
+        self.state = [tuple(tensor.clone() for tensor in layer) for layer in state]
+        rows = state[0][1].shape[0]
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=state[0][1].device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles the norm's kernels and fills the allocator's pools
+                model(self.token, self.state, output_state=True)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            logits, new = model(self.token, self.state, output_state=True)
+            for old_layer, new_layer in zip(self.state, new, strict=True):
+                for old, tensor in zip(old_layer, new_layer, strict=True):
+                    old.copy_(tensor)
+            self.logits = logits[:, 0]
+
+    def __call__(self, token: Tensor) -> Tensor:
+        self.token.copy_(token[:, None])
+        self.graph.replay()
+        return self.logits
+
+
+def _decoder(model: LanguageModel, state: State):
+    on_gpu = state[0][1].device.type == "cuda"
+    return _GraphDecoder(model, state) if on_gpu else _EagerDecoder(model, state)

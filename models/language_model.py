@@ -1,0 +1,187 @@
+"""A language model around either mixer: embedding, pre-norm residual blocks, head.
+
+Shape letters: B batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatednorm import LayerNorm, RMSNorm
+from models.gated_deltanet import GatedDeltaNet
+from models.mamba2 import Mamba2
+
+MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
+DEFAULT_MIXER_ARGS = {
+    "gated_deltanet": {"num_heads": 2, "head_dim": 64, "expand_v": 2.0},
+    "mamba2": {"d_state": 32, "head_dim": 64},
+}
+
+State = list[tuple[Tensor, Tensor]]
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``, [..., D] to [..., D]; arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, and then, if there is an MLP, ``x + mlp(norm(x))``."""
+
+    def __init__(self, mixer: nn.Module, hidden_size: int, mlp_size: int, eps: float, path: str):
+        super().__init__()
+        self.mixer_norm = RMSNorm(hidden_size, eps, norm_before_gate=True, path=path)
+        self.mixer = mixer
+        self.mlp_norm = self.mlp = None
+        if mlp_size:
+            self.mlp_norm = RMSNorm(hidden_size, eps, norm_before_gate=True, path=path)
+            self.mlp = MLP(hidden_size, mlp_size)
+
+    def forward(self, x, state, output_state, cu_seqlens):
+        update, state = self.mixer(self.mixer_norm(x), state, output_state, cu_seqlens)
+        x = x + update
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, head.
+
+    Args:
+        mixer: "gated_deltanet" or "mamba2".
+        vocab_size: V; 256 for bytes.
+        hidden_size, num_layers: D and the number of blocks.
+        mlp_ratio: 0 for no MLP; else its inner size is ``2 / 3 * mlp_ratio * hidden_size``,
+            rounded up to a multiple of 256.
+        mlp_size: the inner size itself, instead of ``mlp_ratio``.
+        tie_embeddings: whether the head is the embedding.
+        norm_eps: inside the root of every norm.
+        norm_path: "training" (autograd) or "inference", of every norm.
+        mixer_args: further arguments of ``GatedDeltaNet`` or ``Mamba2``.
+    Raises:
+        ValueError: for an unknown mixer, and for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        mixer: Literal["gated_deltanet", "mamba2"],
+        *,
+        vocab_size: int = 256,
+        hidden_size: int = 128,
+        num_layers: int = 4,
+        mlp_ratio: float = 0.0,
+        mlp_size: int | None = None,
+        tie_embeddings: bool = True,
+        norm_eps: float = 1e-5,
+        norm_path: str = "training",
+        mixer_args: dict | None = None,
+    ):
+        super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        for name, value in (("vocab_size", vocab_size), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio must be 0 (no MLP) or more, got {mlp_ratio}")
+        if mlp_size is None:
+            mlp_size = -(-int(hidden_size * mlp_ratio * 2 / 3) // 256) * 256
+        args = DEFAULT_MIXER_ARGS[mixer] if mixer_args is None else mixer_args
+        self.mixer, self.hidden_size, self.vocab_size = mixer, hidden_size, vocab_size
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.blocks = nn.ModuleList()
+        for _ in range(num_layers):
+            layer = MIXERS[mixer](hidden_size, norm_eps=norm_eps, norm_path=norm_path, **args)
+            self.blocks.append(Block(layer, hidden_size, mlp_size, norm_eps, norm_path))
+        self.norm = RMSNorm(hidden_size, norm_eps, norm_before_gate=True, path=norm_path)
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small embeddings, so that a new model's loss is that of guessing; residual updates are
+        scaled by the root of their number, so that depth does not raise the stream's size."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.head.weight is not self.embedding.weight:
+            nn.init.normal_(self.head.weight, std=0.02)
+        updates = sum(1 if block.mlp is None else 2 for block in self.blocks)
+        for block in self.blocks:
+            for part in (block.mixer, block.mlp):
+                if part is not None:
+                    part.out_proj.reset_parameters()
+                    with torch.no_grad():
+                        part.out_proj.weight.div_(updates**0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: [B, T] int64, below the vocabulary size.
+            state: what an earlier call returned for the tokens before these.
+            output_state: whether to return the state after the last token: one pair of tensors
+                per layer (the convolution's last inputs, the scan's state), of a size that does
+                not depend on the number of tokens.
+            cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row
+                (B = 1); the state then has one row per sequence.
+        Returns:
+            logits [B, T, V], and the state or None.
+        Raises:
+            ValueError: for tokens that are not [B, T] of at least one token, and for a state or
+                offsets that do not fit.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(
+                f"tokens must be [B, T] with at least one token, got {list(tokens.shape)}; "
+                "add a batch dimension with tokens[None]"
+            )
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(
+                f"state must have one entry per layer, got {len(state)} for {len(self.blocks)} "
+                "layers; pass what this model returned"
+            )
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()  # read by every layer: waits for a GPU once
+        x = self.embedding(tokens)
+        states = []
+        for index, block in enumerate(self.blocks):
+            x, new = block(x, None if state is None else state[index], output_state, cu_seqlens)
+            states.append(new)
+        return self.head(self.norm(x)), states if output_state else None
+
+    @property
+    def norm_path(self) -> str:
+        """The path that every norm in the model takes."""
+        return self.norm.path
+
+    def set_norm_path(self, path: str) -> None:
+        """Set the path of every norm: "training" or "inference"."""
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.path = path
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied one counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def state_to(state: State, *args, **kwargs) -> State:
+    """A copy of a model's state on another device, as ``Tensor.to`` makes it."""
+    return [tuple(tensor.to(*args, **kwargs) for tensor in layer) for layer in state]
