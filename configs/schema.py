@@ -69,6 +69,7 @@ class Mamba2Config(ModelConfig):
     head_dim: int = number(at_least=1)
     expand: int = number(at_least=1)
     n_groups: int = number(at_least=1)
+    norm_groups: int | None = number(at_least=1)
     conv_size: int = number(at_least=1)
 
 

@@ -3,14 +3,14 @@ them are held out for validation.
 
 A document is a file, kept byte for byte (so CRLF, and text that is not UTF-8, survive). It is
 held out when the crc32 of its path, relative to the folder it was found under, says so: the split
-depends neither on order nor on the machine. Of a single document the end is held out.
+depends neither on order nor on the machine. Of a single document, the end is held out.
 """
 
 import glob
 import hashlib
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -59,12 +59,12 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Find, read and split the documents that `config` names. Raises ConfigError."""
     folder, files = find_files(config)
     table = read_files(folder, files)
-    texts, names = list(table["text"]), list(table["name"])
-    held_out = [is_held_out(name, config.hold_out) for name in names]
+    texts = list(table["text"])
     if len(texts) == 1:
         cut = len(texts[0]) - len(texts[0]) // config.hold_out
         train, val = [texts[0][:cut]], [texts[0][cut:]]
     else:
+        held_out = choose_held_out(table["name"], config.hold_out)
         train = [text for text, held in zip(texts, held_out, strict=True) if not held]
         val = [text for text, held in zip(texts, held_out, strict=True) if held]
     corpus = Corpus(Documents.of(train), Documents.of(val))
@@ -97,9 +97,10 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     names = (path.relative_to(folder) for path in found if path.is_file())
     files = sorted(name.as_posix() for name in names if not skip.intersection(name.parts))
     if not files:
+        why = "none there" if Path(config.path or folder).exists() else "no such path"
         raise ConfigError(
-            f"data.path must hold files that end in {', '.join(suffixes)}, got {str(folder)!r} "
-            f"({'none in it' if folder.exists() else 'it does not exist'}); give another path"
+            f"data.path must hold files that end in {', '.join(suffixes)}, got {config.path!r} "
+            f"({why}); give another path"
         )
     return folder, files
 
@@ -128,9 +129,16 @@ def read_files(folder: Path, files: list[str]) -> datasets.Dataset:
             datasets.enable_progress_bars()
 
 
-def is_held_out(name: str, one_in: int) -> bool:
-    """Whether the document of this name is for validation: one in `one_in` of all names is."""
-    return zlib.crc32(name.encode("utf-8", "surrogateescape")) % one_in == 0
+def choose_held_out(names: Iterable[str], one_in: int) -> list[bool]:
+    """Which of the documents of these names are for validation: those whose crc32 is a multiple of
+    `one_in`; at least one is, and at least one is not."""
+    crc = [zlib.crc32(name.encode()) for name in names]
+    held_out = [value % one_in == 0 for value in crc]
+    if not any(held_out):
+        held_out[crc.index(min(crc))] = True
+    elif all(held_out):
+        held_out[crc.index(max(crc))] = False
+    return held_out
 
 
 def _rows(folder: Path, files: tuple[str, ...]) -> Iterator[dict[str, str | bytes]]:
