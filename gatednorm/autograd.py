@@ -24,7 +24,7 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 def backend(device_type: str) -> ModuleType:
     """The module whose `forward` and `backward` run on this device; triton is imported late."""
     return importlib.import_module(
-        ".cpu" if device_type == "cpu" else ".kernels", package=__package__
+        ".cpu" if device_type == "cpu" else ".launch", package=__package__
     )
 
 
