@@ -188,6 +188,13 @@ def bmm_wide(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
+def add_bmm(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """``total += alpha * a @ b``, in place and in the dtype of total, fp32 or fp64."""
+    if a.dtype == total.dtype:
+        return total.baddbmm_(a, b, alpha=alpha)
+    return total.add_(bmm_wide(a, b), alpha=alpha)
+
+
 def decay_matrix(total: Tensor) -> Tensor:
     """``exp(total_i - total_j)`` for i >= j, else 0: [..., C] to [..., C, C]."""
     size = total.shape[-1]

@@ -10,10 +10,10 @@ updates condense into one unit lower triangular system (the WY form)::
 
     A_ij = beta_i (k_i . k_j) exp(G_i - G_j)  for i > j,      [U | W] = (I + A)^-1 beta [v | e^G k]
     Vn   = U - W S,      o = e^G scale q S + tril(scale q k^T * exp(G_i - G_j)) Vn
-    S'   = e^G_C S + (e^(G_C - G) k)^T Vn  =  M S + (e^(G_C - G) k)^T U
+    S'   = e^G_C S + (e^(G_C - G) k)^T Vn
 
-Only ``S' = M S + ...`` is sequential, one small matrix product per chunk; all the rest runs for
-all chunks at once. The backward is closed-form and keeps the same two-phase shape.
+Only Vn and S' are sequential, two small matrix products per chunk; all the rest runs for all
+chunks at once. The backward is closed-form and has the same two phases.
 
 Source: Gated Delta Networks, arXiv 2412.06464; DeltaNet's WY form, arXiv 2406.06484.
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from models.chunks import (
     ChunkLayout,
+    add_bmm,
     block_ranges,
     bmm_wide,
     check_chunk_size,
@@ -111,106 +112,93 @@ def _prepare(q, k, v, g, beta, scale, wide, solve=None) -> _Chunks:
     return _Chunks(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, both, k_out)
 
 
-def _transition(c: _Chunks) -> tuple[Tensor, Tensor]:
-    """``S' = move S + add`` of every chunk: move [X, K, K], add [X, K, V]."""
-    dim_v = c.v.shape[-1]
-    step = bmm_wide(c.k_out.mT, c.both)
-    move = step[..., dim_v:].neg()
-    move.diagonal(dim1=-2, dim2=-1).add_(c.last[:, 0])
-    return move, step[..., :dim_v]
-
-
 class _ChunkScan(torch.autograd.Function):
     """q, k [N, B, HV, C, K], v [N, B, HV, C, V], g, beta [N, B, HV, C] in chunks, initial
     [S, B * HV, K, V]; returns o like v and the final states like initial.
 
-    Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache;
-    the backward recomputes them, and keeps the states and the inverses alone.
+    Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache.
+    Kept for the backward: the inputs, the states, the inverses and Vn; the rest is recomputed.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, scale, segments):
-        chunks, heads = q.shape[0], q.shape[1] * q.shape[2]
+        heads, dim_v = q.shape[1] * q.shape[2], v.shape[-1]
         first, final_of = sequence_ends(segments)
+        half = operand_dtype(q)
         final, o = initial.clone(), empty_chunks(v)
-        states = initial.new_empty(chunks, *initial.shape[1:])
-        solves = []
+        states = initial.new_empty(q.shape[0], *initial.shape[1:], dtype=half)
+        kept = []
         with torch.autocast(q.device.type, enabled=False):
             for lo, hi in block_ranges(v, 0):
                 c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype)
-                move, add = (x.unflatten(0, (-1, heads)) for x in _transition(c))
+                v_new = torch.empty_like(c.v)
+                rows = (c.last, c.k_out.mT, c.both[..., dim_v:], c.both[..., :dim_v], v_new)
+                last, k_out, w, u, new = (x.unflatten(0, (-1, heads)) for x in rows)
                 for n in range(lo, hi):
+                    i = n - lo
                     if n in first:
-                        states[n] = initial[first[n]]
-                    out = final[final_of[n]] if n in final_of else states[n + 1]
-                    torch.baddbmm(add[n - lo], move[n - lo], states[n], out=out)
-                start = states[lo:hi].flatten(0, 1).to(c.q.dtype)
-                v_new = torch.baddbmm(
-                    c.both[..., : v.shape[-1]], c.both[..., v.shape[-1] :], start, alpha=-1
-                )
-                read = torch.bmm((c.q * (c.grow * scale)).to(c.q.dtype), start)
+                        state = initial[first[n]]
+                    states[n] = state
+                    torch.baddbmm(u[i], w[i], states[n], alpha=-1, out=new[i])
+                    state = add_bmm(state * last[i], k_out[i], new[i])
+                    if n in final_of:
+                        final[final_of[n]] = state
+                read = torch.bmm((c.q * (c.grow * scale)).to(half), states[lo:hi].flatten(0, 1))
                 o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
-                solves.append(c.solve)
-        ctx.save_for_backward(q, k, v, g, beta, initial, states, *solves)
+                kept += [c.solve, v_new]
+        ctx.save_for_backward(q, k, v, g, beta, initial, states, *kept)
         ctx.scale, ctx.segments = scale, segments
         return o, final
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, g, beta, initial, states, *solves = ctx.saved_tensors
-        heads, scale = q.shape[1] * q.shape[2], ctx.scale
+        q, k, v, g, beta, initial, states, *kept = ctx.saved_tensors
+        heads, dim_v, scale = q.shape[1] * q.shape[2], v.shape[-1], ctx.scale
         first, final_of = sequence_ends(ctx.segments)
         grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
-        dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
+        dinitial = dfinal.clone()
+        blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
-            for (lo, hi), solve in reversed(list(zip(block_ranges(v, 0), solves, strict=True))):
+            for (lo, hi), solve, v_new in reversed(blocks):
                 c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype, solve)
-                dout = do[lo:hi].to(c.q.dtype).reshape(c.v.shape)
-                q_in = (c.q * (c.grow * scale)).to(c.q.dtype)
-                dim_v = c.v.shape[-1]
+                half = c.q.dtype
+                dout = do[lo:hi].to(half).reshape(c.v.shape)
                 dv_new = torch.bmm(c.attn.mT, dout)
-                # The recurrence transposed: from the gradient of a chunk's last state to that
-                # of the state before it.
-                w = c.both[..., dim_v:].mT
-                move = bmm_wide(w, c.k_out).neg_()
-                move.diagonal(dim1=-2, dim2=-1).add_(c.last[:, 0])
-                add = bmm_wide(q_in.mT, dout).sub_(bmm_wide(w, dv_new))
-                dends = torch.empty_like(add)
-                move, add, rows = (x.unflatten(0, (-1, heads)) for x in (move, add, dends))
+                q_in = (c.q * (c.grow * scale)).to(half)
+                read = bmm_wide(q_in.mT, dout)
+                dends = torch.empty_like(read)
+                rows = (c.last, c.k_out, c.both[..., dim_v:].mT, dv_new, read, dends)
+                last, k_out, w, new, add, ends = (x.unflatten(0, (-1, heads)) for x in rows)
                 for n in reversed(range(lo, hi)):
+                    i = n - lo
                     if n in final_of:
-                        rows[n - lo] = dfinal[final_of[n]]
-                    elif n == hi - 1:
-                        rows[n - lo] = carry
-                    out = dinitial[first[n]] if n in first else carry
-                    if n > lo and n not in first:
-                        out = rows[n - 1 - lo]
-                    torch.baddbmm(add[n - lo], move[n - lo], rows[n - lo], out=out)
-                block = _backward_block(c, states[lo:hi].flatten(0, 1), dends, dout, dv_new, scale)
+                        dstate = dfinal[final_of[n]]
+                    ends[i] = dstate
+                    new[i].baddbmm_(k_out[i], dstate.to(half))
+                    dstate = torch.addcmul(add[i], dstate, last[i])
+                    dstate = add_bmm(dstate, w[i], new[i], alpha=-1)
+                    if n in first:
+                        dinitial[first[n]] = dstate
+                block = _backward_block(c, states[lo:hi], dends, dout, v_new, dv_new, scale)
                 for grad, value in zip(grads, block, strict=True):
                     grad[lo:hi] = value.view(grad[lo:hi].shape)
         return (*grads, dinitial, None, None)
 
 
-def _backward_block(c: _Chunks, states, dends, dout, dv_new, scale):
-    """Gradients of q, k, v, g, beta of one block, given those of its outputs and end states.
-
-    dv_new holds ``attn^T do`` on entry, the part of Vn's gradient that comes from the output.
-    """
+def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
+    """Gradients of q, k, v, g, beta of one block, given those of its outputs, Vn, end states."""
     half, dim_v = c.q.dtype, c.v.shape[-1]
-    start, dend = states.to(half), dends.to(half)
-    u_w, w = c.both, c.both[..., dim_v:]
-    v_new = torch.baddbmm(u_w[..., :dim_v], w, start, alpha=-1)
-    dv_new.baddbmm_(c.k_out, dend)
+    start, dend = states.flatten(0, 1), dends.to(half)
+    u, w = c.both[..., :dim_v], c.both[..., dim_v:]
     dw = torch.bmm(dv_new, start.mT).neg_()
     dq_in = bmm_wide(dout, start.mT)
     dk_out = bmm_wide(v_new, dend.mT)
     dattn = bmm_wide(dout, v_new.mT)
-    dlast = (dends * states).sum((1, 2))[:, None, None] * c.last
+    dlast = (dends * start).sum((1, 2))[:, None, None] * c.last
 
     # The triangular system: [U | W] = (I + A)^-1 [beta v | beta e^G k].
     dv, dk_rhs = torch.bmm(c.solve.mT, dv_new), torch.bmm(c.solve.mT, dw)
-    dkeys = bmm_wide(dv, u_w[..., :dim_v].mT).add_(bmm_wide(dk_rhs, w.mT)).neg_().tril_(-1)
+    dkeys = add_bmm(bmm_wide(dv, u.mT), dk_rhs, w.mT).neg_().tril_(-1)
     wide = c.grow.dtype
     inner = (dk_rhs * c.k).sum(-1, keepdim=True, dtype=wide) * c.grow
     dbeta = (dv * c.v).sum(-1, keepdim=True, dtype=wide).add_(inner)
@@ -225,12 +213,12 @@ def _backward_block(c: _Chunks, states, dends, dout, dv_new, scale):
     dkeys = dkeys.mul_(c.pair).mul_(c.beta).to(half)
     dq_in *= c.grow * scale
     dtotal += (dq_in * c.q).sum(-1, keepdim=True)
-    dq = dq_in.add_(bmm_wide(dattn, c.k))
+    dq = add_bmm(dq_in, dattn, c.k)
     dk_out *= c.shrink
     shrunk = (dk_out * c.k).sum(-1, keepdim=True)
     dtotal -= shrunk
     dtotal[:, -1:] += shrunk.sum(1, keepdim=True) + dlast
-    dk = dk_out.add_(bmm_wide(dattn.mT, c.q)).add_(bmm_wide(dkeys + dkeys.mT, c.k))
+    dk = add_bmm(add_bmm(dk_out, dattn.mT, c.q), dkeys + dkeys.mT, c.k)
     dk.addcmul_(dk_rhs, c.beta * c.grow)
     # g enters through its running sum, so its gradient is the running sum from the end
     return dq, dk, dv, dtotal.flip(1).cumsum(1).flip(1), dbeta

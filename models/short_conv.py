@@ -20,28 +20,28 @@ class _TapSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        taps = weight.shape[1]
-        size = x.shape[1] - taps + 1
-        total = x[:, :size] * weight[:, 0]
-        for tap in range(1, taps):
-            total.addcmul_(x[:, tap : tap + size], weight[:, tap])
+        taps = weight.T.contiguous()  # a tap's weights lie side by side, as the channels do
+        size = x.shape[1] - len(taps) + 1
+        total = x[:, :size] * taps[0]
+        for tap in range(1, len(taps)):
+            total.addcmul_(x[:, tap : tap + size], taps[tap])
         if bias is not None:
             total += bias
-        ctx.save_for_backward(x, weight, bias, total)
+        ctx.save_for_backward(x, taps, total)
+        ctx.has_bias = bias is not None
         return F.silu(total)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, total = ctx.saved_tensors
-        taps, size = weight.shape[1], total.shape[1]
-        gate = torch.sigmoid(total)
-        # silu' = gate * (1 + total * (1 - gate))
-        dtotal = gate.addcmul(total * gate, 1 - gate).mul_(dy)
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
-        for tap in range(taps):
-            dx[:, tap : tap + size].addcmul_(dtotal, weight[:, tap])
-            dweight[:, tap] = (dtotal * x[:, tap : tap + size]).sum((0, 1))
-        return dx, dweight, None if bias is None else dtotal.sum((0, 1))
+        x, taps, total = ctx.saved_tensors
+        size = total.shape[1]
+        dtotal = torch.ops.aten.silu_backward(dy, total)
+        dx, dtaps, product = torch.zeros_like(x), torch.empty_like(taps), torch.empty_like(total)
+        for tap in range(len(taps)):
+            dx[:, tap : tap + size].addcmul_(dtotal, taps[tap])
+            torch.mul(dtotal, x[:, tap : tap + size], out=product)
+            dtaps[tap] = product.sum((0, 1))
+        return dx, dtaps.T, dtotal.sum((0, 1)) if ctx.has_bias else None
 
 
 def short_conv(
