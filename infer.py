@@ -32,7 +32,7 @@ def read_prompt(config: InferConfig) -> bytes:
     return prompt
 
 
-@command("infer", texts=("prompt",), paths=("prompt_file", "checkpoint", "runs_dir"))
+@command("infer", texts=("prompt",), names=("model", "prompt_file", "checkpoint", "runs_dir"))
 def main(config: InferConfig) -> None:
     prompt = read_prompt(config)
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Summary:
     return summary
 
 
-@command("train", paths=("data.path", "runs_dir"))
+@command("train", names=("data.path", "runs_dir"))
 def main(config: TrainConfig) -> None:
     summary = train(config)
     from models.runs import print_summary

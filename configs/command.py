@@ -27,26 +27,23 @@ CHECKS = {"train": train_config, "infer": infer_config}
 
 
 def command(
-    name: str, *, texts: tuple[str, ...] = (), paths: tuple[str, ...] = ()
+    name: str, *, texts: tuple[str, ...] = (), names: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Decorate `main(config)` of `name`.py; `main` may raise ConfigError.
 
-    Keys in `texts` and `paths` take whatever stands after their `=`, which Hydra's grammar would
-    refuse or change (spaces at the end, commas, parentheses); for a path, `null` is still None.
+    Keys in `texts` and `names` take whatever stands after their `=`, which Hydra's grammar would
+    refuse or change (spaces at the end, commas, parentheses); for a name, `null` is still None.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
-            verbatim = _take_verbatim(texts, paths)
+            verbatim = _take_verbatim(texts, names)
 
             def task(values: DictConfig) -> None:
                 # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
-                    config = CHECKS[name](values)
-                    for key, value in verbatim.items():
-                        _set(config, key, value)
-                    main(config)
+                    main(CHECKS[name](values, verbatim))
                 except ConfigError as error:
                     _fail(name, str(error))
 
@@ -102,14 +99,14 @@ def _groups(loader: ConfigLoader, parent: str = "") -> dict[str, list[str]]:
     }
 
 
-def _take_verbatim(texts: tuple[str, ...], paths: tuple[str, ...]) -> dict[str, str | None]:
+def _take_verbatim(texts: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | None]:
     """Takes `key=anything` for these keys out of sys.argv."""
     taken, rest = {}, []
     for argument in sys.argv[1:]:
         key, equals, text = argument.partition("=")
         if equals and key in texts:
             taken[key] = _unquote(text)
-        elif equals and key in paths:
+        elif equals and key in names:
             taken[key] = None if text == "null" else _unquote(text)
         else:
             rest.append(argument)
@@ -124,13 +121,6 @@ def _unquote(text: str) -> str:
     except HydraException:
         return text
     return override.value() if isinstance(override._value, QuotedString) else text
-
-
-def _set(config: Any, key: str, value: str | None) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        config = getattr(config, section)
-    setattr(config, name, value)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,9 @@ raise `ConfigError`: one line that names the value, the rule and the remedy. Imp
 """
 
 import difflib
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -138,11 +140,12 @@ class InferConfig:
     device: str = one_of("auto", "cpu", "cuda")
 
 
-def train_config(composed: DictConfig) -> TrainConfig:
-    """The typed and checked form of a composed train.yaml. Raises ConfigError."""
+def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The typed and checked form of a composed train.yaml, with the values of the dotted keys in
+    `verbatim` instead of the composed ones. Raises ConfigError."""
     name = OmegaConf.select(composed, "model.name")
     _check_choice("model.name", name, tuple(MODELS))
-    config = _typed(TrainConfig(model=MODELS[name]()), composed)
+    config = _typed(TrainConfig(model=MODELS[name]()), composed, verbatim)
     if config.norm.path != "training":
         raise ConfigError(
             f"train.py needs norm=training, got norm={config.norm.path}: the inference path keeps "
@@ -162,9 +165,9 @@ def train_config(composed: DictConfig) -> TrainConfig:
     return config
 
 
-def infer_config(composed: DictConfig) -> InferConfig:
-    """The typed and checked form of a composed infer.yaml. Raises ConfigError."""
-    return _typed(InferConfig(), composed)
+def infer_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> InferConfig:
+    """As `train_config`, for a composed infer.yaml."""
+    return _typed(InferConfig(), composed, verbatim)
 
 
 def nearest(word: str, choices: Any) -> str:
@@ -185,7 +188,7 @@ def all_keys(config: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _typed(schema: Any, composed: DictConfig) -> Any:
+def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None) -> Any:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -195,6 +198,9 @@ def _typed(schema: Any, composed: DictConfig) -> Any:
         rule = str(error).splitlines()[0].rstrip(".")
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key}: {rule}; give another value") from error
+    for key, value in (verbatim or {}).items():
+        *sections, name = key.split(".")
+        setattr(functools.reduce(getattr, sections, config), name, value)
     _check_ranges(config)
     return config
 
