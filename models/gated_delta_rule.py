@@ -126,7 +126,7 @@ class _ChunkScan(torch.autograd.Function):
         first, final_of = sequence_ends(segments)
         half = operand_dtype(q)
         final, o = initial.clone(), empty_chunks(v)
-        states = initial.new_empty(q.shape[0], *initial.shape[1:], dtype=half)
+        states = initial.new_empty(q.shape[0], *initial.shape[1:])
         kept = []
         with torch.autocast(q.device.type, enabled=False):
             for lo, hi in block_ranges(v, 0):
@@ -137,13 +137,12 @@ class _ChunkScan(torch.autograd.Function):
                 for n in range(lo, hi):
                     i = n - lo
                     if n in first:
-                        state = initial[first[n]]
-                    states[n] = state
-                    torch.baddbmm(u[i], w[i], states[n], alpha=-1, out=new[i])
-                    state = add_bmm(state * last[i], k_out[i], new[i])
-                    if n in final_of:
-                        final[final_of[n]] = state
-                read = torch.bmm((c.q * (c.grow * scale)).to(half), states[lo:hi].flatten(0, 1))
+                        states[n] = initial[first[n]]
+                    torch.baddbmm(u[i], w[i], states[n].to(half), alpha=-1, out=new[i])
+                    end = final[final_of[n]] if n in final_of else states[n + 1]
+                    add_bmm(torch.mul(states[n], last[i], out=end), k_out[i], new[i])
+                start = states[lo:hi].flatten(0, 1).to(half)
+                read = torch.bmm((c.q * (c.grow * scale)).to(half), start)
                 o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
                 kept += [c.solve, v_new]
         ctx.save_for_backward(q, k, v, g, beta, initial, states, *kept)
@@ -156,7 +155,7 @@ class _ChunkScan(torch.autograd.Function):
         heads, dim_v, scale = q.shape[1] * q.shape[2], v.shape[-1], ctx.scale
         first, final_of = sequence_ends(ctx.segments)
         grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
-        dinitial = dfinal.clone()
+        dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
             for (lo, hi), solve, v_new in reversed(blocks):
@@ -172,14 +171,14 @@ class _ChunkScan(torch.autograd.Function):
                 for n in reversed(range(lo, hi)):
                     i = n - lo
                     if n in final_of:
-                        dstate = dfinal[final_of[n]]
-                    ends[i] = dstate
-                    new[i].baddbmm_(k_out[i], dstate.to(half))
-                    dstate = torch.addcmul(add[i], dstate, last[i])
-                    dstate = add_bmm(dstate, w[i], new[i], alpha=-1)
-                    if n in first:
-                        dinitial[first[n]] = dstate
-                block = _backward_block(c, states[lo:hi], dends, dout, v_new, dv_new, scale)
+                        ends[i] = dfinal[final_of[n]]
+                    elif n == hi - 1:
+                        ends[i] = carry
+                    new[i].baddbmm_(k_out[i], ends[i].to(half))
+                    start = dinitial[first[n]] if n in first else ends[i - 1] if i else carry
+                    add_bmm(torch.addcmul(add[i], ends[i], last[i], out=start), w[i], new[i], -1)
+                start = states[lo:hi].flatten(0, 1)
+                block = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
                 for grad, value in zip(grads, block, strict=True):
                     grad[lo:hi] = value.view(grad[lo:hi].shape)
         return (*grads, dinitial, None, None)
@@ -188,13 +187,13 @@ class _ChunkScan(torch.autograd.Function):
 def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     """Gradients of q, k, v, g, beta of one block, given those of its outputs, Vn, end states."""
     half, dim_v = c.q.dtype, c.v.shape[-1]
-    start, dend = states.flatten(0, 1), dends.to(half)
+    start, dend = states.to(half), dends.to(half)
     u, w = c.both[..., :dim_v], c.both[..., dim_v:]
     dw = torch.bmm(dv_new, start.mT).neg_()
     dq_in = bmm_wide(dout, start.mT)
     dk_out = bmm_wide(v_new, dend.mT)
     dattn = bmm_wide(dout, v_new.mT)
-    dlast = (dends * start).sum((1, 2))[:, None, None] * c.last
+    dlast = torch.bmm(dends.flatten(1)[:, None], states.flatten(1)[..., None]) * c.last
 
     # The triangular system: [U | W] = (I + A)^-1 [beta v | beta e^G k].
     dv, dk_rhs = torch.bmm(c.solve.mT, dv_new), torch.bmm(c.solve.mT, dw)
