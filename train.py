@@ -42,7 +42,6 @@ def train(config: TrainConfig) -> Summary:
     (before,) = trainer.validate(module, held_out, verbose=False)
     trainer.fit(module, batches)
     (after,) = trainer.validate(module, held_out, verbose=False)
-    trainer.save_checkpoint(run / "last.ckpt")
 
     summary = Summary(
         run=run,

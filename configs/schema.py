@@ -157,7 +157,7 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"optim.min_learning_rate must be at most optim.learning_rate={optim.learning_rate}, "
             f"got {optim.min_learning_rate}; lower it, or raise the other"
         )
-    if not all(0 <= beta < 1 for beta in optim.betas):
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"

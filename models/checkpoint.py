@@ -103,7 +103,8 @@ def find_checkpoint(model: str | None, checkpoint: str | None, runs_dir: str) ->
 
 
 def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
-    """The model of a checkpoint, in eval mode, on the CPU. Raises ConfigError."""
+    """The model of a checkpoint, on the CPU, in eval mode, its weights without gradients. Raises
+    ConfigError."""
     config = read_model_config(folder)
     model = build_model(config, norm_path)
     file = folder / WEIGHTS
@@ -122,7 +123,7 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ConfigError(_damaged(file, f"its tensors are not those of the {CONFIG} beside it"))
     model.load_state_dict(tensors, strict=not tied)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def read_model_config(folder: Path) -> ModelConfig:

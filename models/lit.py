@@ -116,6 +116,20 @@ class ProgressBar(RichProgressBar):
         return shown
 
 
+class Checkpoints(Callback):
+    """Writes `last.ckpt` to `run` every so many steps, and after the last."""
+
+    def __init__(self, run: Path, every: int) -> None:
+        self.run, self.every = run, every
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self.on_train_end(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.run / "last.ckpt")
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes Lightning's checkpoint whole or not at all, with the weights for infer.py beside it,
     and reads it without running code of it."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,7 @@ from rich.table import Table
 from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import save_config
 from models.language_model import LanguageModel
-from models.lit import ProgressBar, Throughput, WholeCheckpoints
+from models.lit import Checkpoints, ProgressBar, Throughput, WholeCheckpoints
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,8 @@ def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput
         enable_model_summary=False,
         logger=CSVLogger(run, name="", version=""),
         plugins=[WholeCheckpoints()],
-        callbacks=[
-            throughput,
-            ProgressBar(),
-            ModelCheckpoint(run, "last", every_n_train_steps=config.trainer.checkpoint_every),
-        ],
+        enable_checkpointing=False,  # Lightning's callback chooses among many; here the last counts
+        callbacks=[throughput, ProgressBar(), Checkpoints(run, config.trainer.checkpoint_every)],
     )
     return trainer, throughput
 

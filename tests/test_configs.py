@@ -1,0 +1,181 @@
+"""Every file in configs/ composes, and every mistake is answered with one line before any work."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.command import CONFIG_DIR, command, compose
+from configs.schema import MODELS, ConfigError, FlaConfig, Mamba2Config
+
+ROOT = CONFIG_DIR.parent
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def run_command(name: str, arguments: list[str], monkeypatch, **keys) -> object:
+    """The config that `name`.py would get from this command line."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    command(name, **keys)(seen.append)()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "trainer"),
+    list(itertools.product(options("model"), options("data"), options("trainer"))),
+)
+def test_every_option_composes(model, data, trainer):
+    config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}"])
+    assert type(config.model) is MODELS[model]
+    assert config.data.name == data
+    assert config.trainer.accelerator == trainer
+    assert config.norm.path == "training"
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("model", options("model"))
+def test_every_experiment_composes(model, experiment):
+    config = compose("train", [f"model={model}", f"experiment={experiment}"])
+    assert config.model.name == model
+    assert config != compose("train", [f"model={model}"])
+
+
+@pytest.mark.parametrize("norm", options("norm"))
+def test_inference_takes_either_norm_path(norm):
+    assert compose("infer", [f"norm={norm}"]).norm.path == norm
+    assert compose("infer").norm.path == "inference"
+
+
+def test_types_are_those_of_the_schema():
+    config = compose("train", ["optim.learning_rate=1", "model.num_v_heads=4"])
+    assert isinstance(config.optim.learning_rate, float)
+    assert config.model.num_v_heads == 4
+    assert config.model.mixer_args() == {
+        "num_heads": 2,
+        "head_dim": 64,
+        "expand_v": 2.0,
+        "num_v_heads": 4,
+        "conv_size": 4,
+    }
+
+
+def test_every_value_has_a_line_in_the_yaml():
+    """A key of the schema that no file mentions would have no documentation and no default."""
+    for name, kind in (("fla", FlaConfig), ("mamba2", Mamba2Config)):
+        text = (CONFIG_DIR / "model" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert set(kind.__dataclass_fields__) <= {line.split(":")[0] for line in text.splitlines()}
+
+
+BAD = [
+    ("modle=fla", "there is no key 'modle'; did you mean model?"),
+    ("model=mamba", "model must be one of fla, mamba2, got 'mamba'; did you mean mamba2?"),
+    ("norm=infrence", "norm must be one of inference, training, got 'infrence'"),
+    ("norm=inference", "train.py needs norm=training, got norm=inference"),
+    ("model.num_head=2", "there is no key 'model.num_head'; did you mean model.num_heads?"),
+    ("model.num_heads=0", "model.num_heads must be at least 1, got 0"),
+    ("model.head_dim=1.5", "model.head_dim: Value '1.5' of type 'float'"),
+    ("model.name=rwkv", "model.name must be one of fla, mamba2, got 'rwkv'"),
+    ("model.norm_eps=0", "model.norm_eps must be above 0, got 0.0"),
+    ("model.norm_eps=nan", "model.norm_eps must be above 0, got nan"),
+    ("optim.steps=0", "optim.steps must be at least 1, got 0"),
+    ("optim.steps=many", "optim.steps: Value 'many' of type 'str'"),
+    ("optim.steps=null", "optim.steps: Incompatible value 'None'"),
+    ("optim.betas=[0.9]", "optim.betas must be two numbers"),
+    ("optim.betas=[0.9,1.0]", "optim.betas must be two numbers"),
+    ("optim.min_learning_rate=1", "optim.min_learning_rate must be at most"),
+    ("data.sequence_length=0", "data.sequence_length must be at least 1, got 0"),
+    ("data.hold_out=1", "data.hold_out must be at least 2, got 1"),
+    ("data=stdlb", "data must be one of stdlib, text, got 'stdlb'; did you mean stdlib?"),
+    ("trainer=tpu", "trainer must be one of"),
+    ("trainer.precision=fp8", "trainer.precision must be one of"),
+    ("seed=-1", "seed must be at least 0 and below"),
+    ("seed=a(b", "cannot read 'seed=a(b'"),
+    ("seed", "cannot read 'seed'"),
+    ("+colour=red", "there is no key 'colour'"),
+    ("experiment=huge", "experiment must be one of"),
+]
+
+
+@pytest.mark.parametrize(("argument", "says"), BAD, ids=[argument for argument, _ in BAD])
+def test_a_mistake_is_one_line(argument, says, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_command("train", [argument], monkeypatch)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert err.startswith("train.py: error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_config_error_of_the_main_function_is_one_line(monkeypatch, capsys):
+    def main(config):
+        raise ConfigError("a\n   b")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        command("train")(main)()
+    assert capsys.readouterr().err == "train.py: error: a b\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("import ", "import "),
+        ("'import '", "import "),
+        ('"import "', "import "),
+        ("def f(a, b=1): # c=${d}", "def f(a, b=1): # c=${d}"),
+        ("it's", "it's"),
+        ("'it\\'s'", "it's"),
+        ("'a' + 'b'", "'a' + 'b'"),
+        ("'", "'"),
+        ("123", "123"),
+        ("null", "null"),
+        ("a\nb\n", "a\nb\n"),
+        ("[1, 2", "[1, 2"),
+        ("\\", "\\"),
+        ("$x", "$x"),
+        ("\u00e9\U0001f600", "\u00e9\U0001f600"),
+    ],
+)
+def test_a_prompt_is_taken_as_it_stands(given, taken, monkeypatch):
+    config = run_command("infer", [f"prompt={given}"], monkeypatch, texts=("prompt",))
+    assert config.prompt == taken
+
+
+@pytest.mark.parametrize("path", ["a (1).txt", "b,c", "d=e", "f[1]", "null", "'null'"])
+def test_a_path_is_taken_as_it_stands(path, monkeypatch):
+    config = run_command("train", [f"data.path={path}"], monkeypatch, names=("data.path",))
+    assert config.data.path == {"null": None, "'null'": "null"}.get(path, path)
+
+
+@pytest.mark.parametrize("script", ["train", "infer"])
+def test_help_reads_like_a_manual_and_comes_at_once(script, tmp_path):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.perf_counter() - began < 10  # 0.5 s on a quiet machine
+    for word in (f"python {script}.py", "norm: inference, training", "seed: 1"):
+        assert word in done.stdout
+    assert done.stderr == ""
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
+    code = (
+        "import sys, train, infer\n"
+        "heavy = {'torch', 'lightning', 'datasets', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

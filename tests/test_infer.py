@@ -1,0 +1,268 @@
+"""infer.py: which checkpoint, which text, and what it says when something is wrong."""
+
+import io
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import infer
+from configs.command import compose
+from configs.schema import ConfigError, InferConfig
+from models.checkpoint import (
+    CONFIG,
+    SHIPPED,
+    WEIGHTS,
+    build_model,
+    find_checkpoint,
+    load_model,
+    save_config,
+    save_weights,
+)
+from models.inference import Continuation
+
+SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
+
+
+def write_checkpoint(folder: Path, model: str, seed: int = 0) -> torch.nn.Module:
+    """An untrained model and its files."""
+    config = compose("train", [f"model={model}", *SMALL])
+    torch.manual_seed(seed)
+    language_model = build_model(config.model, "training").eval()
+    folder.mkdir(parents=True)
+    save_config(folder, config)
+    save_weights(folder, language_model.state_dict())
+    return language_model
+
+
+def run(arguments: list[str], monkeypatch, capfd, stdin: bytes = b"") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `python infer.py ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["infer.py", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    code = 0
+    try:
+        infer.main()
+    except SystemExit as left:
+        code = left.code
+    return code, *capfd.readouterr()
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "runs" / "a", "mamba2")
+    return tmp_path / "runs" / "a"
+
+
+PROMPTS = [
+    "import ",
+    "def f(a, b=1):\n    return '",
+    "x = \"${y}\", 'z'  ",
+    "{a: [b, c]}, d=e\\",
+    "caf\u00e9 \U0001f600 ",
+    "null",
+    " ",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("way", ["prompt", "prompt_file", "standard input"])
+def test_any_prompt_survives(prompt, way, run_folder, monkeypatch, capfd):
+    Path("prompt (1).txt").write_bytes(prompt.encode())
+    argument = {
+        "prompt": f"prompt={prompt}",
+        "prompt_file": "prompt_file=prompt (1).txt",
+        "standard input": "prompt_file=-",
+    }[way]
+    arguments = ["model=mamba2", "max_new_tokens=3", argument]
+    code, out, err = run(arguments, monkeypatch, capfd, prompt.encode())
+    assert code == 0, err
+    assert out.startswith(prompt)
+    assert f"prefill {len(prompt.encode())} tokens" in err
+
+
+def test_a_prompt_that_is_not_utf8_is_read_byte_for_byte(run_folder):
+    Path("p").write_bytes(b"\xff\r\n\0")
+    config = InferConfig(prompt=None, prompt_file="p")
+    assert infer.read_prompt(config) == b"\xff\r\n\0"
+    config = InferConfig(prompt=os.fsdecode(b"a\xff "), prompt_file=None)
+    assert infer.read_prompt(config) == b"a\xff "
+
+
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_both_norm_paths_write_the_same_text_and_say_which_ran(model, tmp_path, monkeypatch, capfd):
+    write_checkpoint(tmp_path / "run", model)
+    texts = []
+    for path in ("inference", "training"):
+        arguments = [f"checkpoint={tmp_path / 'run'}", f"norm={path}", "max_new_tokens=40"]
+        code, out, err = run([*arguments, "temperature=1.5"], monkeypatch, capfd)
+        assert code == 0, err
+        assert f"norm path: {path}" in err
+        texts.append(out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+
+
+def test_the_norm_path_is_set_in_every_norm(run_folder):
+    for path in ("inference", "training"):
+        model = load_model(run_folder, path)
+        assert {m.path for m in model.modules() if hasattr(m, "path")} == {path}
+
+
+def test_the_newest_run_of_the_model_is_taken(tmp_path):
+    for age, (name, model) in enumerate([("c", "fla"), ("b", "mamba2"), ("a", "fla")]):
+        write_checkpoint(tmp_path / name, model)
+        os.utime(tmp_path / name / WEIGHTS, (10**9 - age, 10**9 - age))
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "c"
+    assert find_checkpoint("mamba2", None, str(tmp_path)) == tmp_path / "b"
+    (tmp_path / "c" / CONFIG).write_text("model: [")
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "a"
+
+
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_without_a_run_the_shipped_checkpoint_is_taken_and_it_is_small(
+    model, tmp_path, monkeypatch, capfd
+):
+    assert find_checkpoint(model, None, str(tmp_path)) == SHIPPED / model
+    assert (SHIPPED / model / WEIGHTS).stat().st_size <= 4e6
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"model={model}", "prompt='import '", "max_new_tokens=60", "temperature=0"]
+    code, out, err = run(arguments, monkeypatch, capfd)
+    assert code == 0, err
+    assert str(SHIPPED / model) in err
+    assert "\n" in out
+
+
+@pytest.mark.parametrize("name", ["", WEIGHTS, CONFIG])
+def test_a_checkpoint_is_named_by_its_folder_or_a_file_in_it(name, run_folder):
+    assert find_checkpoint(None, str(run_folder / name), "runs") == run_folder
+
+
+def test_a_saved_model_is_the_model(tmp_path):
+    model = write_checkpoint(tmp_path / "run", "fla", seed=7)
+    loaded = load_model(tmp_path / "run")
+    tokens = torch.arange(60)[None]
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert not loaded.training
+
+
+def test_text_waits_for_whole_characters(run_folder, monkeypatch):
+    text = "a\u00e9\U0001f600".encode() + b"\xff" + b"\xc3"
+    monkeypatch.setattr(
+        "models.inference.generate",
+        lambda model, prompt, count, **_: iter(torch.tensor([[byte] for byte in text])),
+    )
+    pieces = list(Continuation(load_model(run_folder), b"x", len(text)))
+    assert pieces == ["a", "\u00e9", "\U0001f600", "\ufffd", "\ufffd"]
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / WEIGHTS
+    data = bytearray(weights.read_bytes())
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "bit in a tensor":
+        data[-1000] ^= 4
+    elif how == "bit in the header":
+        data[20] ^= 1
+    elif how == "a pickle that runs code":
+        data = bytearray(b"cos\nsystem\n(S'touch was-run'\ntR.")
+    elif how == "other sizes":
+        text = (folder / CONFIG).read_text().replace("hidden_size: 32", "hidden_size: 64")
+        (folder / CONFIG).write_text(text)
+    elif how == "config without a model":
+        (folder / CONFIG).write_text("seed: 1\n")
+    elif how == "config that runs code":
+        (folder / CONFIG).write_text("model: !!python/object/apply:os.system ['touch was-run']\n")
+    elif how == "no config":
+        (folder / CONFIG).unlink()
+    elif how == "no weights":
+        weights.unlink()
+        return
+    weights.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "empty",
+        "bit in a tensor",
+        "bit in the header",
+        "a pickle that runs code",
+        "other sizes",
+        "config without a model",
+        "config that runs code",
+        "no config",
+        "no weights",
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(how, run_folder, monkeypatch, capfd):
+    damage(run_folder, how)
+    code, out, err = run([f"checkpoint={run_folder}"], monkeypatch, capfd)
+    assert code == 2
+    assert err.startswith("infer.py: error: checkpoint ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not Path("was-run").exists()
+
+
+def test_any_flipped_bit_is_found(run_folder):
+    whole = (run_folder / WEIGHTS).read_bytes()
+    generator = random.Random(0)
+    for _ in range(40):
+        data = bytearray(whole)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        (run_folder / WEIGHTS).write_bytes(data)
+        with pytest.raises(ConfigError):
+            load_model(run_folder)
+
+
+BAD = [
+    (["model=rwkv"], "model must be one of fla, mamba2, got 'rwkv'"),
+    (["modle=fla"], "there is no key 'modle'; did you mean model?"),
+    (["norm=fast"], "norm must be one of inference, training, got 'fast'"),
+    (["prompt="], "the prompt must have at least one character"),
+    (["prompt=''"], "the prompt must have at least one character"),
+    (["prompt_file=-"], "the prompt must have at least one character"),
+    (["prompt_file=missing.txt"], "prompt_file must be a file that can be read, got 'missing.txt'"),
+    (["prompt=a", "prompt_file=b"], "prompt and prompt_file cannot both be set"),
+    (["checkpoint=missing"], "checkpoint must be a run folder"),
+    (["checkpoint=broken.ckpt"], "checkpoint must be a run folder"),
+    (["model=fla", "checkpoint=runs/a"], "must be of model=fla, got 'runs/a' of model=mamba2"),
+    (["max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
+    (["temperature=-1"], "temperature must be at least 0"),
+    (["top_p=0"], "top_p must be above 0 and at most 1"),
+    (["top_k=0"], "top_k must be at least 1"),
+    (["device=tpu"], "device must be one of auto, cpu, cuda"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_mistake_is_one_line(arguments, says, run_folder, monkeypatch, capfd):
+    Path("broken.ckpt").write_bytes(b"broken")
+    code, out, err = run(arguments, monkeypatch, capfd)
+    assert code == 2
+    assert says in err
+    assert err.startswith("infer.py: error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_the_command_streams_text_and_prints_speeds(run_folder):
+    script = Path(infer.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), "model=mamba2", "prompt_file=-", "max_new_tokens=5"],
+        input=b"import os\ndef ",
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.startswith(b"import os\ndef ")
+    assert b"decode 5 tokens" in done.stderr
+    assert done.stderr.strip().count(b"\n") == 0

@@ -1,0 +1,251 @@
+"""train.py's own code, for real: it learns, keeps what it learnt, and refuses what cannot work."""
+
+import csv
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train
+from configs.command import compose
+from configs.schema import ConfigError, OptimConfig
+from models.checkpoint import load_model
+from models.corpus import load_corpus
+from models.generation import generate
+from models.lit import Throughput, learning_rate_factor
+from models.plots import compressors, plot_loss, smooth
+
+TINY = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.head_dim=16",
+    "optim.steps=3",
+    "optim.batch_size=2",
+    "data.sequence_length=32",
+    "data.val_tokens=256",
+    "trainer=cpu",
+]
+
+
+def unigram_entropy(text: np.ndarray) -> float:
+    """Bits per byte of a text whose bytes are drawn with the frequencies they have in it."""
+    frequency = np.bincount(text, minlength=256) / text.size
+    frequency = frequency[frequency > 0]
+    return float(-(frequency * np.log2(frequency)).sum())
+
+
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_a_model_learns_and_its_checkpoint_generates_what_it_did(model, tmp_path):
+    config = compose(
+        "train",
+        [
+            f"model={model}",
+            f"runs_dir={tmp_path}",
+            "optim.steps=110",
+            "optim.warmup_steps=20",
+            "data.sequence_length=128",
+            "optim.batch_size=8",
+            "data.val_tokens=65536",
+            "trainer=cpu",
+        ],
+    )
+    summary = train.train(config)
+
+    entropy = unigram_entropy(load_corpus(config.data).val.tokens)
+    assert 3.5 < entropy < 6
+    assert summary.after <= 0.7 * entropy < summary.before
+
+    loaded = load_model(summary.run, "inference")
+    assert loaded.norm_path == "inference"
+    prompt = torch.tensor(list(b"import os\n\ndef "))
+    before = [int(token) for token in generate(summary.model, prompt, 80, seed=3)]
+    assert before == [int(token) for token in generate(loaded, prompt, 80, seed=3)]
+    assert len(set(before)) > 5
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    config = compose("train", [*TINY, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
+    return config, train.train(config)
+
+
+def test_a_run_is_one_folder_with_everything_in_it(tiny_run):
+    config, summary = tiny_run
+    assert summary.run.parent == Path(config.runs_dir)
+    assert sorted(path.name for path in summary.run.iterdir()) == [
+        "config.yaml",
+        "last.ckpt",
+        "loss.png",
+        "metrics.csv",
+        "model.safetensors",
+    ]
+    saved = yaml.safe_load((summary.run / "config.yaml").read_text())
+    assert saved["model"]["hidden_size"] == 32
+    assert saved["optim"]["steps"] == 3
+    assert summary.tokens == 3 * 2 * 32
+    assert summary.parameters == sum(p.numel() for p in summary.model.parameters())
+    with (summary.run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(bool(row["train_bpb"]) for row in rows) == 3
+    assert [float(row["val_bpb"]) for row in rows if row["val_bpb"]] == pytest.approx(
+        [summary.before, summary.after]
+    )
+
+
+def test_validation_is_the_mean_over_all_rows(tiny_run):
+    config, summary = tiny_run
+    val = load_corpus(config.data).val.tokens
+    begins = np.linspace(0, len(range(0, len(val) - 32, 32)) - 1, 8).round().astype(int) * 32
+    rows = torch.stack([torch.from_numpy(val[b : b + 33].astype(np.int64)) for b in begins])
+    with torch.no_grad():
+        probability = summary.model(rows[:, :-1])[0].double().softmax(-1)
+    bits = -probability.gather(-1, rows[:, 1:, None]).log2().mean()
+    assert summary.after == pytest.approx(bits.item(), rel=1e-4)
+
+
+def test_the_lightning_checkpoint_opens_without_running_code(tiny_run):
+    _, summary = tiny_run
+    checkpoint = torch.load(summary.run / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"position": 3}]
+    weights = load_model(summary.run).state_dict()
+    for name, tensor in weights.items():
+        assert torch.equal(checkpoint["state_dict"][f"model.{name}"], tensor)
+
+
+def test_the_same_seed_trains_the_same_weights(tiny_run, tmp_path):
+    _, summary = tiny_run
+    again = train.train(compose("train", [*TINY, f"runs_dir={tmp_path}"]))
+    for one, other in zip(summary.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    other_seed = train.train(compose("train", [*TINY, f"runs_dir={tmp_path}", "seed=2"]))
+    assert other_seed.after != summary.after
+
+
+def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
+    from models.runs import create_run
+
+    config = compose("train", [f"runs_dir={tmp_path}"])
+    assert len({create_run(config) for _ in range(5)}) == 5
+
+
+BAD = [
+    (["norm=inference"], "needs norm=training"),
+    (["model=mamba2", "model.norm_groups=7"], "norm_groups"),
+    (["model=mamba2", "model.head_dim=48"], "head_dim"),
+    (["model.num_v_heads=3"], "num_v_heads"),
+    (["data.path=missing"], "data.path must hold files"),
+    (["data=text"], "data=text needs data.path"),
+    (["data.sequence_length=0"], "data.sequence_length must be at least 1"),
+    (["data.sequence_length=100000000"], "data.sequence_length must be below"),
+    (["runs_dir=file/runs"], "runs_dir must be a folder"),
+]
+if not torch.cuda.is_available():
+    BAD.append((["trainer=gpu"], "trainer.accelerator must be one that this machine has"))
+
+
+@pytest.mark.parametrize(("overrides", "says"), BAD, ids=[" ".join(o) for o, _ in BAD])
+def test_a_mistake_is_one_line_and_leaves_nothing(overrides, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert err.startswith("train.py: error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_trains_without_a_warning(tmp_path):
+    script = Path(train.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), *TINY],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert "arn" not in done.stdout  # neither Warning nor warning
+    for words in ("parameters", "tokens seen", "tokens/s", "validation before", "metrics.csv"):
+        assert words in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert str(run.name) in done.stdout
+
+
+def test_the_command_refuses_the_inference_path_before_any_work(tmp_path):
+    command = [sys.executable, str(Path(train.__file__)), "model=fla", "norm=inference"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "backward" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_smallest():
+    optim = OptimConfig(
+        steps=100,
+        batch_size=1,
+        learning_rate=1e-2,
+        min_learning_rate=1e-3,
+        warmup_steps=10,
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+        gradient_clip=0.0,
+    )
+    factors = [learning_rate_factor(optim)(step) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert np.diff(factors[:10]).min() > 0
+    assert np.diff(factors[10:]).max() < 0
+
+
+def test_throughput_counts_tokens():
+    throughput = Throughput(100)
+    assert throughput.tokens_per_s == 0
+    throughput.tokens, throughput.seconds = 600, 1.5
+    assert throughput.tokens_per_s == 400
+
+
+def test_a_moving_average_starts_at_the_first_value():
+    assert smooth(np.array([3.0, 3.0, 3.0]), 5).tolist() == pytest.approx([3, 3, 3])
+    assert smooth(np.array([8.0, 0.0]), 1).tolist() == pytest.approx([8, 8 / 3])
+
+
+def test_the_compressors_are_those_of_the_shell():
+    bits = compressors(b"import os\n" * 1000)
+    assert set(bits) == {"gzip", "bz2", "xz"}
+    assert all(0 < value < 0.2 for value in bits.values())
+
+
+def test_the_picture_is_a_picture(tmp_path):
+    rows = [f"{step},{8 / (1 + step)},{8.0 if step == 0 else ''}" for step in range(50)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,train_bpb,val_bpb", *rows]))
+    plot_loss(tmp_path / "metrics.csv", tmp_path / "loss.png", "a title", {"gzip": 2.0, "xz": 1.98})
+    data = (tmp_path / "loss.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width >= 1200
+    assert height >= 600
+
+
+def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):
+    config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}"])
+    config.data.path = "missing"
+    with pytest.raises(ConfigError):
+        train.train(config)
+    assert not (tmp_path / "runs").exists()
