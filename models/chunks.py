@@ -195,10 +195,19 @@ def add_bmm(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     return total.add_(bmm_wide(a, b), alpha=alpha)
 
 
-def decay_matrix(total: Tensor) -> Tensor:
-    """``exp(total_i - total_j)`` for i >= j, else 0: [..., C] to [..., C, C]."""
+def decay_dtype(half: torch.dtype) -> torch.dtype:
+    """What decays are summed and subtracted in, for chunk-parallel products that read ``half``.
+
+    Their exponentials come from differences of long sums: in fp32 these lose digits that fp32
+    products would keep. 16-bit products have none to lose.
+    """
+    return torch.float64 if half in (torch.float32, torch.float64) else torch.float32
+
+
+def decay_matrix(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exp(total_i - total_j)`` for i >= j, else 0, in ``dtype``: [..., C] to [..., C, C]."""
     size = total.shape[-1]
     upper = torch.ones(size, size, dtype=torch.bool, device=total.device).triu_(1)
     # exp of what is masked away could overflow, so it is masked before
-    pair = total[..., :, None] - total[..., None, :]
+    pair = (total[..., :, None] - total[..., None, :]).to(dtype)
     return pair.masked_fill_(upper, float("-inf")).exp_()

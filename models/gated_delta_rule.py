@@ -34,6 +34,7 @@ from models.chunks import (
     bmm_wide,
     check_chunk_size,
     check_state,
+    decay_dtype,
     decay_matrix,
     empty_chunks,
     operand_dtype,
@@ -96,10 +97,11 @@ def _prepare(q, k, v, g, beta, scale, wide, solve=None) -> _Chunks:
     size, dim_k, dim_v = q.shape[3], q.shape[4], v.shape[4]
     q, k, v = (x.to(half).reshape(-1, size, x.shape[4]) for x in (q, k, v))
     beta = beta.to(wide).reshape(-1, size, 1)
-    total = g.to(wide).cumsum(-1).reshape(-1, size)
-    pair, total = decay_matrix(total), total[..., None]
-    grow, last = total.exp(), total[:, -1:].exp()
-    shrink = (total[:, -1:] - total).exp_()
+    total = g.cumsum(-1, dtype=decay_dtype(half)).reshape(-1, size)
+    pair, total = decay_matrix(total, wide), total[..., None]
+    shrink = (total[:, -1:] - total).to(wide).exp_()
+    grow = total.to(wide).exp()
+    last = grow[:, -1:]
     keys = bmm_wide(k, k.mT).mul_(pair)
     attn = bmm_wide(q, k.mT).mul_(pair).mul_(scale).to(half)
     if solve is None:
@@ -203,7 +205,8 @@ def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     dbeta = (dv * c.v).sum(-1, keepdim=True, dtype=wide).add_(inner)
     weighted = dkeys * c.keys
     dbeta += weighted.sum(-1, keepdim=True)
-    weighted.mul_(c.beta).add_(dattn * c.attn)
+    exact = decay_dtype(half)  # the running sum below cancels what these sums have in common
+    weighted = weighted.mul_(c.beta).add_(dattn * c.attn).to(exact)
     dtotal = inner * c.beta + weighted.sum(-1, keepdim=True) - weighted.sum(-2)[..., None]
     dv = dv * c.beta
 
@@ -214,13 +217,14 @@ def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     dtotal += (dq_in * c.q).sum(-1, keepdim=True)
     dq = add_bmm(dq_in, dattn, c.k)
     dk_out *= c.shrink
-    shrunk = (dk_out * c.k).sum(-1, keepdim=True)
+    shrunk = (dk_out * c.k).sum(-1, keepdim=True).to(exact)
     dtotal -= shrunk
     dtotal[:, -1:] += shrunk.sum(1, keepdim=True) + dlast
     dk = add_bmm(add_bmm(dk_out, dattn.mT, c.q), dkeys + dkeys.mT, c.k)
     dk.addcmul_(dk_rhs, c.beta * c.grow)
     # g enters through its running sum, so its gradient is the running sum from the end
-    return dq, dk, dv, dtotal.flip(1).cumsum(1).flip(1), dbeta
+    dg = dtotal.flip(1).cumsum(1).flip(1)
+    return dq, dk, dv, dg, dbeta
 
 
 def chunk_gated_delta_rule(

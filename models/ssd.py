@@ -32,6 +32,7 @@ from models.chunks import (
     bmm_wide,
     check_chunk_size,
     check_state,
+    decay_dtype,
     decay_matrix,
     operand_dtype,
     sequence_ends,
@@ -50,11 +51,12 @@ class _Chunks:
         self.groups = b.shape[3]
         self.lead = (batch, chunks)
         self.x, self.dt = x.to(half), dt.to(wide)[..., None]
-        total = g.to(wide).cumsum(2)
-        self.pair = decay_matrix(total.mT.contiguous())  # [B, n, H, C, C]
+        total = g.cumsum(2, dtype=decay_dtype(half))
+        self.pair = decay_matrix(total.mT.contiguous(), wide)  # [B, n, H, C, C]
         total = total[..., None]
-        self.grow, self.last = total.exp(), total[:, :, -1:].exp()
-        self.shrink = (total[:, :, -1:] - total).exp_()
+        self.shrink = (total[:, :, -1:] - total).to(wide).exp_()
+        self.grow = total.to(wide).exp()
+        self.last = self.grow[:, :, -1:]
         self.b, self.c = self.by_group(b.to(half)), self.by_group(c.to(half))
         scores = bmm_wide(self.c, self.b.mT).view(*self.lead, self.groups, 1, size, size)
         self.attn = (self.pair.unflatten(2, (self.groups, -1)) * scores).to(half)
@@ -166,6 +168,8 @@ def _backward_block(p, states, dends, dout, dread):
     read = p.columns(torch.bmm(p.c, start) * dread).sum(-1, dtype=dc.dtype)
     shrunk = p.columns(dwrite * p.write_out).sum(-1, dtype=dc.dtype)
     dlast = (states * dends).sum((3, 5)).flatten(2) * p.last[:, :, 0, :, 0]
+    exact = decay_dtype(half)  # the running sum below cancels what these sums have in common
+    shrunk = shrunk.to(exact)
     dtotal = read - shrunk
     dtotal[:, :, -1] += shrunk.sum(2) + dlast
     dwrite = p.columns(dwrite) * p.shrink
@@ -173,7 +177,7 @@ def _backward_block(p, states, dends, dout, dread):
     # Within the chunk: y = (C B^T * pair) (dt x).
     dout = p.by_head(dout)
     dattn = bmm_wide(dout, p.write.mT)
-    weighted = dattn * p.attn
+    weighted = (dattn * p.attn).to(exact)
     dtotal += p.tokens((weighted.sum(-1) - weighted.sum(-2))[..., None])[..., 0]
     dscores = dattn.view_as(p.pair).mul_(p.pair).unflatten(2, (p.groups, -1)).sum(3)
     dscores = dscores.flatten(0, 2).to(half)
