@@ -89,6 +89,7 @@ def _affine(p: Problem, xhat: Tensor, w, b, x_dtype: torch.dtype, w_dtype) -> tu
     return xhat, h
 
 
+@torch.autocast("cpu", enabled=False)  # it would turn inner products into bf16
 def forward(
     p: Problem,
     x: Tensor,
@@ -127,6 +128,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b).unsqueeze(-1)
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     p: Problem,
     dy: Tensor,

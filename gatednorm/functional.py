@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .autograd import LayerNormFn, run_backward, run_forward, traced
-from .problem import describe, rows_of
+from .problem import check_overlap, describe, rows_of
 
 NORM_PATHS = ("training", "inference")
 
@@ -215,16 +215,38 @@ def layernorm_backward(
         raise ValueError(
             f"dy must have the shape of x, got {tuple(dy.shape)} and {tuple(x.shape)}"
         )
-    if tuple(rstd.shape) != (p.n_rows, p.n_groups) or (mean is None) != p.is_rms_norm:
-        raise ValueError(
-            f"rstd must be [rows, groups] = {[p.n_rows, p.n_groups]} and mean None exactly for RMS, "
-            f"got {list(rstd.shape)} and {'None' if mean is None else list(mean.shape)}; "
-            "pass what layernorm_forward returned for the same options"
+    for name, stat in (("rstd", rstd), ("mean", mean)):
+        if name == "mean" and p.is_rms_norm:
+            continue
+        fits = (
+            isinstance(stat, Tensor)
+            and tuple(stat.shape) == (p.n_rows, p.n_groups)
+            and stat.dtype == p.compute_dtype
+            and stat.device == x.device
+            and stat.is_contiguous()
         )
-    for given, like in ((dx, x), (dz, z)):
-        if given is not None:
-            describe(like, weight, bias, dy, given, *options, given.dtype)
-            describe(x, None, None, z, given, *options, given.dtype)
+        if not fits:
+            raise ValueError(
+                f"{name} must be a contiguous [rows, groups] = {[p.n_rows, p.n_groups]} tensor in "
+                f"{p.compute_dtype} on {x.device}, got "
+                f"{(list(stat.shape), stat.dtype) if isinstance(stat, Tensor) else stat}; pass what "
+                "layernorm_forward returned for the same x and options"
+            )
+    inputs = dict(dy=dy, x=x, weight=weight, bias=bias, z=z, mean=mean, rstd=rstd)
+    for out_name, out, like in (("dx", dx, x), ("dz", dz, z)):
+        if out is None:
+            continue
+        if like is None:
+            raise ValueError(f"{out_name} is given, but there is no gate; pass {out_name}=None")
+        if out.dtype != like.dtype:
+            raise TypeError(f"{out_name} must be {like.dtype} like its input, got {out.dtype}")
+        describe(dy, None, None, None, out, *options, out.dtype)
+        for name, other in (inputs | dict(dx=dx if out is dz else None)).items():
+            if other is not None and check_overlap(name, other, out, out_name):
+                raise ValueError(
+                    f"{out_name} must not be {name}, which is read after {out_name} is written; "
+                    "pass None for a new tensor"
+                )
     rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
     with torch.no_grad():
         return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

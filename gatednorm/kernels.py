@@ -16,6 +16,7 @@ normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = triton.knobs.runtime.interpret
 NVIDIA = tl.constexpr(
@@ -26,6 +27,18 @@ UNSPECIALIZED = [
     "y_s0", "y_s1", "y_s2", "dy_s0", "dy_s1", "dy_s2", "dx_s0", "dx_s1", "dx_s2",
     "dz_s0", "dz_s1", "dz_s2",
 ]  # fmt: skip
+
+
+@triton.jit
+def _overlap(PDL: tl.constexpr):
+    """Let the next kernel be set up now, and wait until the one before has written its results.
+
+    Programmatic dependent launch (NVIDIA, from compute capability 9.0 on) hides the launch latency
+    of short kernels; nothing that another kernel writes may be read before this.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -83,16 +96,13 @@ def _row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.con
 
 
 @triton.jit
-def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-          EVICT: tl.constexpr):  # fmt: skip
+def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
     col = first + tl.arange(0, BLOCK)
     mask = live[:, None]
     if not FULL:
         mask = mask & (col < N)[None, :]
-    return tl.load(
-        ptr + offset[:, None] + col[None, :], mask=mask, other=0.0, eviction_policy=EVICT
-    )
+    return tl.load(ptr + offset[:, None] + col[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -185,10 +195,10 @@ def _affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
 def _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
                  FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
     """What is normalised, and the gate as loaded: `x` or `x * act(z)`, and `z`."""
-    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
+    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL)
     z = u
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL)
     u = u.to(tl.float32)
     if GATE_FIRST:
         u = u * _act(z.to(tl.float32), SIGMOID)
@@ -221,6 +231,7 @@ def forward_kernel(
     FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, STATS_GIVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = (norm(x) * w + b) * act(z), or norm(x * act(z)) * w + b with GATE_FIRST.
 
@@ -229,6 +240,7 @@ def forward_kernel(
     """
     GATE_LAST: tl.constexpr = z_ptr is not None and not GATE_FIRST
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
+    _overlap(PDL)
     pid = tl.program_id(0).to(tl.int64)
     column_tile = pid % (GROUPS * CHUNKS)
     row = pid // (GROUPS * CHUNKS) * ROWS + tl.arange(0, ROWS)
@@ -287,41 +299,60 @@ def forward_kernel(
 
 
 @triton.jit
-def _head(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, dz_ptr, dz_off, w, b, mean, rstd, live, first,
-          HAS_W: tl.constexpr, HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-          FULL: tl.constexpr, IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr,
-          SIGMOID: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr,
-          EVICT: tl.constexpr):  # fmt: skip
-    """One piece up to the row sums: `xhat`, its rounded value, `g`, `dxhat`, and for a gate that
-    comes first `act(z)` and `x * act'(z)`. A gate that comes last is finished here: `dz`."""
-    g = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT).to(tl.float32)
-    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT).to(tl.float32)
-    u = x
-    act = x
-    x_slope = x
+def _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
+          BLOCK: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+    """`dy`, `x`, `z` of one piece as they lie in memory; without a gate `z` is `x`."""
+    dy = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL)
+    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL)
+    z = x
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT).to(tl.float32)
-        act, slope = _act_slope(z, SIGMOID)
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL)
+    return dy, x, z
+
+
+@triton.jit
+def _prefetch(ptr, offset, N: tl.constexpr):
+    """Ask for a row of 16-bit values to be brought into the L2 cache, one 128-byte line a request."""
+    if NVIDIA:
+        line = tl.arange(0, N // 64) * 64
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [(ptr + offset[:, None] + line[None, :]).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
+           HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+           IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
+           ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+    """One piece: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, and `dz`: the whole of it for a
+    gate that comes last, its factor `x * act'(z)` for a gate that comes first."""
+    g = dy.to(tl.float32)
+    u = x.to(tl.float32)
+    act = u
+    dz = u
+    if HAS_Z:
+        act, slope = _act_slope(z.to(tl.float32), SIGMOID)
         if GATE_FIRST:
-            u = x * act
-            x_slope = x * slope
+            dz = u * slope
+            u = u * act
     if not IS_RMS:
         u = _centre(u, mean, first, N, BLOCK, FULL)
     xhat = u * rstd[:, None]
     rounded, h = _affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
-    if z_ptr is not None:
-        if not GATE_FIRST:
-            if dz_ptr is not None:
-                _store(dz_ptr, dz_off, live, first, g * h * slope, N, BLOCK, FULL)
-            g = g * act
+    if HAS_Z and not GATE_FIRST:
+        dz = g * h * slope
+        g = g * act
     dxhat = g
     if HAS_W:
         dxhat = g * w
-    return xhat, rounded, g, dxhat, act, x_slope
+    return xhat, rounded, g, dxhat, act, dz
 
 
 @triton.jit
-def _tail(xhat, dxhat, act, x_slope, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live, first,
+def _tail(xhat, dxhat, act, dz, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live, first,
           N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, IS_RMS: tl.constexpr,
           GATE_FIRST: tl.constexpr):  # fmt: skip
     """One piece after the row sums: `dx`, and `dz` of a gate that comes first."""
@@ -330,7 +361,7 @@ def _tail(xhat, dxhat, act, x_slope, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_of
         du -= c2[:, None]
     du *= rstd[:, None]
     if GATE_FIRST:
-        _store(dz_ptr, dz_off, live, first, du * x_slope, N, BLOCK, FULL)
+        _store(dz_ptr, dz_off, live, first, du * dz, N, BLOCK, FULL)
         du *= act
     _store(dx_ptr, dx_off, live, first, du, N, BLOCK, FULL)
 
@@ -357,7 +388,7 @@ def backward_kernel(
     FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, SUMS_GIVEN: tl.constexpr,
-    STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr,
+    STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """du = rstd * (dxhat - xhat * c1 - c2), c1 = mean(dxhat * xhat), c2 = mean(dxhat) (0 for RMS).
 
@@ -371,7 +402,9 @@ def backward_kernel(
     D: tl.constexpr = N * GROUPS
     HAS_W: tl.constexpr = w_ptr is not None
     HAS_B: tl.constexpr = b_ptr is not None
-    KEEP: tl.constexpr = "evict_last" if RELOAD else ""
+    HAS_Z: tl.constexpr = z_ptr is not None
+    _overlap(PDL)
+    zero = (n_workers >> 40) * 16  # 0, which only the caller knows; divisible by any alignment
     pid = tl.program_id(0).to(tl.int64)
     column_tile = pid % (GROUPS * CHUNKS)
     worker = pid // (GROUPS * CHUNKS)
@@ -423,25 +456,39 @@ def backward_kernel(
 
         if not HOIST:
             w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
-        xhat_a, rounded, g, dxhat_a, act_a, xs_a = _head(
-            dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, dz_ptr, dz_off, w_a, b_a, mean, rstd,
-            live, first, HAS_W, HAS_B, N, BLOCK_A, FULL_A, IS_RMS, GATE_FIRST, SIGMOID,
-            ROUND_NORM, ROUND_WEIGHT, KEEP)  # fmt: skip
-        if w_ptr is not None:
+        dy_a, x_a, z_a = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
+                               N, BLOCK_A, FULL_A)  # fmt: skip
+        xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
+            dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
+            IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+        if HAS_Z and not GATE_FIRST:
+            _store(dz_ptr, dz_off, live, first, dz_a, N, BLOCK_A, FULL_A)
+        if HAS_W:
             dw_a = tl.fma(g, rounded, dw_a)
-        if b_ptr is not None:
+        if HAS_B:
             db_a += g
         if BLOCK_B > 0:
             if not HOIST:
                 w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
-            xhat_b, rounded, g, dxhat_b, act_b, xs_b = _head(
-                dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, dz_ptr, dz_off, w_b, b_b, mean, rstd,
-                live, BLOCK_A, HAS_W, HAS_B, N, BLOCK_B, FULL, IS_RMS, GATE_FIRST, SIGMOID,
-                ROUND_NORM, ROUND_WEIGHT, KEEP)  # fmt: skip
-            if w_ptr is not None:
+            dy_b, x_b, z_b = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
+                                   N, BLOCK_B, FULL)  # fmt: skip
+            xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
+                dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
+                FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+            if HAS_Z and not GATE_FIRST:
+                _store(dz_ptr, dz_off, live, BLOCK_A, dz_b, N, BLOCK_B, FULL)
+            if HAS_W:
                 dw_b = tl.fma(g, rounded, dw_b)
-            if b_ptr is not None:
+            if HAS_B:
                 db_b += g
+        if RELOAD and FULL:
+            ahead = tl.minimum(tile + n_workers, n_rows - 1) + tl.arange(0, ROWS)
+            if not LONG:
+                ahead = ahead.to(tl.int32)
+            _prefetch(dy_ptr, _row_offset(ahead, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN), N)
+            _prefetch(x_ptr, _row_offset(ahead, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN), N)
+            if HAS_Z:
+                _prefetch(z_ptr, _row_offset(ahead, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN), N)
         c2 = rstd
         if SUMS_GIVEN:
             c1 = tl.load(c1_ptr + stat, mask=live, other=0.0)
@@ -458,23 +505,25 @@ def backward_kernel(
                     c2 += _row_sum(dxhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
                 c2 = _mean(c2, N)
         if RELOAD:
+            dy_a, x_a, z_a = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
+                                   live, first, N, BLOCK_A, FULL_A)  # fmt: skip
             if not HOIST:
                 w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
-            xhat_a, rounded, g, dxhat_a, act_a, xs_a = _head(
-                dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, None, dz_off, w_a, b_a, mean, rstd,
-                live, first, HAS_W, HAS_B, N, BLOCK_A, FULL_A, IS_RMS, GATE_FIRST, SIGMOID,
-                ROUND_NORM, ROUND_WEIGHT, "evict_first")  # fmt: skip
-        _tail(xhat_a, dxhat_a, act_a, xs_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
+            xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
+                dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
+                FULL_A, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+        _tail(xhat_a, dxhat_a, act_a, dz_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
               first, N, BLOCK_A, FULL_A, IS_RMS, GATE_FIRST)  # fmt: skip
         if BLOCK_B > 0:
             if RELOAD:
+                dy_b, x_b, z_b = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr,
+                                       z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL)  # fmt: skip
                 if not HOIST:
                     w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
-                xhat_b, rounded, g, dxhat_b, act_b, xs_b = _head(
-                    dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, None, dz_off, w_b, b_b, mean, rstd,
-                    live, BLOCK_A, HAS_W, HAS_B, N, BLOCK_B, FULL, IS_RMS, GATE_FIRST, SIGMOID,
-                    ROUND_NORM, ROUND_WEIGHT, "evict_first")  # fmt: skip
-            _tail(xhat_b, dxhat_b, act_b, xs_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
+                xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
+                    dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
+                    FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+            _tail(xhat_b, dxhat_b, act_b, dz_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
                   BLOCK_A, N, BLOCK_B, FULL, IS_RMS, GATE_FIRST)  # fmt: skip
 
     if w_ptr is not None:
@@ -494,9 +543,10 @@ def forward_sums_kernel(
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64, eps: tl.float32,
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
-    IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
+    IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`mean` and `rstd` `[rows, GROUPS]` of one wide row and group per program, in chunks."""
+    _overlap(PDL)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
@@ -544,8 +594,10 @@ def backward_sums_kernel(
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`c1` and `c2` `[rows, GROUPS]` of one wide row and group per program, in chunks."""
+    _overlap(PDL)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
@@ -572,10 +624,10 @@ def backward_sums_kernel(
     c2 = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         w, b = _load_parameters(w_ptr, None, first, ADD, N, BLOCK)
-        xhat, _, _, dxhat, _, _ = _head(
-            dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, None, z_off, w, b, mean, rstd,
-            live, first, w_ptr is not None, False, N, BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID,
-            None, None, "")  # fmt: skip
+        dy, x, z = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL)
+        xhat, _, _, dxhat, _, _ = _terms(
+            dy, x, z, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
+            BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip
         c1 += dxhat * xhat
         c2 += dxhat
     c1 = _row_sum(c1, 1, BLOCK, REPEATS, WARPS)
@@ -588,9 +640,10 @@ def backward_sums_kernel(
 @triton.jit(do_not_specialize=["n_workers"])
 def reduce_kernel(
     dw_part_ptr, db_part_ptr, dw_ptr, db_ptr, n_workers: tl.int64,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up `[n_workers, D]` partial sums of `dw` and `db`, always in the same order."""
+    _overlap(PDL)
     col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -1,6 +1,8 @@
 """Tiles and launches: which program owns which rows, and how a compiled kernel is started.
 
-Tiles follow from the group's width and the dtype, never from the number of rows.
+Tiles follow from the group's width and the options, never from the number of rows. A call's
+arguments to Triton are worked out once and kept with its Problem; then a launch is a few pointers
+and a call into the compiled kernel, past Triton's own binder, which costs more than the kernel.
 """
 
 import functools
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels import INTERPRETED, tl
+from .kernels import INTERPRETED, NVIDIA, tl
 from .problem import Problem, rows_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -38,8 +40,7 @@ class Tile(NamedTuple):
         """How a row's sum runs: 8 columns a thread, 256 a warp, side by side, then repeated."""
         options = {}
         for piece, block in (("A", self.block_a), ("B", self.block_b)):
-            warps = max(1, min(self.num_warps, block // 256))
-            options[f"WARPS_{piece}"] = warps
+            options[f"WARPS_{piece}"] = max(1, min(self.num_warps, block // 256))
             options[f"REPEATS_{piece}"] = max(1, block // (256 * self.num_warps))
         return options
 
@@ -59,167 +60,253 @@ def _pieces(n: int) -> tuple[int, int]:
 
 @functools.cache
 def forward_tile(n: int) -> Tile:
-    """The forward's tile for groups of `n` columns."""
+    """The forward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
     if n > WIDEST:
-        return Tile(1, CHUNK, 0, -(-n // CHUNK), 4, 1, 0)
+        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
     a, b = _pieces(n)
-    rows = max(1, min(32, 4096 // a))
-    num_warps = min(16, max(1, (a * rows) // 1024))
-    return Tile(rows, a, b, 1, num_warps, 1, 0)
+    if a < 256:
+        return Tile(min(128, 2048 // a), a, b, 1, 4)
+    if a < 1024:
+        return Tile(1024 // a, a, b, 1, 2)
+    if a < 8192:
+        return Tile(1, a, b, 1, min(8, a // 256))
+    return Tile(1, a, b, 1, a // 1024, maxnreg=64)
 
 
 @functools.cache
 def backward_tile(n: int) -> Tile:
-    """The backward's tile for groups of `n` columns."""
+    """The backward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
     if n > WIDEST:
-        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, 1, 2)
+        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
     a, b = _pieces(n)
-    rows = max(1, min(32, 2048 // a))
-    num_warps = min(16, max(4, (a * rows) // 512))
-    return Tile(rows, a, b, 1, num_warps, 1, max(1, 16 // num_warps))
+    if a < 256:
+        return Tile(min(64, 2048 // a), a, b, 1, 8, stages=3, workers_per_sm=2)
+    if a < 1024:
+        return Tile(512 // a, a, b, 1, 1, stages=3, workers_per_sm=8)
+    if a < 2048:
+        return Tile(1, a, b, 1, 2, stages=3, workers_per_sm=4)
+    if a < 4096:
+        return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=2)
+    if a + b == 4096:
+        return Tile(1, a, b, 1, 8, stages=1, workers_per_sm=2)
+    if a + b <= 8192:
+        return Tile(1, a, b, 1, a // 512, stages=3, workers_per_sm=1)
+    return Tile(1, a, b, 1, 16, workers_per_sm=1, hoist=False, reload=True)
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
+    if device.type == "cpu":  # under the interpreter: enough for several workers
         return 2
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.gpu_eu_count // 8
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device may be launched before the one before them has ended."""
+    return bool(NVIDIA) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class Launch:
+    """One kernel with all that a call needs but its tensors.
+
+    The first call goes through Triton, which compiles; later ones start the compiled kernel with
+    the tensors' addresses. Addresses that are not divisible by 16, for which Triton compiles
+    another variant, and other vendors' GPUs always go through Triton.
+    """
+
+    __slots__ = ("device", "grid", "kernel", "options", "runner", "scalars", "static")
+
+    def __init__(self, kernel, device, grid: int, scalars: tuple, options: dict, tile: Tile | None):
+        self.kernel = kernel
+        self.device = device
+        self.grid = (grid, 1, 1)
+        self.scalars = scalars
+        self.options = options | dict(PDL=not INTERPRETED and _overlaps(device))
+        self.static = (*scalars, *self.options.values())
+        self.runner = None
+        if not INTERPRETED:
+            self.options |= dict(num_warps=tile.num_warps if tile else 4, enable_fp_fusion=False)
+            if NVIDIA:
+                self.options |= dict(launch_pdl=self.options["PDL"])
+                self.options |= dict(maxnreg=tile.maxnreg if tile else None)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        runner = self.runner
+        if runner is None:
+            return self._through_triton(tensors)
+        bits = 0
+        pointers = []
+        for t in tensors:
+            if t is None:
+                pointers.append(None)
+            else:
+                pointer = t.data_ptr()
+                bits |= pointer
+                pointers.append(pointer)
+        if bits & 15:
+            return self._through_triton(tensors)
+        index = self.device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return runner(*pointers, *self.static)
+        return runner(*pointers, *self.static, stream=torch._C._cuda_getCurrentRawStream(index))
+
+    def _through_triton(self, tensors: tuple) -> None:
+        kernel = self.kernel[self.grid]
+        if self.device.type == "cpu":
+            kernel(*tensors, *self.scalars, **self.options)
+            return
+        with torch.get_device_module(self.device).device(self.device.index):
+            compiled = kernel(*tensors, *self.scalars, **self.options)
+            if NVIDIA and not any(t is not None and t.data_ptr() % 16 for t in tensors):
+                self.runner = compiled[self.grid]
 
 
 def _pad(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return (*strides, 0, 0, 0)[:3]
 
 
-def _align(strides: tuple[tuple[int, ...], ...]) -> int:
-    """The largest power of two up to 16 that divides every stride."""
-    return min(16, math.gcd(16, *(s for tensor in strides for s in tensor)))
+def _geometry(p: Problem, tile: Tile, tensors: list[Tensor | None]) -> tuple[tuple, list, dict]:
+    """Inner outer sizes, three strides for each tensor, and DIMS, ALIGN, LONG."""
+    sizes, merged = rows_of(p.shape, *(t.stride() for t in tensors if t is not None))
+    each = iter(merged)
+    strides = [_pad(()) if t is None else _pad(next(each)) for t in tensors]
+    align = math.gcd(16, *(s for tensor in merged for s in tensor))
+    long = p.n_rows + tile.rows >= 2**31
+    return (*sizes[1:], 1, 1)[:2], strides, dict(DIMS=len(sizes), ALIGN=align, LONG=long)
 
 
-@functools.lru_cache(maxsize=4096)
-def _geometry(shape: torch.Size, *strides: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
-    """Sizes `(size1, size2)`, padded strides of each tensor, and DIMS, ALIGN."""
-    sizes, merged = rows_of(shape, *strides)
-    inner = (*sizes[1:], 1, 1)[:2]
-    return inner, tuple(_pad(s) for s in merged), (len(sizes), _align(merged))
-
-
-def _options(p: Problem, tile: Tile, has_z: bool, x_dtype, w_dtype) -> dict:
-    round_weight = w_dtype and torch.promote_types(x_dtype, w_dtype)
+def _tile_options(p: Problem, tile: Tile) -> dict:
     return dict(
-        N=p.group_size,
-        GROUPS=p.n_groups,
+        N=p.group_size, GROUPS=p.n_groups, CHUNKS=tile.chunks, ROWS=tile.rows,
+        BLOCK_A=tile.block_a, BLOCK_B=tile.block_b,
+        REPEATS_A=tile.sums["REPEATS_A"], REPEATS_B=tile.sums["REPEATS_B"],
+        WARPS_A=tile.sums["WARPS_A"], WARPS_B=tile.sums["WARPS_B"],
         FULL=p.group_size % (tile.block_a + tile.block_b) == 0,
-        LONG=p.n_rows + tile.rows >= 2**31,
-        IS_RMS=p.is_rms_norm,
-        GATE_FIRST=has_z and not p.norm_before_gate,
-        SIGMOID=p.activation == "sigmoid",
-        ADD=float(p.zero_centered),
-        ROUND_NORM=TL_DTYPES[x_dtype] if p.round_norm and x_dtype != torch.float32 else None,
-        ROUND_WEIGHT=TL_DTYPES[round_weight]
-        if p.round_weight and round_weight not in (None, torch.float32)
-        else None,
-    )
+    )  # fmt: skip
 
 
-def _tile_options(tile: Tile) -> dict:
+def _sums_options(p: Problem, tile: Tile) -> dict:
     return dict(
-        CHUNKS=tile.chunks,
-        ROWS=tile.rows,
-        BLOCK_A=tile.block_a,
-        BLOCK_B=tile.block_b,
-        **tile.sums,
+        N=p.group_size, GROUPS=p.n_groups, BLOCK=tile.block_a,
+        REPEATS=tile.sums["REPEATS_A"], WARPS=tile.sums["WARPS_A"],
+        FULL=p.group_size % tile.block_a == 0,
+    )  # fmt: skip
+
+
+def _norm_options(p: Problem, z: Tensor | None) -> dict:
+    return dict(
+        IS_RMS=p.is_rms_norm,
+        GATE_FIRST=z is not None and not p.norm_before_gate,
+        SIGMOID=p.activation == "sigmoid",
     )
 
 
-def _start(kernel, grid: int, args: tuple, options: dict, num_warps: int, maxnreg=None) -> None:
-    launch = {} if INTERPRETED else dict(num_warps=num_warps, enable_fp_fusion=False)
-    if maxnreg and not INTERPRETED:
-        launch["maxnreg"] = maxnreg
-    kernel[(grid,)](*args, **options, **launch)
+def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
+    """The dtypes that a value is rounded to on its way, None for no rounding."""
+
+    def rounds(when: bool, dtype: torch.dtype):
+        return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
+
+    after = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    return dict(
+        ADD=float(p.zero_centered),
+        ROUND_NORM=rounds(p.round_norm, x.dtype),
+        ROUND_WEIGHT=rounds(p.round_weight, after),
+    )
 
 
-def forward(p: Problem, x, z, weight, bias, out: Tensor, mean, rstd) -> None:
-    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
+def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]:
     tile = forward_tile(p.group_size)
-    present = [t for t in (x, out, z) if t is not None]
-    (size1, size2), strides, (dims, align) = _geometry(p.shape, *(t.stride() for t in present))
-    sx, sy, sz = strides if z is not None else (*strides, (0, 0, 0))
-    common = _options(p, tile, z is not None, x.dtype, weight.dtype if weight is not None else None)
-    common |= dict(DIMS=dims, ALIGN=align)
+    inner, (sx, sz, sy), rows = _geometry(p, tile, [x, z, out])
     wide = tile.chunks > 1
+    norm = _norm_options(p, z)
+    sums = None
     if wide:
-        stats = torch.empty(2, p.n_rows, p.n_groups, dtype=torch.float32, device=x.device)
-        rstd = stats[0] if rstd is None else rstd
-        mean = stats[1] if mean is None else mean
-        sums = {k: v for k, v in common.items() if k not in ("ADD", "ROUND_NORM", "ROUND_WEIGHT")}
-        _start(
-            kernels.forward_sums_kernel,
-            p.n_rows * p.n_groups,
-            (x, z, mean, rstd, p.n_rows, size1, size2, *sx, *sz, p.eps),
-            sums | dict(BLOCK=tile.block_a, REPEATS=tile.sums["REPEATS_A"], WARPS=tile.sums["WARPS_A"]),
-            tile.num_warps,
-        )
-    _start(
-        kernels.forward_kernel,
-        -(-p.n_rows // tile.rows) * p.n_groups * tile.chunks,
-        (x, z, weight, bias, out, mean, rstd, p.n_rows, size1, size2, *sx, *sz, *sy, p.eps),
-        common | _tile_options(tile) | dict(STATS_GIVEN=wide),
-        tile.num_warps,
-        tile.maxnreg,
-    )
+        sums = Launch(
+            kernels.forward_sums_kernel, x.device, p.n_rows * p.n_groups,
+            (p.n_rows, *inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm, tile,
+        )  # fmt: skip
+    tiles = -(-p.n_rows // tile.rows) * p.n_groups * tile.chunks
+    main = Launch(
+        kernels.forward_kernel, x.device, tiles,
+        (p.n_rows, *inner, *sx, *sz, *sy, p.eps),
+        _tile_options(p, tile) | rows | norm | _rounding(p, x, weight) | dict(STATS_GIVEN=wide),
+        tile,
+    )  # fmt: skip
+    return main, sums
+
+
+def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> None:
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
+    key = rstd is None
+    plan = p.plans.get(key)
+    if plan is None:
+        plan = p.plans[key] = _plan_forward(p, x, z, weight, out)
+    main, sums = plan
+    if sums is not None:
+        if rstd is None:
+            rstd = torch.empty(p.n_rows, p.n_groups, dtype=torch.float32, device=x.device)
+            mean = None if p.is_rms_norm else torch.empty_like(rstd)
+        sums(x, z, mean, rstd)
+    main(x, z, weight, bias, out, mean, rstd)
+
+
+def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
+    tile = backward_tile(p.group_size)
+    inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
+    wide = tile.chunks > 1
+    norm = _norm_options(p, z)
+    rounding = _rounding(p, x, weight)
+    sums = None
+    if wide:
+        sums = Launch(
+            kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
+            (p.n_rows, *inner, *sdy, *sx, *sz),
+            _sums_options(p, tile) | rows | norm | dict(ADD=rounding["ADD"]), tile,
+        )  # fmt: skip
+    column_tiles = p.n_groups * tile.chunks
+    workers = -(-_multiprocessors(x.device) * tile.workers_per_sm // column_tiles)
+    workers = max(1, min(workers, -(-p.n_rows // tile.rows)))
+    main = Launch(
+        kernels.backward_kernel, x.device, workers * column_tiles,
+        (p.n_rows, workers, *inner, *sdy, *sx, *sz, *sdx, *sdz),
+        _tile_options(p, tile) | rows | norm | rounding
+        | dict(SUMS_GIVEN=wide, STAGES=tile.stages, HOIST=tile.hoist, RELOAD=tile.reload),
+        tile,
+    )  # fmt: skip
+    block = max(8, min(128, _power_of_2_above(p.width) // 64))
+    reduce = Launch(
+        kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
+        dict(D=p.width, ROWS=1024 // block, BLOCK=block), None,
+    )  # fmt: skip
+    return main, sums, reduce, workers
 
 
 def backward(
-    p: Problem, dy: Tensor, x, z, weight, bias, mean, rstd: Tensor, dx: Tensor, dz
+    p: Problem, dy: Tensor, x: Tensor, z, weight, bias, mean, rstd: Tensor, dx: Tensor, dz
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    tile = backward_tile(p.group_size)
-    present = [t for t in (dy, x, dx, z, dz) if t is not None]
-    (size1, size2), strides, (dims, align) = _geometry(p.shape, *(t.stride() for t in present))
-    sdy, sx, sdx, sz, sdz = strides if z is not None else (*strides, (0, 0, 0), (0, 0, 0))
-    common = _options(p, tile, z is not None, x.dtype, weight.dtype if weight is not None else None)
-    common |= dict(DIMS=dims, ALIGN=align)
-    wide = tile.chunks > 1
+    key = (dy.stride(), dx.stride(), None if dz is None else dz.stride(), dy.dtype, dx.dtype)
+    plan = p.plans.get(key)
+    if plan is None:
+        plan = p.plans[key] = _plan_backward(p, dy, x, z, weight, bias, dx, dz)
+    main, sums, reduce, workers = plan
     c1 = c2 = None
-    if wide:
-        c1, c2 = torch.empty(2, p.n_rows, p.n_groups, dtype=torch.float32, device=x.device)
-        sums = {k: v for k, v in common.items() if k not in ("ROUND_NORM", "ROUND_WEIGHT")}
-        _start(
-            kernels.backward_sums_kernel,
-            p.n_rows * p.n_groups,
-            (dy, x, z, weight, mean, rstd, c1, c2, p.n_rows, size1, size2, *sdy, *sx, *sz),
-            sums | dict(BLOCK=tile.block_a, REPEATS=tile.sums["REPEATS_A"], WARPS=tile.sums["WARPS_A"]),
-            tile.num_warps,
-        )
-    column_tiles = p.n_groups * tile.chunks
-    row_tiles = -(-p.n_rows // tile.rows)
-    workers = -(-_multiprocessors(x.device) * tile.workers_per_sm // column_tiles)
-    workers = max(1, min(workers, row_tiles))
-    partial = functools.partial(torch.empty, workers, p.width, dtype=torch.float32, device=x.device)
-    dw_part = None if weight is None else partial()
-    db_part = None if bias is None else partial()
-    _start(
-        kernels.backward_kernel,
-        workers * column_tiles,
-        (
-            dy, x, z, weight, bias, mean, rstd, c1, c2, dx, dz, dw_part, db_part,
-            p.n_rows, workers, size1, size2, *sdy, *sx, *sz, *sdx, *sdz,
-        ),
-        common | _tile_options(tile) | dict(SUMS_GIVEN=wide, STAGES=tile.stages, HOIST=tile.hoist, RELOAD=tile.reload),
-        tile.num_warps,
-        tile.maxnreg,
-    )  # fmt: skip
-    if weight is None and bias is None:
-        return None, None
-    dw = None if weight is None else torch.empty_like(weight)
-    db = None if bias is None else torch.empty_like(bias)
-    block = max(8, min(128, _power_of_2_above(p.width) // 64))
-    _start(
-        kernels.reduce_kernel,
-        -(-p.width // block),
-        (dw_part, db_part, dw, db, workers),
-        dict(D=p.width, ROWS=1024 // block, BLOCK=block),
-        4,
-    )
+    if sums is not None:
+        c1 = torch.empty(p.n_rows, p.n_groups, dtype=torch.float32, device=x.device)
+        c2 = None if p.is_rms_norm else torch.empty_like(c1)
+        sums(dy, x, z, weight, mean, rstd, c1, c2)
+    dw = db = dw_part = db_part = None
+    if weight is not None:
+        dw = torch.empty_like(weight)
+        dw_part = torch.empty(workers, p.width, dtype=torch.float32, device=x.device)
+    if bias is not None:
+        db = torch.empty_like(bias)
+        db_part = torch.empty(workers, p.width, dtype=torch.float32, device=x.device)
+    main(dy, x, z, weight, bias, mean, rstd, c1, c2, dx, dz, dw_part, db_part)
+    if dw is not None or db is not None:
+        reduce(dw_part, db_part, dw, db)
     return dw, db

@@ -6,6 +6,7 @@ tensors of a call into at most three that every one of them can address by strid
 
 import functools
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_OUTER_DIMS = 3
 
 
-class Problem(NamedTuple):
-    """A checked call: `n_rows` rows of `width` channels in `n_groups` groups of `group_size`."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """A checked call: `n_rows` rows of `width` channels in `n_groups` groups of `group_size`.
+
+    Calls with the same metadata and options share one Problem, so a launcher keeps in `plans` what
+    it worked out for it.
+    """
 
     shape: torch.Size
     n_rows: int
@@ -36,6 +42,7 @@ class Problem(NamedTuple):
     round_weight: bool
     out_dtype: torch.dtype
     compute_dtype: torch.dtype
+    plans: dict = field(default_factory=dict, repr=False)
 
 
 class Rows(NamedTuple):
@@ -112,7 +119,7 @@ def _check_tensor(name: str, meta: tuple | None, like: tuple | None = None) -> N
         )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)
 def _describe(
     x: tuple,
     weight: tuple | None,
@@ -170,9 +177,10 @@ def _describe(
     if out is not None:
         if out_dtype is not None and out[2] != out_dtype:
             raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
-        if any(size > 1 and step == 0 for size, step in zip(out[0], out[1], strict=True)):
+        if _overlaps_itself(out[0], out[1]):
             raise ValueError(
-                f"out must not overlap itself, got strides {tuple(out[1])} for shape {tuple(shape)}"
+                f"out must not overlap itself, got strides {tuple(out[1])} for shape {tuple(shape)}; "
+                "pass a tensor that was not expanded, or None for a new one"
             )
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
@@ -229,12 +237,21 @@ def describe(
     if out is not None:
         for name, other in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
             if other is not None:
-                _check_overlap(name, other, out)
-    return _describe(
+                check_overlap(name, other, out)
+    metas = (
         _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
-        _meta("out", out), eps, group_size, norm_before_gate, is_rms_norm, activation,
-        zero_centered, numerics, out_dtype,
+        _meta("out", out),
     )  # fmt: skip
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
+        out_dtype,
+    )  # fmt: skip
+    try:
+        return _describe(*metas, *options)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        raise TypeError(f"options must be plain numbers, names and dtypes, got {options}") from None
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -244,30 +261,58 @@ def _span(t: Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * t.element_size()
 
 
-def _check_overlap(name: str, other: Tensor, out: Tensor) -> None:
-    """`out` may be exactly an input, or share no element with it.
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two indices of a tensor may name one element."""
+    reach = 0
+    for step, size in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
 
-    Slices of one packed buffer interleave: they are disjoint when their rows start at different
-    places within the same row stride and are short enough not to meet.
+
+def _meets(distance: int, dims: list[tuple[int, int]]) -> bool:
+    """Whether two tensors of equal sizes and strides, `distance` elements apart, share an element.
+
+    `dims` are (stride, size), the largest stride first; for strides that nest, at most a few steps
+    of each dimension can bring the two together.
+    """
+    if not dims:
+        return distance == 0
+    (step, size), rest = dims[0], dims[1:]
+    reach = sum((n - 1) * s for s, n in rest)
+    first = max(1 - size, -((reach - distance) // step))
+    last = min(size - 1, (distance + reach) // step)
+    if last - first > 64:
+        return True
+    return any(_meets(distance - k * step, rest) for k in range(first, last + 1))
+
+
+def check_overlap(name: str, other: Tensor, out: Tensor, out_name: str = "out") -> bool:
+    """Refuse an output that shares elements with an input, unless the two are one view.
+
+    Returns:
+        Whether they are one view.
+
+    Raises:
+        ValueError: when they share an element and are not, or cannot be told to share none.
     """
     if not isinstance(out, Tensor) or not isinstance(other, Tensor):
-        return
-    if other.numel() == 0 or other.device != out.device:
-        return
+        return False
+    if other.numel() == 0 or other.device != out.device or other.device.type == "meta":
+        return False
     (a, a_end), (b, b_end) = _span(other), _span(out)
     if a_end <= b or b_end <= a:
-        return
+        return False
+    size = out.element_size()
     same = other.shape == out.shape and other.stride() == out.stride()
-    if same and other.element_size() == out.element_size():
+    if same and other.element_size() == size and (b - a) % size == 0:
         if a == b:
-            return
-        steps = [s for n, s in zip(out.shape[:-1], out.stride()[:-1], strict=True) if n > 1]
-        width, size = out.shape[-1], out.element_size()
-        if steps and all(s % min(steps) == 0 for s in steps):
-            between = (b - a) % (min(steps) * size)
-            if width * size <= between <= (min(steps) - width) * size:
-                return
+            return True
+        dims = [(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]
+        if not _meets((b - a) // size, sorted(dims, reverse=True)):
+            return False
     raise ValueError(
-        f"out overlaps {name} without being the same view of it, and would corrupt it; "
-        f"pass {name} itself, a slice that shares no element with it, or a new tensor"
+        f"{out_name} overlaps {name} without being the same view of it, and would corrupt it; "
+        f"pass a slice that shares no element with {name}, or None for a new tensor"
     )
