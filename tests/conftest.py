@@ -1,0 +1,87 @@
+"""What every test file shares: the interpreter without a GPU, the two paths of the norm, profiles."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+GPU = torch.cuda.is_available()
+if not GPU:  # must be in place before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+TRITON = importlib.util.find_spec("triton") is not None
+
+# Derandomized: a run is a function of the code alone, and a failure shrinks and repeats.
+settings.register_profile(
+    "gatednorm",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    print_blob=False,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
+settings.load_profile("gatednorm")
+
+
+class Path:
+    """One way to run the norm: `device` for the tensors, whether the Triton kernels run, and how."""
+
+    def __init__(self, name: str):
+        self.kernels = name == "kernels"
+        self.device = "cuda" if self.kernels and GPU else "cpu"
+        # The interpreter truncates where bf16 is stored; bf16 is judged on the GPU alone.
+        self.dtypes = [torch.float32, torch.float16]
+        if not self.kernels or GPU:
+            self.dtypes.append(torch.bfloat16)
+        if not self.kernels:
+            self.dtypes.append(torch.float64)
+
+    def __repr__(self) -> str:
+        return "kernels" if self.kernels else "cpu"
+
+
+def _kernels_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send CPU tensors to the Triton kernels, which the interpreter runs."""
+    from gatednorm import autograd, launch
+
+    monkeypatch.setattr(autograd, "backend", lambda device_type: launch)
+
+
+KERNELS = pytest.param(
+    "kernels",
+    marks=[
+        *([pytest.mark.gpu] if GPU else []),
+        pytest.mark.skipif(not TRITON, reason="triton is not installed"),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", KERNELS])
+def path(request, monkeypatch) -> Path:
+    """The closed form on CPU tensors, and the Triton kernels: on a GPU, or under the interpreter."""
+    if request.param == "kernels" and not GPU:
+        _kernels_on_cpu_tensors(monkeypatch)
+    return Path(request.param)
+
+
+@pytest.fixture(params=[KERNELS])
+def kernels(request, monkeypatch) -> Path:
+    """The Triton kernels alone."""
+    if not GPU:
+        _kernels_on_cpu_tensors(monkeypatch)
+    return Path("kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if GPU:
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
