@@ -87,6 +87,21 @@ def check_state(
 BLOCK_ELEMENTS = 1 << 17
 
 
+def check_mixer_state(
+    state: tuple[Tensor, Tensor] | None, shapes: tuple[tuple, tuple], x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mixer's state as its two tensors, checked before any work: the convolution's, in the dtype
+    that a product of x and weight has, and the scan's."""
+    if state is None:
+        return None, None
+    conv, scan = state
+    device = x.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    check_state(conv, shapes[0], half, x, "the convolution's state")
+    check_state(scan, shapes[1], state_dtype(weight), x, "the scan's state")
+    return conv, scan
+
+
 class ChunkLayout:
     """Where the tokens of a batch, or of packed sequences, lie when cut into chunks.
 
@@ -183,7 +198,7 @@ def bmm_wide(a: Tensor, b: Tensor) -> Tensor:
     """Batched product [X, I, J] x [X, J, K] in fp32 (fp64), whatever the operands' dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and torch.__version__ >= "2.8":
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 

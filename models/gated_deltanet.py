@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm, rmsnorm_fn
-from models.chunks import check_state, sequence_offsets, state_dtype
+from models.chunks import check_mixer_state, sequence_offsets
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.short_conv import short_conv
 
@@ -115,12 +115,9 @@ class GatedDeltaNet(nn.Module):
         """
         batch, tokens = x.shape[:2]
         offsets = sequence_offsets(cu_seqlens, batch, tokens)
+        shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
+        conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
         qkv, z, b, a = self.in_proj(x).split(self.widths, dim=-1)
-        conv_state, scan_state = (None, None) if state is None else state
-        if state is not None:
-            shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
-            check_state(conv_state, shapes[0], qkv.dtype, x, "the convolution's state")
-            check_state(scan_state, shapes[1], state_dtype(x), x, "the scan's state")
         qkv, conv_state = short_conv(qkv, self.conv_weight, self.conv_bias, conv_state, offsets)
 
         qk, v = qkv.split(

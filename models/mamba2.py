@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.chunks import check_state, sequence_offsets, state_dtype
+from models.chunks import check_mixer_state, sequence_offsets, state_dtype
 from models.short_conv import short_conv
 from models.ssd import chunk_ssd, recurrent_ssd
 
@@ -120,12 +120,9 @@ class Mamba2(nn.Module):
         """
         batch, tokens = x.shape[:2]
         offsets = sequence_offsets(cu_seqlens, batch, tokens)
+        shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
+        conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
         z, xbc, dt = self.in_proj(x).split(self.widths, dim=-1)
-        conv_state, scan_state = (None, None) if state is None else state
-        if state is not None:
-            shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
-            check_state(conv_state, shapes[0], xbc.dtype, x, "the convolution's state")
-            check_state(scan_state, shapes[1], state_dtype(x), x, "the scan's state")
         xbc, conv_state = short_conv(xbc, self.conv_weight, self.conv_bias, conv_state, offsets)
 
         maps = self.n_groups * self.d_state

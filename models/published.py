@@ -1,0 +1,338 @@
+"""Published checkpoints: their configuration and weights, as a LanguageModel.
+
+Three formats, told apart by their ``config.json``:
+
+- transformers' Mamba-2 (``Mamba2ForCausalLM``), ``"model_type": "mamba2"``;
+- the state-spaces one (``MambaLMHeadModel``), ``"ssm_cfg": {"layer": "Mamba2"}``;
+- flash-linear-attention's Gated DeltaNet (``GatedDeltaNetForCausalLM``),
+  ``"model_type": "gated_deltanet"``.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.language_model import LanguageModel
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint, and the rows of the parameter that it fills."""
+
+    source: str
+    target: str
+    rows: int | None = None  # None: all of them
+
+
+def is_published(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint in one of the formats above."""
+    try:
+        return _format(_read_json(Path(folder) / "config.json")) is not None
+    except ValueError:
+        return False
+
+
+def download(name: str) -> Path:
+    """The local copy of a checkpoint on the Hugging Face hub, ``owner/name``.
+
+    Raises:
+        ValueError: where the hub, or the package that reaches it, is not there.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            f"checkpoint {name!r} is not a folder, and huggingface_hub is not installed to look "
+            "for it on the hub; pip install huggingface_hub, or give a folder"
+        ) from error
+    patterns = ["config.json", "tokenizer*", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"checkpoint {name!r} is neither a folder nor on the hub ({reason}); give a folder "
+            "with config.json and model.safetensors, or a hub id owner/name"
+        ) from error
+
+
+def load_published(
+    folder: str | Path,
+    *,
+    norm_path: str = "inference",
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """A model with the configuration and weights of a published checkpoint, on the CPU.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``, a sharded one with its index, or
+            the state-spaces project's ``pytorch_model.bin``.
+        norm_path: "training" or "inference".
+        dtype: of the parameters.
+    Raises:
+        ValueError: naming the file, option or weight: an unknown format, an option that this
+            model does not have, and a weight that is missing, left over or of the wrong shape.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    form = _format(config)
+    if form is None:
+        raise ValueError(
+            f"{folder / 'config.json'} must be of a Mamba-2 or Gated DeltaNet model, got "
+            f"model_type={config.get('model_type')!r}; see models/published.py for the formats"
+        )
+    arguments, entries = FORMATS[form]
+    try:
+        model = LanguageModel(**arguments(config), norm_path=norm_path).to(dtype)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]!r}") from error
+    _fill(model, _read_weights(folder), list(entries(model)), folder)
+    return model
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The ``tokenizers.Tokenizer`` of a checkpoint, or None for a model of bytes.
+
+    ``encode(text).ids`` and ``decode(ids)`` are its two uses.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ValueError(f"{file} needs the package tokenizers; pip install tokenizers") from error
+    return Tokenizer.from_file(str(file))
+
+
+# ---- files ----
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if file is None:
+        raise ValueError(f"{folder} must hold one of {', '.join(WEIGHT_FILES)}, got none of them")
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        names = sorted(set(_read_json(file)["weight_map"].values()))
+        return {key: value for name in names for key, value in load_file(folder / name).items()}
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} cannot be read ({reason}); download it again") from error
+
+
+def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry], folder: Path):
+    """Copy every entry into its rows; nothing may be missing, left over or of another shape."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = dict.fromkeys(parameters, 0)
+    with torch.no_grad():
+        for source, target, rows in entries:
+            parameter = parameters[target]
+            start = filled[target]
+            part = parameter[start : start + rows] if rows is not None else parameter
+            filled[target] += len(part)
+            if source not in weights:
+                if target == "head.weight" and parameter is model.embedding.weight:
+                    continue  # a tied head is usually not stored twice
+                raise ValueError(
+                    f"{folder} lacks the weight {source}, of shape {list(part.shape)}; its "
+                    "config.json does not belong to it, or it is incomplete"
+                )
+            value = weights.pop(source)
+            if value.dim() == 3 and value.shape[1] == 1:
+                value = value[:, 0]  # the weight of a depthwise convolution
+            if value.shape != part.shape:
+                raise ValueError(
+                    f"the weight {source} of {folder} must have shape {list(part.shape)}, got "
+                    f"{list(value.shape)}; its config.json does not belong to it"
+                )
+            part.copy_(value)
+    if weights:
+        raise ValueError(
+            f"{folder} holds weights that its config.json has no place for: "
+            f"{', '.join(sorted(weights)[:5])}{' and more' if len(weights) > 5 else ''}"
+        )
+    short = [name for name, rows in filled.items() if rows != len(parameters[name])]
+    assert not short, f"parameters without a weight: {short}"
+
+
+# ---- formats ----
+
+
+def _format(config: dict) -> str | None:
+    if config.get("model_type") in ("mamba2", "gated_deltanet"):
+        return config["model_type"]
+    ssm = config.get("ssm_cfg")
+    return "state_spaces" if isinstance(ssm, dict) and ssm.get("layer") == "Mamba2" else None
+
+
+def _require(config: dict, **allowed: tuple) -> None:
+    """Options that the model does not have, unless they have a value that means the same."""
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise ValueError(
+                f"config.json asks for {name}={config[name]!r}, which this model does not have; "
+                f"it loads checkpoints with {name} in {list(values)}"
+            )
+
+
+def _mamba2_arguments(c: dict) -> dict:
+    _require(c, hidden_act=("silu", "swish"))
+    if c["num_heads"] * c["head_dim"] != c.get("expand", 2) * c["hidden_size"]:
+        raise ValueError(
+            f"config.json must have num_heads * head_dim = expand * hidden_size, got "
+            f"{c['num_heads']} * {c['head_dim']} and {c.get('expand', 2)} * {c['hidden_size']}"
+        )
+    return {
+        "mixer": "mamba2",
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
+        "num_layers": c["num_hidden_layers"],
+        "tie_embeddings": c.get("tie_word_embeddings", False),
+        "norm_eps": c.get("layer_norm_epsilon", 1e-5),
+        "mixer_args": {
+            "d_state": c["state_size"],
+            "head_dim": c["head_dim"],
+            "expand": c.get("expand", 2),
+            "n_groups": c["n_groups"],
+            "conv_size": c.get("conv_kernel", 4),
+            "conv_bias": c.get("use_conv_bias", True),
+            "bias": c.get("use_bias", False),
+            "dt_limit": tuple(float(x) for x in c.get("time_step_limit", (0.0, float("inf")))),
+        },
+    }
+
+
+def _state_spaces_arguments(c: dict) -> dict:
+    ssm = c["ssm_cfg"]
+    _require(c, d_intermediate=(0,), attn_layer_idx=([], None), rms_norm=(True,))
+    _require(ssm, rmsnorm=(True,), norm_before_gate=(False,), d_ssm=(None,), D_has_hdim=(False,))
+    multiple = c.get("pad_vocab_size_multiple", 8)
+    return {
+        "mixer": "mamba2",
+        "vocab_size": -(-c["vocab_size"] // multiple) * multiple,
+        "hidden_size": c["d_model"],
+        "num_layers": c["n_layer"],
+        "tie_embeddings": c.get("tie_embeddings", True),
+        "norm_eps": 1e-5,
+        "mixer_args": {
+            "d_state": ssm.get("d_state", 128),
+            "head_dim": ssm.get("headdim", 64),
+            "expand": ssm.get("expand", 2),
+            "n_groups": ssm.get("ngroups", 1),
+            "conv_size": ssm.get("d_conv", 4),
+            "conv_bias": ssm.get("conv_bias", True),
+            "bias": ssm.get("bias", False),
+            "dt_limit": tuple(float(x) for x in ssm.get("dt_limit", (0.0, float("inf")))),
+        },
+    }
+
+
+def _gated_deltanet_arguments(c: dict) -> dict:
+    _require(
+        c,
+        attn=(None,),
+        use_short_conv=(True,),
+        attnres_block_size=(None,),
+        hidden_act=("swish", "silu"),
+    )
+    ratio = c.get("hidden_ratio") or 4
+    return {
+        "mixer": "gated_deltanet",
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
+        "num_layers": c["num_hidden_layers"],
+        "mlp_ratio": ratio,
+        "mlp_size": c.get("intermediate_size"),
+        "tie_embeddings": c.get("tie_word_embeddings", False),
+        "norm_eps": c.get("norm_eps", 1e-6),
+        "mixer_args": {
+            "num_heads": c["num_heads"],
+            "head_dim": c["head_dim"],
+            "expand_v": c.get("expand_v", 2.0),
+            "num_v_heads": c.get("num_v_heads"),
+            "conv_size": c.get("conv_size", 4),
+            "allow_neg_eigval": c.get("allow_neg_eigval", False),
+            "use_gate": c.get("use_gate", True),
+        },
+    }
+
+
+def _mamba2_entries(model: LanguageModel, embedding: str) -> Iterator[Entry]:
+    yield Entry(f"backbone.{embedding}.weight", "embedding.weight")
+    for i, block in enumerate(model.blocks):
+        theirs, ours = f"backbone.layers.{i}", f"blocks.{i}"
+        yield Entry(f"{theirs}.norm.weight", f"{ours}.mixer_norm.weight")
+        for name in ("in_proj.weight", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight"):
+            yield Entry(f"{theirs}.mixer.{name}", f"{ours}.mixer.{name}")
+        if block.mixer.in_proj.bias is not None:
+            yield Entry(f"{theirs}.mixer.in_proj.bias", f"{ours}.mixer.in_proj.bias")
+            yield Entry(f"{theirs}.mixer.out_proj.bias", f"{ours}.mixer.out_proj.bias")
+        yield Entry(f"{theirs}.mixer.conv1d.weight", f"{ours}.mixer.conv_weight")
+        if block.mixer.conv_bias is not None:
+            yield Entry(f"{theirs}.mixer.conv1d.bias", f"{ours}.mixer.conv_bias")
+    yield Entry("backbone.norm_f.weight", "norm.weight")
+    yield Entry("lm_head.weight", "head.weight")
+
+
+def _gated_deltanet_entries(model: LanguageModel) -> Iterator[Entry]:
+    yield Entry("model.embeddings.weight", "embedding.weight")
+    for i, block in enumerate(model.blocks):
+        theirs, ours, mixer = f"model.layers.{i}", f"blocks.{i}", block.mixer
+        key = mixer.num_heads * mixer.head_dim
+        value = mixer.num_v_heads * mixer.v_head_dim
+        yield Entry(f"{theirs}.attn_norm.weight", f"{ours}.mixer_norm.weight")
+        for name, rows in (("q", key), ("k", key), ("v", value)):
+            yield Entry(f"{theirs}.attn.{name}_conv1d.weight", f"{ours}.mixer.conv_weight", rows)
+        heads = mixer.num_v_heads
+        for name, rows in (
+            ("q", key),
+            ("k", key),
+            ("v", value),
+            ("g", mixer.widths[1]),
+            ("b", heads),
+            ("a", heads),
+        ):
+            if rows:
+                yield Entry(
+                    f"{theirs}.attn.{name}_proj.weight", f"{ours}.mixer.in_proj.weight", rows
+                )
+        for name in ("A_log", "dt_bias"):
+            yield Entry(f"{theirs}.attn.{name}", f"{ours}.mixer.{name}")
+        yield Entry(f"{theirs}.attn.o_norm.weight", f"{ours}.mixer.norm.weight")
+        yield Entry(f"{theirs}.attn.o_proj.weight", f"{ours}.mixer.out_proj.weight")
+        yield Entry(f"{theirs}.mlp_norm.weight", f"{ours}.mlp_norm.weight")
+        inner = block.mlp.out_proj.weight.shape[1]
+        for name in ("gate", "up"):
+            yield Entry(f"{theirs}.mlp.{name}_proj.weight", f"{ours}.mlp.in_proj.weight", inner)
+        yield Entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.out_proj.weight")
+    yield Entry("model.norm.weight", "norm.weight")
+    yield Entry("lm_head.weight", "head.weight")
+
+
+FORMATS: dict[str, tuple[Callable[[dict], dict], Callable[[LanguageModel], Iterator[Entry]]]] = {
+    "mamba2": (_mamba2_arguments, lambda model: _mamba2_entries(model, "embeddings")),
+    "state_spaces": (_state_spaces_arguments, lambda model: _mamba2_entries(model, "embedding")),
+    "gated_deltanet": (_gated_deltanet_arguments, _gated_deltanet_entries),
+}

@@ -1,0 +1,195 @@
+"""The Gated DeltaNet layer against transformers' Qwen3NextGatedDeltaNet, and its own two forms."""
+
+import itertools
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.models.qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from models.gated_deltanet import GatedDeltaNet
+
+
+def make(num_heads=2, num_v_heads=4, head_dim=16, expand_v=0.5, seed=0, **options):
+    torch.manual_seed(seed)
+    return GatedDeltaNet(
+        24,
+        num_heads=num_heads,
+        num_v_heads=num_v_heads,
+        head_dim=head_dim,
+        expand_v=expand_v,
+        norm_eps=1e-6,
+        **options,
+    )
+
+
+def transformers_layer(layer):
+    """Qwen3-Next's layer with the weights of ours, and what undoes the reordering.
+
+    Its projections hold, for each key head in turn, q, k, the v and the gates of that head's value
+    heads; and b and a likewise.
+    """
+    key_heads, value_heads = layer.num_heads, layer.num_v_heads
+    config = Qwen3NextConfig(
+        hidden_size=layer.hidden_size,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=value_heads,
+        linear_key_head_dim=layer.head_dim,
+        linear_value_head_dim=layer.v_head_dim,
+        linear_conv_kernel_dim=layer.conv_weight.shape[1],
+        rms_norm_eps=layer.norm.eps,
+    )
+    theirs = Qwen3NextGatedDeltaNet(config, 0)
+    key, value = key_heads * layer.head_dim, value_heads * layer.v_head_dim
+    rows = torch.arange(sum(layer.widths)).split([key, key, value, value, value_heads, value_heads])
+    by_head = [r.view(key_heads, -1) for r in rows]
+    order_qkvz = torch.cat(by_head[:4], dim=1).flatten()
+    order_ba = torch.cat(by_head[4:], dim=1).flatten()
+
+    def copy(target, read):
+        for name, ours in (
+            ("in_proj_qkvz", read(layer.in_proj.weight)[order_qkvz]),
+            ("in_proj_ba", read(layer.in_proj.weight)[order_ba]),
+            ("conv1d", read(layer.conv_weight)[:, None]),
+            ("norm", read(layer.norm.weight)),
+            ("out_proj", read(layer.out_proj.weight)),
+        ):
+            target(getattr(theirs, name).weight, ours)
+        target(theirs.A_log, read(layer.A_log))
+        target(theirs.dt_bias, read(layer.dt_bias))
+
+    with torch.no_grad():
+        copy(lambda their, our: their.copy_(our), lambda parameter: parameter)
+    return theirs, config, copy
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 130])
+@pytest.mark.parametrize("heads", [(2, 2), (2, 6)], ids=["H2", "H2-HV6"])
+def test_equals_qwen3_next(heads, tokens):
+    """Outputs and the gradients of the input and of every parameter, with the same weights."""
+    layer = make(*heads)
+    theirs, _, copy = transformers_layer(layer)
+    x = torch.randn(2, tokens, 24, requires_grad=True)
+    cotangent = torch.randn(2, tokens, 24)
+    ours, _ = layer(x)
+    (dx,) = torch.autograd.grad(ours, x, cotangent, retain_graph=True)
+    ours.backward(cotangent)
+    expected = theirs(x)
+    (dx_expected,) = torch.autograd.grad(expected, x, cotangent, retain_graph=True)
+    expected.backward(cotangent)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, dx_expected, rtol=1e-4, atol=1e-5)
+
+    def compare(their, our):
+        torch.testing.assert_close(our, their.grad, rtol=1e-4, atol=1e-5)
+
+    copy(compare, lambda parameter: parameter.grad)
+
+
+def test_state_equals_qwen3_next():
+    """The state after a prompt and three steps, and the outputs of the steps."""
+    layer = make()
+    theirs, config, _ = transformers_layer(layer)
+    cache = DynamicCache(config=config)
+    x = torch.randn(2, 40, 24)
+    state, start = None, 0
+    with torch.no_grad():
+        for end in (37, 38, 39, 40):
+            expected = theirs(x[:, start:end], cache_params=cache)
+            y, state = layer(x[:, start:end], state, output_state=True)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            start = end
+    recurrent = cache.get_recurrent_state(0, state_idx=0)
+    torch.testing.assert_close(state[1], recurrent, rtol=1e-5, atol=1e-5)
+    conv = cache.get_conv_state(0, state_idx=0)
+    torch.testing.assert_close(state[0].mT, conv[..., -3:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_neg_eigval": True}, {"use_gate": False}], ids=str)
+def test_recurrent_equals_chunked(options):
+    layer = make(conv_bias=True, **options)
+    torch.nn.init.normal_(layer.conv_bias)
+    x = torch.randn(2, 50, 24)
+    with torch.no_grad():
+        expected, final = layer(x, output_state=True)
+        state = [torch.zeros(shape) for shape in layer.state_shapes(2)]
+        steps = []
+        for t in range(50):
+            y, state = layer(x[:, t : t + 1], state, output_state=True)
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(state, final, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_negative_eigenvalues_double_beta():
+    """With beta = 2 a step reflects the state along k, which no beta below 1 can do."""
+    plain, doubled = make(), make(allow_neg_eigval=True)
+    x = torch.randn(1, 9, 24)
+    assert not torch.allclose(plain(x)[0], doubled(x)[0])
+    with torch.no_grad():
+        for layer in (plain, doubled):
+            layer.in_proj.weight[layer.conv_dim + layer.widths[1] :][: layer.num_v_heads] = 0
+        state = [torch.randn(shape) for shape in plain.state_shapes(1)]
+        state[0].zero_()
+        plain.A_log.fill_(-30)  # no decay: sigmoid(0) = 1/2 keeps half of what k reads, 1 erases it
+        doubled.A_log.fill_(-30)
+        token = torch.zeros(1, 1, 24)
+        token[..., 0] = 1
+        _, (_, after) = doubled(token, state, output_state=True)
+        _, (_, half) = plain(token, state, output_state=True)
+        torch.testing.assert_close(half - state[1], (after - state[1]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_equals_separate():
+    """Outputs, states and the gradients of every parameter."""
+    offsets = [0, 1, 20, 64]
+    layer = make()
+    x = torch.randn(1, 64, 24)
+    cotangent = torch.randn(1, 64, 24)
+    y, state = layer(x, output_state=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
+    packed = torch.autograd.grad(y, list(layer.parameters()), cotangent)
+    parts = [layer(x[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
+    expected = torch.cat([part[0] for part in parts], dim=1)
+    separate = torch.autograd.grad(expected, list(layer.parameters()), cotangent)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for index in range(2):
+        states = torch.cat([part[1][index] for part in parts])
+        torch.testing.assert_close(state[index], states, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(packed, separate, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+BAD = {
+    "value_heads": ({"num_heads": 2, "num_v_heads": 3}, "multiple of num_heads, got 3 and 2"),
+    "expand_v": ({"head_dim": 5, "expand_v": 1.5}, "must be a whole number, got 5"),
+    "heads_0": ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+    "chunk_0": ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
+    "conv_0": ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
+    "path": ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sizes(case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_bad_state():
+    layer = make()
+    x = torch.randn(2, 3, 24)
+    _, (conv, scan) = layer(x, output_state=True)
+    for state, message in (
+        ((conv[:1], scan), "the convolution's state must have shape"),
+        ((conv, scan[:1]), "the scan's state must have shape"),
+        ((conv, scan.double()), "the scan's state must be torch.float32"),
+        ((conv.double(), scan), "the convolution's state must be torch.float32"),
+        ((conv.to("meta"), scan), "must be on the device of the input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, state)
