@@ -197,6 +197,12 @@ def _require(config: dict, **allowed: tuple) -> None:
             )
 
 
+def _limits(value: list) -> tuple[float, float]:
+    """A pair of numbers; transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in value)
+    return low, high
+
+
 def _mamba2_arguments(c: dict) -> dict:
     _require(c, hidden_act=("silu", "swish"))
     if c["num_heads"] * c["head_dim"] != c.get("expand", 2) * c["hidden_size"]:
@@ -219,7 +225,7 @@ def _mamba2_arguments(c: dict) -> dict:
             "conv_size": c.get("conv_kernel", 4),
             "conv_bias": c.get("use_conv_bias", True),
             "bias": c.get("use_bias", False),
-            "dt_limit": tuple(float(x) for x in c.get("time_step_limit", (0.0, float("inf")))),
+            "dt_limit": _limits(c.get("time_step_limit", [0, float("inf")])),
         },
     }
 
@@ -244,7 +250,7 @@ def _state_spaces_arguments(c: dict) -> dict:
             "conv_size": ssm.get("d_conv", 4),
             "conv_bias": ssm.get("conv_bias", True),
             "bias": ssm.get("bias", False),
-            "dt_limit": tuple(float(x) for x in ssm.get("dt_limit", (0.0, float("inf")))),
+            "dt_limit": _limits(ssm.get("dt_limit", [0, float("inf")])),
         },
     }
 
