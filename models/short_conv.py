@@ -69,7 +69,8 @@ def short_conv(
         state = x.new_zeros(count, before, x.shape[2])
     if offsets is None:
         padded = torch.cat((state.to(x.dtype), x), dim=1)
-        return _apply(padded, weight, bias), padded[:, x.shape[1] :]
+        # a copy, so that the state does not keep all the tokens' memory
+        return _apply(padded, weight, bias), padded[:, x.shape[1] :].clone()
     # Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...].
     parts, keep, ends, row = [], [], [], 0
     for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):

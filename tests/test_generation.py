@@ -1,0 +1,161 @@
+"""Generation: sampling, prompts of different lengths, reproducibility, CUDA graphs."""
+
+import pytest
+import torch
+
+from models.generation import generate, sample
+from models.language_model import MIXERS, LanguageModel
+
+
+@pytest.fixture(params=list(MIXERS))
+def model(request):
+    torch.manual_seed(0)
+    args = {
+        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
+        "mamba2": {"d_state": 8, "head_dim": 8},
+    }[request.param]
+    model = LanguageModel(
+        request.param, vocab_size=32, hidden_size=24, num_layers=2, mixer_args=args
+    )
+    with torch.no_grad():
+        model.embedding.weight.mul_(15)  # logits sharp enough that no two are close to equal
+    return model.eval()
+
+
+def prompt(length, seed=1):
+    return torch.randint(0, 32, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def collect(*args, **options):
+    return torch.stack(list(generate(*args, **options)), dim=1)
+
+
+def test_greedy_equals_the_full_forward(model):
+    """Each token is the most likely one of a forward over all tokens so far."""
+    text = prompt(20)[None]
+    tokens = collect(model, text, 12, temperature=0)
+    assert tokens.shape == (1, 12)
+    for _ in range(12):
+        with torch.no_grad():
+            logits, _ = model(text)
+        text = torch.cat((text, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(tokens, text[:, 20:])
+
+
+def test_prompts_of_different_lengths_equal_one_at_a_time(model):
+    prompts = [prompt(n, n) for n in (1, 2, 17, 60)]
+    together = collect(model, prompts, 10, temperature=0)
+    alone = [collect(model, p, 10, temperature=0) for p in prompts]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_batch_equals_list_of_its_rows(model):
+    batch = torch.stack([prompt(9, 1), prompt(9, 2)])
+    assert torch.equal(collect(model, batch, 8, seed=3), collect(model, list(batch), 8, seed=3))
+
+
+def test_seed(model):
+    first = collect(model, prompt(5), 30, seed=7)
+    torch.manual_seed(123)
+    assert torch.equal(collect(model, prompt(5), 30, seed=7), first)
+    assert not torch.equal(collect(model, prompt(5), 30, seed=8), first)
+    state = torch.get_rng_state()
+    collect(model, prompt(5), 3)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+
+
+def test_norm_paths_write_the_same_text(model):
+    first = collect(model, prompt(5), 30, seed=7)
+    model.set_norm_path("inference")
+    assert torch.equal(collect(model, prompt(5), 30, seed=7), first)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_left_as_it_was(model, training):
+    model.train(training)
+    steps = generate(model, prompt(5), 3)
+    for _ in steps:
+        assert model.training == training
+        assert not torch.is_inference_mode_enabled()
+    assert model.training == training
+
+
+def test_abandoned_generation_leaves_nothing_behind(model):
+    steps = generate(model, prompt(5), 30)
+    next(steps)
+    del steps
+    loss = model(prompt(5)[None])[0].sum()
+    loss.backward()  # not in inference mode
+
+
+def test_no_tokens(model):
+    assert list(generate(model, prompt(5), 0)) == []
+
+
+BAD = {
+    "empty": ({"prompt": torch.empty(0, dtype=torch.int64)}, "at least one token"),
+    "empty_list": ({"prompt": []}, "at least one token"),
+    "empty_one": ({"prompt": [prompt(3), prompt(3)[:0]]}, "at least one token"),
+    "dimensions": ({"prompt": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"\[T\] or \[B, T\]"),
+    "temperature": ({"temperature": -1.0}, "temperature must be 0"),
+    "nan": ({"temperature": float("nan")}, "temperature must be 0"),
+    "top_k": ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    "top_p": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    "negative": ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_refused_at_once(model, case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompt": prompt(3), "max_new_tokens": 4, **options})
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [-1.0, 3.0, 1.0, 0.0]])
+
+
+def frequencies(**options):
+    generator = torch.Generator().manual_seed(0)
+    draws = sample(LOGITS.repeat(20000, 1), generator=generator, **options).view(-1, 2)
+    return torch.stack([torch.bincount(draws[:, i], minlength=4) for i in (0, 1)]) / len(draws)
+
+
+def test_sample_temperature_0_takes_the_most_likely():
+    assert sample(LOGITS, 0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sample_draws_from_the_softmax(temperature):
+    expected = (LOGITS / temperature).softmax(-1)
+    assert (frequencies(temperature=temperature) - expected).abs().max() < 0.015
+
+
+def test_sample_top_k_keeps_k():
+    expected = LOGITS.softmax(-1) * torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]])
+    expected /= expected.sum(-1, keepdim=True)
+    assert (frequencies(top_k=2) - expected).abs().max() < 0.015
+    assert (frequencies(top_k=9) - LOGITS.softmax(-1)).abs().max() < 0.015
+
+
+def test_sample_top_p_keeps_the_fewest_that_reach_p():
+    """Row 0 is 0.64, 0.24, 0.09, 0.03 and row 1 is 0.84 for its second token."""
+    expected = LOGITS.softmax(-1) * torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0]])
+    expected /= expected.sum(-1, keepdim=True)
+    assert (frequencies(top_p=0.8) - expected).abs().max() < 0.015
+    assert sample(LOGITS, top_p=1e-9).tolist() == [0, 1]  # the most likely token always stays
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graph_equals_eager(model, monkeypatch):
+    """The captured step on a GPU, for one prompt and for a ragged batch, against eager steps."""
+    from models import generation
+
+    model = model.cuda()
+    prompts = [prompt(n, n).cuda() for n in (3, 9, 30)]
+    for given in (prompts, prompts[0]):
+        graph = collect(model, given, 20, temperature=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "_GraphDecoder", generation._EagerDecoder)
+            assert torch.equal(collect(model, given, 20, temperature=0), graph)

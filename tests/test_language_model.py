@@ -1,0 +1,256 @@
+"""The language model: state, packing, norm paths, sizes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gatednorm import modules as norm_modules
+from models.language_model import MIXERS, LanguageModel, state_to
+
+SMALL = {
+    "gated_deltanet": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
+    "mamba2": {"d_state": 8, "head_dim": 8, "n_groups": 2, "dt_limit": (0.0, 0.08)},
+}
+
+
+def make(mixer, **options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 24, "num_layers": 2, "mlp_ratio": 1.0}
+    return LanguageModel(mixer, mixer_args=SMALL[mixer], **{**sizes, **options})
+
+
+def tokens(batch, length):
+    return torch.randint(0, 32, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [(70,), (1, 69), (3, 1, 1, 40, 25), (33, 37)], ids=str)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_pieces_then_steps_equal_the_full_forward(mixer, pieces):
+    model = make(mixer)
+    text = tokens(2, 80)
+    expected, final = model(text, output_state=True)
+    parts, state, start = [], None, 0
+    for size in (*pieces, *(1,) * 10):
+        logits, state = model(text[:, start : start + size], state, output_state=True)
+        parts.append(logits)
+        start += size
+    close(torch.cat(parts, 1), expected)
+    for layer, last in zip(state, final, strict=True):
+        for ours, theirs in zip(layer, last, strict=True):
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_state_size_does_not_grow(mixer):
+    model = make(mixer)
+    sizes = set()
+    for length in (1, 2, 50, 300):
+        _, state = model(tokens(2, length), output_state=True)
+        sizes.add(tuple(t.untyped_storage().nbytes() for layer in state for t in layer))
+    assert len(sizes) == 1, sizes
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_state_saved_restored_and_moved(mixer, tmp_path):
+    model = make(mixer)
+    text = tokens(2, 30)
+    _, state = model(text[:, :20], output_state=True)
+    torch.save(state, tmp_path / "state.pt")
+    restored = torch.load(tmp_path / "state.pt", weights_only=True)
+    expected = model(text[:, 20:], state)[0]
+    assert torch.equal(model(text[:, 20:], restored)[0], expected)
+    assert {t.device.type for layer in state_to(state, "meta") for t in layer} == {"meta"}
+    assert torch.equal(model(text[:, 20:], state_to(state, "cpu", copy=True))[0], expected)
+    rows = [tuple(t[1:] for t in layer) for layer in state]
+    close(model(text[1:, 20:], rows)[0], expected[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_state_moves_between_devices(mixer):
+    model = make(mixer)
+    text = tokens(2, 30)
+    expected = model(text)[0][:, 20:]
+    _, state = model(text[:, :20], output_state=True)
+    logits, state = model.cuda()(text[:, 20:25].cuda(), state_to(state, "cuda"), output_state=True)
+    torch.testing.assert_close(logits.cpu(), expected[:, :5], rtol=1e-3, atol=1e-4)
+    logits, _ = model.cpu()(text[:, 25:], state_to(state, "cpu"))
+    torch.testing.assert_close(logits, expected[:, 5:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_packed_equals_separate(mixer):
+    """Logits, states, and the gradient of every parameter."""
+    model, offsets, text = make(mixer), [0, 2, 40, 41, 75], tokens(1, 75)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    logits, state = model(text, output_state=True, cu_seqlens=cu_seqlens)
+    parts = [model(text[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
+    expected = torch.cat([part[0] for part in parts], 1)
+    close(logits, expected)
+    for i, layer in enumerate(state):
+        for j, tensor in enumerate(layer):
+            close(tensor, torch.cat([part[1][i][j] for part in parts]))
+    cotangent = torch.randn_like(logits)
+    packed = torch.autograd.grad(logits, list(model.parameters()), cotangent)
+    separate = torch.autograd.grad(expected, list(model.parameters()), cotangent)
+    for ours, theirs in zip(packed, separate, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_packed_continues_packed(mixer):
+    """The state of packed sequences goes into packed sequences of other lengths."""
+    model = make(mixer)
+    first, second = [tokens(1, n) for n in (5, 9)], [tokens(1, n) + 1 for n in (7, 2)]
+    second = [t % 32 for t in second]
+
+    def pack(parts):
+        sizes = torch.tensor([0, *(p.shape[1] for p in parts)])
+        return torch.cat(parts, 1), sizes.cumsum(0).int()
+
+    text, cu_seqlens = pack(first)
+    _, state = model(text, output_state=True, cu_seqlens=cu_seqlens)
+    text, cu_seqlens = pack(second)
+    logits, _ = model(text, state, cu_seqlens=cu_seqlens)
+    whole = [model(torch.cat(pair, 1))[0] for pair in zip(first, second, strict=True)]
+    expected = [w[:, f.shape[1] :] for w, f in zip(whole, first, strict=True)]
+    close(logits, torch.cat(expected, 1))
+
+
+@pytest.fixture
+def norm_calls(monkeypatch):
+    """How often each of gatednorm's two paths ran, for a norm module."""
+    calls = dict.fromkeys(("layernorm_fn", "rms_norm_gated"), 0)
+    for name in calls:
+        original = getattr(norm_modules, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(norm_modules, name, counted)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a norm that is not gatednorm's ran")
+
+    monkeypatch.setattr(F, "rms_norm", refused)
+    monkeypatch.setattr(F, "layer_norm", refused)
+    return calls
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_norm_is_gatednorms_on_every_route(mixer, norm_calls):
+    """In training, prefill and decode: two norms and the mixer's own in each of two blocks, and
+    the last one."""
+    model = make(mixer)
+    model(tokens(2, 9))[0].sum().backward()
+    assert norm_calls == {"layernorm_fn": 7, "rms_norm_gated": 0}
+    model.set_norm_path("inference")
+    assert model.norm_path == "inference"
+    with torch.no_grad():
+        _, state = model(tokens(2, 9), output_state=True)
+        assert norm_calls == {"layernorm_fn": 7, "rms_norm_gated": 7}
+        model(tokens(2, 1), state)
+    assert norm_calls == {"layernorm_fn": 7, "rms_norm_gated": 14}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_norm_paths_give_the_same_bits(mixer):
+    model = make(mixer)
+    with torch.no_grad():
+        expected = model(tokens(2, 40))[0]
+        model.set_norm_path("inference")
+        assert torch.equal(model(tokens(2, 40))[0], expected)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_inference_path_refuses_to_train(mixer):
+    with pytest.raises(RuntimeError, match="use rmsnorm_fn"):
+        make(mixer, norm_path="inference")(tokens(1, 5))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_new_model_guesses(mixer):
+    """The loss of a new model is that of guessing: 8 bits per byte."""
+    torch.manual_seed(0)
+    model = LanguageModel(mixer)
+    text = torch.randint(0, 256, (2, 100))
+    loss = F.cross_entropy(model(text)[0].flatten(0, 1), torch.randint(0, 256, (200,)))
+    assert abs(float(loss.detach()) / 0.6931 - 8) < 0.15
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_learns(mixer):
+    """Each token follows from the two before it, which takes the convolution or the state."""
+    model = make(mixer, mlp_ratio=0.0, hidden_size=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        text = torch.randint(0, 8, (8, 24), generator=generator)
+        for t in range(2, 24):
+            text[:, t] = (3 * text[:, t - 1] + text[:, t - 2] + 1) % 8
+        loss = F.cross_entropy(model(text)[0][:, 1:-1].flatten(0, 1), text[:, 2:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 1.0  # guessing one of eight is log(8) = 2.08
+
+
+def test_num_parameters():
+    """A tied head counts once; sizes of the published configurations."""
+    tied = LanguageModel("mamba2", vocab_size=300)
+    assert LanguageModel("mamba2", vocab_size=300, tie_embeddings=False).num_parameters() == (
+        tied.num_parameters() + 300 * 128
+    )
+    with torch.device("meta"):
+        large = LanguageModel(
+            "gated_deltanet",
+            vocab_size=32000,
+            hidden_size=1024,
+            num_layers=8,
+            mlp_ratio=4,
+            tie_embeddings=False,
+            mixer_args={"num_heads": 6, "head_dim": 128, "expand_v": 2},
+        )
+    assert round(large.num_parameters() / 1e6) == 185
+
+
+BAD = {
+    "mixer": ({"mixer": "attention"}, "mixer must be one of gated_deltanet, mamba2"),
+    "vocab": ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+    "layers": ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+    "hidden": ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+    "mlp": ({"mlp_ratio": -1}, "mlp_ratio must be 0"),
+    "heads": ({"mixer_args": {"d_state": 8, "head_dim": 7}}, "head_dim must divide"),
+    "path": ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sizes(case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(**{"mixer": "mamba2", **options})
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bad_inputs(mixer):
+    model = make(mixer)
+    _, state = model(tokens(2, 3), output_state=True)
+    for arguments, message in (
+        ((tokens(2, 3)[0],), r"tokens must be \[B, T\]"),
+        ((tokens(2, 0),), "at least one token"),
+        ((tokens(2, 3), state[:1]), "one entry per layer, got 1 for 2"),
+        ((tokens(3, 3), state), "the convolution's state must have shape"),
+        ((tokens(2, 6), None, False, torch.tensor([0, 6])), "got batch size 2"),
+        ((tokens(1, 6), None, False, torch.tensor([0, 5])), "got 5 and 6 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
