@@ -19,13 +19,16 @@ def train(config: TrainConfig) -> Summary:
     # Imported here, so that --help and a misspelt key are answered at once.
     import lightning
 
-    from models.checkpoint import build_model
+    from models.checkpoint import METRICS, PICTURE, build_model
     from models.corpus import load_corpus
     from models.data import TrainLoader, ValidationLoader
     from models.lit import LitLanguageModel
     from models.plots import compressors, plot_loss
+    from models.resume import continue_metrics, find_stopped
     from models.runs import Summary, build_trainer, check_devices, create_run
 
+    stopped = find_stopped(config)
+    config = stopped.config if stopped else config
     data, optim = config.data, config.optim
     check_devices(config.trainer)
     lightning.seed_everything(config.seed, verbose=False)
@@ -36,11 +39,15 @@ def train(config: TrainConfig) -> Summary:
     )
     held_out = ValidationLoader(corpus.val, 32, data.sequence_length, data.val_tokens)
 
-    run = create_run(config)
+    run = stopped.run if stopped else create_run(config)
     trainer, throughput = build_trainer(config, run)
     module = LitLanguageModel(model, optim)
-    (before,) = trainer.validate(module, held_out, verbose=False)
-    trainer.fit(module, batches)
+    if stopped and stopped.checkpoint:
+        before = continue_metrics(trainer.logger, stopped.rows)
+        trainer.fit(module, batches, ckpt_path=stopped.checkpoint)
+    else:
+        (before,) = trainer.validate(module, held_out, verbose=False)
+        trainer.fit(module, batches)
     (after,) = trainer.validate(module, held_out, verbose=False)
 
     summary = Summary(
@@ -54,11 +61,11 @@ def train(config: TrainConfig) -> Summary:
     )
     title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {data.name}"
     yardsticks = compressors(corpus.val.tokens.tobytes())
-    plot_loss(run / "metrics.csv", run / "loss.png", title, yardsticks)
+    plot_loss(run / METRICS, run / PICTURE, title, yardsticks)
     return summary
 
 
-@command("train", names=("data.path", "runs_dir"))
+@command("train", names=("data.path", "runs_dir", "resume"))
 def main(config: TrainConfig) -> None:
     summary = train(config)
     from models.runs import print_summary

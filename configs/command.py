@@ -7,7 +7,8 @@ answered with one line on standard error and exit code 2, before any work.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,13 @@ def command(
 
 def compose(name: str, overrides: list[str] | None = None) -> Any:
     """The checked config of `name`.py with these overrides, for tests and notebooks."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+    with _hydra():
         return CHECKS[name](hydra.compose(name, overrides or []))
 
 
 def explain(name: str, arguments: list[str]) -> str | None:
     """Which of the command line's overrides cannot be right, and what was probably meant."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+    with _hydra():
         loader = GlobalHydra.instance().config_loader()
         groups = _groups(loader)
         keys = all_keys(OmegaConf.to_container(hydra.compose(name)))
@@ -89,6 +90,18 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if key not in groups and key not in keys and not override.is_add():
                 return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
     return None
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra ready to compose, also inside a command that Hydra runs."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> dict[str, list[str]]:

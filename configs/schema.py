@@ -122,6 +122,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = number(at_least=0, below=2**32)
     runs_dir: str = MISSING
+    resume: str | None = MISSING
 
 
 @dataclass

@@ -21,7 +21,10 @@ from safetensors.torch import save
 from configs.schema import MIXERS, MODELS, ConfigError, ModelConfig
 from models.language_model import LanguageModel
 
+# The files of a run; the first two are the checkpoint.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
+
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -68,7 +71,7 @@ def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().cpu().contiguous()
-    metadata = {"format": "pt", "crc32": _checksum(tensors)}
+    metadata = {"crc32": _checksum(tensors)}  # one entry: safetensors writes several in any order
     write_whole(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
@@ -83,7 +86,7 @@ def find_checkpoint(model: str | None, checkpoint: str | None, runs_dir: str) ->
     """
     if checkpoint is None:
         model = model or "fla"
-        runs = [path for path in Path(runs_dir).glob(f"*/{WEIGHTS}") if _is_of(path.parent, model)]
+        runs = [path for path in Path(runs_dir).glob(f"*/{WEIGHTS}") if is_of(path.parent, model)]
         return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else SHIPPED / model
     path = Path(checkpoint)
     folder = path.parent if path.name in (WEIGHTS, CONFIG) else path
@@ -113,15 +116,15 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
             tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
             checksum = (weights.metadata() or {}).get("crc32")
     except (SafetensorError, OSError) as error:
-        raise ConfigError(_damaged(file, str(error).splitlines()[0])) from error
+        raise ConfigError(damaged(file, str(error).splitlines()[0])) from error
     if checksum != _checksum(tensors):
-        raise ConfigError(_damaged(file, "its checksum is wrong"))
+        raise ConfigError(damaged(file, "its checksum is wrong"))
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
         name for name, _ in model.named_parameters()
     }
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ConfigError(_damaged(file, f"its tensors are not those of the {CONFIG} beside it"))
+        raise ConfigError(damaged(file, f"its tensors are not those of the {CONFIG} beside it"))
     model.load_state_dict(tensors, strict=not tied)
     return model.eval().requires_grad_(False)
 
@@ -134,19 +137,21 @@ def read_model_config(folder: Path) -> ModelConfig:
         schema = OmegaConf.structured(MODELS[values["name"]])
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
     except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(_damaged(file, f"{type(error).__name__} while reading it")) from error
+        raise ConfigError(damaged(file, f"{type(error).__name__} while reading it")) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_damaged(file, str(error).splitlines()[0])) from error
+        raise ConfigError(damaged(file, str(error).splitlines()[0])) from error
 
 
-def _is_of(folder: Path, model: str) -> bool:
+def is_of(folder: Path, model: str) -> bool:
+    """Whether the folder holds a run of this model."""
     try:
         return read_model_config(folder).name == model
     except ConfigError:
         return False
 
 
-def _damaged(file: Path, why: str) -> str:
+def damaged(file: Path, why: str) -> str:
+    """The words of an error about a file that is not as train.py wrote it."""
     return (
         f"checkpoint file {str(file)!r} must be whole and as train.py wrote it, but {why}; "
         "name another checkpoint, or train again"

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from configs.schema import OptimConfig
-from models.checkpoint import save_weights, write_whole
+from models.checkpoint import LAST, save_weights, write_whole
 from models.language_model import LanguageModel
 
 
@@ -89,6 +89,12 @@ class Throughput(Callback):
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def state_dict(self) -> dict[str, float]:
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+
     def on_train_batch_start(self, *_: Any) -> None:
         self._began = time.perf_counter()
 
@@ -127,7 +133,8 @@ class Checkpoints(Callback):
             self.on_train_end(trainer)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(self.run / "last.ckpt")
+        trainer.logger.save()  # what metrics.csv lacks of the steps before would be lost for good
+        trainer.save_checkpoint(self.run / LAST)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

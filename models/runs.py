@@ -16,6 +16,7 @@ from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import save_config
 from models.language_model import LanguageModel
 from models.lit import Checkpoints, ProgressBar, Throughput, WholeCheckpoints
+from models.resume import RandomState
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,12 @@ def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput
         logger=CSVLogger(run, name="", version=""),
         plugins=[WholeCheckpoints()],
         enable_checkpointing=False,  # Lightning's callback chooses among many; here the last counts
-        callbacks=[throughput, ProgressBar(), Checkpoints(run, config.trainer.checkpoint_every)],
+        callbacks=[
+            throughput,
+            RandomState(),
+            ProgressBar(),
+            Checkpoints(run, config.trainer.checkpoint_every),
+        ],
     )
     return trainer, throughput
 
