@@ -12,7 +12,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .problem import Problem, describe, rows_of
 
@@ -30,9 +29,7 @@ def backend(device_type: str) -> ModuleType:
 
 def traced(x: Tensor) -> bool:
     """Whether a call must go through the registered operators instead of a launcher."""
-    return (
-        torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS or x.device.type == "meta"
-    )
+    return type(x) not in PLAIN_TENSORS or x.is_meta or torch.compiler.is_compiling()
 
 
 def run_forward(
@@ -40,7 +37,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Allocate what is missing and launch; returns `y`, `mean`, `rstd` (None where not kept)."""
     if out is None:
-        out = torch.empty(p.shape, dtype=p.out_dtype, device=x.device)
+        out = torch.empty_like(x, dtype=p.out_dtype, memory_format=torch.contiguous_format)
     mean = rstd = None
     if save_stats:
         stats = (p.n_rows, p.n_groups)
@@ -57,9 +54,9 @@ def run_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward; returns `dx`, `dw`, `db`, `dz` (None where there is no such input)."""
     if dx is None:
-        dx = torch.empty(p.shape, dtype=x.dtype, device=x.device)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dz is None and z is not None:
-        dz = torch.empty(p.shape, dtype=z.dtype, device=z.device)
+        dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     if p.n_rows == 0:
         return (
             dx,
@@ -68,10 +65,6 @@ def run_backward(
             dz,
         )
     dw, db = backend(x.device.type).backward(p, dy, x, z, weight, bias, mean, rstd, dx, dz)
-    if weight is not None:
-        dw = dw.to(weight.dtype)
-    if bias is not None:
-        db = db.to(bias.dtype)
     return dx, dw, db, dz
 
 
@@ -81,6 +74,8 @@ def _addressable(p: Problem, dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     The one place where something is copied: the gradient of `sum()` is an expanded scalar without
     unit stride. The user did not choose its strides and could not be asked to change them.
     """
+    if dy.is_contiguous():
+        return dy
     dense = dy.stride(-1) == 1 or p.width == 1
     if dense:
         try:
@@ -139,8 +134,9 @@ class LayerNormFn(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            _refuse_second_derivative(ctx)
         x, weight, bias, z, mean, rstd = ctx.saved_tensors
         if traced(dy):
             grads = _backward_op(dy, x, weight, bias, z, mean, rstd, ctx.options)
@@ -231,8 +227,8 @@ def _backward_of_forward(ctx, dy, _dmean, _drstd):
 
 def _refuse_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "the gated norm has no second derivative; use gatednorm.rms_norm_ref, which PyTorch "
-        "differentiates any number of times"
+        "the gated norm has no second derivative (its backward was asked for a graph of its own, "
+        "create_graph=True); use gatednorm.rms_norm_ref, which PyTorch differentiates at will"
     )
 
 
@@ -247,6 +243,4 @@ torch.library.register_fake("gatednorm::backward", _backward_fake, lib=_library)
 torch.library.register_autograd(
     "gatednorm::forward", _backward_of_forward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd(
-    "gatednorm::backward", _refuse_second_derivative, lib=_library
-)
+torch.library.register_autograd("gatednorm::backward", _refuse_second_derivative, lib=_library)

@@ -141,7 +141,7 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the compute dtype."""
+    """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
     w = _weight(p, weight)
     b = None if bias is None else bias.to(p.compute_dtype).view(p.n_groups, p.group_size)
     w_dtype = None if weight is None else weight.dtype
@@ -175,6 +175,6 @@ def backward(
             dxg *= act
         dxb.copy_(dxg.view(dxb.shape))
     return (
-        None if dw is None else dw.view(p.width),
-        None if db is None else db.view(p.width),
+        None if dw is None else dw.view(p.width).to(weight.dtype),
+        None if db is None else db.view(p.width).to(bias.dtype),
     )

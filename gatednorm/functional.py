@@ -10,11 +10,10 @@ NORM_PATHS = ("training", "inference")
 
 
 def _refuse_transforms(name: str) -> None:
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
-            "gatednorm.rms_norm_ref there, or torch.autograd"
-        )
+    raise RuntimeError(
+        f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
+        "gatednorm.rms_norm_ref there, or torch.autograd"
+    )
 
 
 def layernorm_fn(
@@ -64,7 +63,8 @@ def layernorm_fn(
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
-    _refuse_transforms("layernorm_fn")
+    if torch._C._are_functorch_transforms_active():
+        _refuse_transforms("layernorm_fn")
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -123,10 +123,11 @@ def rms_norm_gated(
         RuntimeError: when an input requires a gradient while gradients are on: this function would
             cut the graph.
     """
-    _refuse_transforms("rms_norm_gated")
+    if torch._C._are_functorch_transforms_active():
+        _refuse_transforms("rms_norm_gated")
     if torch.is_grad_enabled():
         for name, t in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
-            if t is not None and t.requires_grad:
+            if isinstance(t, Tensor) and t.requires_grad:
                 raise RuntimeError(
                     f"rms_norm_gated is for inference, and {name} requires a gradient; "
                     "use rmsnorm_fn, or call it under torch.no_grad()"
@@ -212,9 +213,7 @@ def layernorm_backward(
     describe(dy, weight, bias, z, None, *options, None)
     p = describe(x, weight, bias, z, None, *options, None)
     if dy.shape != x.shape:
-        raise ValueError(
-            f"dy must have the shape of x, got {tuple(dy.shape)} and {tuple(x.shape)}"
-        )
+        raise ValueError(f"dy must have the shape of x, got {tuple(dy.shape)} and {tuple(x.shape)}")
     for name, stat in (("rstd", rstd), ("mean", mean)):
         if name == "mean" and p.is_rms_norm:
             continue
@@ -229,10 +228,10 @@ def layernorm_backward(
             raise ValueError(
                 f"{name} must be a contiguous [rows, groups] = {[p.n_rows, p.n_groups]} tensor in "
                 f"{p.compute_dtype} on {x.device}, got "
-                f"{(list(stat.shape), stat.dtype) if isinstance(stat, Tensor) else stat}; pass what "
-                "layernorm_forward returned for the same x and options"
+                f"{(list(stat.shape), stat.dtype) if isinstance(stat, Tensor) else stat}; "
+                "pass what layernorm_forward returned for the same x and options"
             )
-    inputs = dict(dy=dy, x=x, weight=weight, bias=bias, z=z, mean=mean, rstd=rstd)
+    inputs = {"dy": dy, "x": x, "weight": weight, "bias": bias, "z": z, "mean": mean, "rstd": rstd}
     for out_name, out, like in (("dx", dx, x), ("dz", dz, z)):
         if out is None:
             continue
@@ -241,12 +240,13 @@ def layernorm_backward(
         if out.dtype != like.dtype:
             raise TypeError(f"{out_name} must be {like.dtype} like its input, got {out.dtype}")
         describe(dy, None, None, None, out, *options, out.dtype)
-        for name, other in (inputs | dict(dx=dx if out is dz else None)).items():
+        for name, other in inputs.items():
             if other is not None and check_overlap(name, other, out, out_name):
                 raise ValueError(
                     f"{out_name} must not be {name}, which is read after {out_name} is written; "
                     "pass None for a new tensor"
                 )
+        inputs["dx"] = dx
     rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
     with torch.no_grad():
         return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

@@ -42,7 +42,9 @@ def _overlap(PDL: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(v, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
+def _row_sum(
+    v, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
+):
     """Sum `v` `[ROWS, BLOCK]` over its columns to `[ROWS]`, in an order fixed by column numbers.
 
     First the `REPEATS` passes that the threads of a tile make over a row (in registers), then
@@ -116,7 +118,7 @@ def _store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FU
 
 @triton.jit
 def _load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """`[1, BLOCK]` values of the weight, plus `ADD`, and of the bias, in fp32; 0 for an absent one."""
+    """`[1, BLOCK]` of the weight, plus `ADD`, and of the bias, in fp32; 0 for an absent one."""
     col = (first + tl.arange(0, BLOCK))[None, :]
     w = 0.0
     b = 0.0
@@ -311,18 +313,6 @@ def _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constex
 
 
 @triton.jit
-def _prefetch(ptr, offset, N: tl.constexpr):
-    """Ask for a row of 16-bit values to be brought into the L2 cache, one 128-byte line a request."""
-    if NVIDIA:
-        line = tl.arange(0, N // 64) * 64
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-            [(ptr + offset[:, None] + line[None, :]).to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
            HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
            IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
@@ -481,14 +471,6 @@ def backward_kernel(
                 dw_b = tl.fma(g, rounded, dw_b)
             if HAS_B:
                 db_b += g
-        if RELOAD and FULL:
-            ahead = tl.minimum(tile + n_workers, n_rows - 1) + tl.arange(0, ROWS)
-            if not LONG:
-                ahead = ahead.to(tl.int32)
-            _prefetch(dy_ptr, _row_offset(ahead, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN), N)
-            _prefetch(x_ptr, _row_offset(ahead, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN), N)
-            if HAS_Z:
-                _prefetch(z_ptr, _row_offset(ahead, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN), N)
         c2 = rstd
         if SUMS_GIVEN:
             c1 = tl.load(c1_ptr + stat, mask=live, other=0.0)
@@ -542,7 +524,8 @@ def forward_sums_kernel(
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64, eps: tl.float32,
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
-    WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
+    WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
+    LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`mean` and `rstd` `[rows, GROUPS]` of one wide row and group per program, in chunks."""
@@ -592,7 +575,8 @@ def backward_sums_kernel(
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64,
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
-    WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
+    WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
+    LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip

@@ -123,14 +123,14 @@ class Launch:
         self.device = device
         self.grid = (grid, 1, 1)
         self.scalars = scalars
-        self.options = options | dict(PDL=not INTERPRETED and _overlaps(device))
+        self.options = options | {"PDL": not INTERPRETED and _overlaps(device)}
         self.static = (*scalars, *self.options.values())
         self.runner = None
         if not INTERPRETED:
-            self.options |= dict(num_warps=tile.num_warps if tile else 4, enable_fp_fusion=False)
+            self.options |= {"num_warps": tile.num_warps if tile else 4, "enable_fp_fusion": False}
             if NVIDIA:
-                self.options |= dict(launch_pdl=self.options["PDL"])
-                self.options |= dict(maxnreg=tile.maxnreg if tile else None)
+                self.options |= {"launch_pdl": self.options["PDL"]}
+                self.options |= {"maxnreg": tile.maxnreg if tile else None}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         runner = self.runner
@@ -175,33 +175,33 @@ def _geometry(p: Problem, tile: Tile, tensors: list[Tensor | None]) -> tuple[tup
     strides = [_pad(()) if t is None else _pad(next(each)) for t in tensors]
     align = math.gcd(16, *(s for tensor in merged for s in tensor))
     long = p.n_rows + tile.rows >= 2**31
-    return (*sizes[1:], 1, 1)[:2], strides, dict(DIMS=len(sizes), ALIGN=align, LONG=long)
+    return (*sizes[1:], 1, 1)[:2], strides, {"DIMS": len(sizes), "ALIGN": align, "LONG": long}
 
 
 def _tile_options(p: Problem, tile: Tile) -> dict:
-    return dict(
-        N=p.group_size, GROUPS=p.n_groups, CHUNKS=tile.chunks, ROWS=tile.rows,
-        BLOCK_A=tile.block_a, BLOCK_B=tile.block_b,
-        REPEATS_A=tile.sums["REPEATS_A"], REPEATS_B=tile.sums["REPEATS_B"],
-        WARPS_A=tile.sums["WARPS_A"], WARPS_B=tile.sums["WARPS_B"],
-        FULL=p.group_size % (tile.block_a + tile.block_b) == 0,
-    )  # fmt: skip
+    return {
+        "N": p.group_size, "GROUPS": p.n_groups, "CHUNKS": tile.chunks, "ROWS": tile.rows,
+        "BLOCK_A": tile.block_a, "BLOCK_B": tile.block_b,
+        "REPEATS_A": tile.sums["REPEATS_A"], "REPEATS_B": tile.sums["REPEATS_B"],
+        "WARPS_A": tile.sums["WARPS_A"], "WARPS_B": tile.sums["WARPS_B"],
+        "FULL": p.group_size % (tile.block_a + tile.block_b) == 0,
+    }  # fmt: skip
 
 
 def _sums_options(p: Problem, tile: Tile) -> dict:
-    return dict(
-        N=p.group_size, GROUPS=p.n_groups, BLOCK=tile.block_a,
-        REPEATS=tile.sums["REPEATS_A"], WARPS=tile.sums["WARPS_A"],
-        FULL=p.group_size % tile.block_a == 0,
-    )  # fmt: skip
+    return {
+        "N": p.group_size, "GROUPS": p.n_groups, "BLOCK": tile.block_a,
+        "REPEATS": tile.sums["REPEATS_A"], "WARPS": tile.sums["WARPS_A"],
+        "FULL": p.group_size % tile.block_a == 0,
+    }  # fmt: skip
 
 
 def _norm_options(p: Problem, z: Tensor | None) -> dict:
-    return dict(
-        IS_RMS=p.is_rms_norm,
-        GATE_FIRST=z is not None and not p.norm_before_gate,
-        SIGMOID=p.activation == "sigmoid",
-    )
+    return {
+        "IS_RMS": p.is_rms_norm,
+        "GATE_FIRST": z is not None and not p.norm_before_gate,
+        "SIGMOID": p.activation == "sigmoid",
+    }
 
 
 def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
@@ -211,11 +211,11 @@ def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
         return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
 
     after = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-    return dict(
-        ADD=float(p.zero_centered),
-        ROUND_NORM=rounds(p.round_norm, x.dtype),
-        ROUND_WEIGHT=rounds(p.round_weight, after),
-    )
+    return {
+        "ADD": float(p.zero_centered),
+        "ROUND_NORM": rounds(p.round_norm, x.dtype),
+        "ROUND_WEIGHT": rounds(p.round_weight, after),
+    }
 
 
 def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]:
@@ -233,7 +233,7 @@ def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]
     main = Launch(
         kernels.forward_kernel, x.device, tiles,
         (p.n_rows, *inner, *sx, *sz, *sy, p.eps),
-        _tile_options(p, tile) | rows | norm | _rounding(p, x, weight) | dict(STATS_GIVEN=wide),
+        _tile_options(p, tile) | rows | norm | _rounding(p, x, weight) | {"STATS_GIVEN": wide},
         tile,
     )  # fmt: skip
     return main, sums
@@ -265,7 +265,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         sums = Launch(
             kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
             (p.n_rows, *inner, *sdy, *sx, *sz),
-            _sums_options(p, tile) | rows | norm | dict(ADD=rounding["ADD"]), tile,
+            _sums_options(p, tile) | rows | norm | {"ADD": rounding["ADD"]}, tile,
         )  # fmt: skip
     column_tiles = p.n_groups * tile.chunks
     workers = -(-_multiprocessors(x.device) * tile.workers_per_sm // column_tiles)
@@ -274,13 +274,13 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         kernels.backward_kernel, x.device, workers * column_tiles,
         (p.n_rows, workers, *inner, *sdy, *sx, *sz, *sdx, *sdz),
         _tile_options(p, tile) | rows | norm | rounding
-        | dict(SUMS_GIVEN=wide, STAGES=tile.stages, HOIST=tile.hoist, RELOAD=tile.reload),
+        | {"SUMS_GIVEN": wide, "STAGES": tile.stages, "HOIST": tile.hoist, "RELOAD": tile.reload},
         tile,
     )  # fmt: skip
     block = max(8, min(128, _power_of_2_above(p.width) // 64))
     reduce = Launch(
         kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
-        dict(D=p.width, ROWS=1024 // block, BLOCK=block), None,
+        {"D": p.width, "ROWS": 1024 // block, "BLOCK": block}, None,
     )  # fmt: skip
     return main, sums, reduce, workers
 
@@ -289,7 +289,8 @@ def backward(
     p: Problem, dy: Tensor, x: Tensor, z, weight, bias, mean, rstd: Tensor, dx: Tensor, dz
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    key = (dy.stride(), dx.stride(), None if dz is None else dz.stride(), dy.dtype, dx.dtype)
+    dense = dy.is_contiguous() and dx.is_contiguous() and (dz is None or dz.is_contiguous())
+    key = dy.dtype if dense else (dy.dtype, *(None if t is None else t.stride() for t in (dy, dx, dz)))
     plan = p.plans.get(key)
     if plan is None:
         plan = p.plans[key] = _plan_backward(p, dy, x, z, weight, bias, dx, dz)

@@ -179,8 +179,8 @@ def _describe(
             raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
         if _overlaps_itself(out[0], out[1]):
             raise ValueError(
-                f"out must not overlap itself, got strides {tuple(out[1])} for shape {tuple(shape)}; "
-                "pass a tensor that was not expanded, or None for a new one"
+                f"out must not overlap itself, got strides {tuple(out[1])} for shape "
+                f"{tuple(shape)}; pass a tensor that was not expanded, or None for a new one"
             )
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))

@@ -1,0 +1,54 @@
+"""What the memory allows: elementwise kernels that move the bytes of a gated norm and compute next
+to nothing. The best of several tile sizes on a shape is its ceiling."""
+
+import triton
+import triton.language as tl
+from triton.testing import do_bench
+
+__all__ = ["backward_ceiling", "do_bench", "forward_ceiling"]
+
+TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))  # elements, warps
+
+
+@triton.jit
+def _read_two_write_one(x_ptr, z_ptr, y_ptr, n, z_stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x + z; `z` `[n / D, D]` with a row stride."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    z = tl.load(z_ptr + i // D * z_stride + i % D, mask=i < n, other=0.0)
+    tl.store(y_ptr + i, x + z, mask=i < n)
+
+
+@triton.jit
+def _read_three_write_two(
+    dy_ptr, x_ptr, z_ptr, dx_ptr, dz_ptr, n, z_stride, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dx = x + dy * z, dz = x * dy + z."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + i, mask=i < n, other=0.0)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    z = tl.load(z_ptr + i // D * z_stride + i % D, mask=i < n, other=0.0)
+    tl.store(dx_ptr + i, x + dy * z, mask=i < n)
+    tl.store(dz_ptr + i, x * dy + z, mask=i < n)
+
+
+def _best(kernel, tensors, n, z_stride, width, time) -> float:
+    times = []
+    for block, num_warps in TILES:
+        grid = (triton.cdiv(n, block),)
+        args = (*tensors, n, z_stride, width, block)
+        times.append(
+            time(lambda grid=grid, args=args, w=num_warps: kernel[grid](*args, num_warps=w))
+        )
+    return min(times)
+
+
+def forward_ceiling(x, z, y, time) -> float:
+    """Best time of reading `x`, `z` `[rows, D]` and writing `y`; `time` times a callable."""
+    return _best(_read_two_write_one, (x, z, y), x.numel(), z.stride(0), x.shape[1], time)
+
+
+def backward_ceiling(dy, x, z, dx, dz, time) -> float:
+    """Best time of reading `dy`, `x`, `z` `[rows, D]` and writing `dx`, `dz`."""
+    tensors = (dy, x, z, dx, dz)
+    return _best(_read_three_write_two, tensors, x.numel(), z.stride(0), x.shape[1], time)

@@ -1,0 +1,369 @@
+"""Time every gated norm that is installed, and the ceiling, on one CUDA machine.
+
+    python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
+    python -m benchmarks.gated_norm --only gatednorm --cases 4
+
+Each provider is compared with float64 before it is timed. Times are medians in microseconds of
+`triton.testing.do_bench`, which writes 256 MB between two runs, so that no input lies in the L2
+cache. All providers of a case run in one process, one after another, on the same tensors.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gatednorm
+from benchmarks.ceiling_kernels import backward_ceiling, do_bench, forward_ceiling
+from benchmarks.providers import EPS, PROVIDERS, Case, version
+
+RESULTS = Path(__file__).parent / "results"
+CASES = (
+    Case(262144, 128),
+    Case(262144, 128, z_strided=True),
+    Case(16384, 2048, norm_before_gate=False, z_strided=True),
+    Case(16384, 5120, norm_before_gate=False, z_strided=True),
+    Case(8192, 8192, 1024, norm_before_gate=False, z_strided=True),
+    Case(16384, 4096),
+    Case(4096, 16384),
+    Case(4096, 16384, norm_before_gate=False),
+    Case(131072, 256),
+    Case(30011, 1000, is_rms_norm=False, bias=True, activation="sigmoid"),
+    Case(20011, 1536, norm_before_gate=False),
+    Case(10007, 3072, bias=True),
+    Case(16384, 2048, norm_before_gate=False, is_rms_norm=False, bias=True),
+)
+DECODE = (Case(2048, 128), Case(64, 5120, norm_before_gate=False))
+WIDTHS = tuple(Case(2**25 // width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192))
+ROWS = tuple(Case(2**k, 4096, norm_before_gate=False) for k in range(4, 16, 2))
+
+
+def median(function) -> float:
+    """Microseconds on the GPU."""
+    return do_bench(function, warmup=10, rep=60, return_mode="median") * 1e3
+
+
+def inputs(case: Case) -> dict[str, torch.Tensor]:
+    """bf16 `x`, `z`, `dy`, fp32 parameters; a strided z is a slice of a packed projection."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=g, device="cuda", dtype=dtype)
+
+    rows, width = case.rows, case.width
+    packed = randn(rows, 2 * width + 256) if case.z_strided else randn(rows, width)
+    return {
+        "x": randn(rows, width).requires_grad_(),
+        "w": (1 + 0.1 * randn(width, dtype=torch.float32)).requires_grad_(),
+        "b": randn(width, dtype=torch.float32).requires_grad_() if case.bias else None,
+        "z": packed[:, :width].requires_grad_(),
+        "dy": randn(rows, width),
+    }
+
+
+def gradients(function, t) -> list[torch.Tensor]:
+    wanted = [v for k, v in t.items() if k in "xwbz" and v is not None]
+    return torch.autograd.grad(function(t["x"], t["w"], t["b"], t["z"]), wanted, t["dy"])
+
+
+def error(case: Case, functions, t) -> float:
+    """Largest relative error (2-norm) of the output and the gradients against float64."""
+    training, inference = functions
+    wide = {k: None if v is None else v.detach().double() for k, v in t.items()}
+    for k in "xwbz":
+        if wide[k] is not None:
+            wide[k].requires_grad_()
+
+    def reference(x, w, b, z):
+        return gatednorm.gated_norm_ref(
+            x, w, b, z, EPS, case.group_size, case.norm_before_gate,
+            is_rms_norm=case.is_rms_norm, activation=case.activation,
+        )  # fmt: skip
+
+    def distance(ours, truth):
+        return ((ours.double() - truth).norm() / truth.norm()).item()
+
+    with torch.no_grad():
+        args = [t[k] for k in "xwbz"]
+        worst = distance(inference(*args), reference(*(wide[k] for k in "xwbz")))
+    if training is not None:
+        truth = gradients(reference, wide)
+        worst = max([worst, *map(distance, gradients(training, t), truth)])
+    return worst
+
+
+def forward_time(inference, t) -> float:
+    args = [t[k] for k in "xwbz"]
+    with torch.no_grad():
+        return median(lambda: inference(*args))
+
+
+def backward_time(training, t) -> float:
+    wanted = [t[k] for k in "xwbz" if t[k] is not None]
+    y = training(*(t[k] for k in "xwbz"))
+    return median(lambda: torch.autograd.grad(y, wanted, t["dy"], retain_graph=True))
+
+
+def both_time(training, t) -> float:
+    return median(lambda: gradients(training, t))
+
+
+def peak(training, t) -> float:
+    """MiB beyond the inputs while a forward and a backward run."""
+    gradients(training, t)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients(training, t)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def wall_time(function, calls: int = 1000) -> float:
+    """Microseconds per call of a loop with one synchronisation at its end; best of five."""
+    function()
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / calls * 1e6)
+    return best
+
+
+def graph_time(function, calls: int = 100) -> float:
+    """Microseconds per call inside a CUDA graph of `calls` calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return do_bench(graph.replay, warmup=5, rep=30, return_mode="median") * 1e3 / calls
+
+
+class Sheet:
+    """Rows of the CSV, each with what is needed to read it alone."""
+
+    def __init__(self) -> None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        import triton
+
+        self.common = {
+            "date": datetime.date.today().isoformat(),
+            "commit": os.environ.get("GATEDNORM_COMMIT", commit),
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        self.rows: list[dict] = []
+
+    def add(
+        self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
+    ) -> None:
+        shape = {"case": case.name, "rows": case.rows, "width": case.width, "dtype": "bfloat16"}
+        self.rows.append(
+            self.common | shape
+            | {"provider": provider, "quantity": quantity, "value": f"{value:.6g}", "unit": unit} | more
+        )  # fmt: skip
+
+    def get(self, case: Case, quantity: str) -> dict[str, float]:
+        """Provider to value."""
+        return {
+            r["provider"]: float(r["value"])
+            for r in self.rows
+            if r["case"] == case.name and r["quantity"] == quantity
+        }
+
+    def write(self, path: Path) -> None:
+        names = list(dict.fromkeys(k for r in self.rows for k in r))
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def gigabytes(case: Case, tensors: int) -> float:
+    return tensors * case.rows * case.width * 2 / 1e9
+
+
+def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Console):
+    """Yield name and functions of each provider that is installed, covers the case and is right."""
+    for name in names:
+        distribution, build = PROVIDERS[name]
+        try:
+            functions = build(case)
+        except ImportError:
+            continue
+        if functions is None:
+            continue
+        try:
+            worst = error(case, functions, t)
+        except Exception as problem:  # a peer that cannot run a case is reported, not hidden
+            reason = (str(problem).strip().splitlines() or [""])[0][:80]
+            console.print(f"  {name} fails on {case.name}: {type(problem).__name__} {reason}")
+            sheet.add(case, name, "failed", float("nan"), reason)
+            continue
+        sheet.add(case, name, "error", worst, "relative", version=version(distribution))
+        if worst > 2e-2:
+            console.print(
+                f"  {name} is wrong on {case.name}: relative error {worst:.2g}; not timed"
+            )
+            continue
+        yield name, functions
+
+
+def throughput(case: Case, names, sheet, console, backward: bool = True) -> None:
+    t = inputs(case)
+    x, z, dy = (t[k].detach() for k in ("x", "z", "dy"))
+    one, two = torch.empty_like(x), torch.empty_like(x)
+    ceilings = {"forward": (forward_ceiling(x, z, one, median), 3)}
+    if backward:
+        ceilings["backward"] = (backward_ceiling(dy, x, z, one, two, median), 5)
+    for quantity, (best, tensors) in ceilings.items():
+        rate = {"gb_per_s": f"{gigabytes(case, tensors) / best * 1e6:.0f}"}
+        sheet.add(case, "ceiling", quantity, best, "us", **rate)
+    for name, (training, inference) in each_provider(case, names, sheet, t, console):
+        times = {"forward": forward_time(inference, t)}
+        if backward and training is not None:
+            times["backward"] = backward_time(training, t)
+            sheet.add(case, name, "both", both_time(training, t), "us")
+            sheet.add(case, name, "peak memory", peak(training, t), "MiB")
+        for quantity, value in times.items():
+            best, tensors = ceilings[quantity]
+            rate = {"gb_per_s": f"{gigabytes(case, tensors) / value * 1e6:.0f}"}
+            sheet.add(case, name, quantity, value, "us", ratio=f"{value / best:.3f}", **rate)
+
+
+def decoding(case: Case, names, sheet, console) -> None:
+    """Wall time of an eager call, and GPU time of a call inside a CUDA graph."""
+    t = inputs(case)
+    x, w, b, z = (None if t[k] is None else t[k].detach() for k in "xwbz")
+    with torch.no_grad():
+        sheet.add(case, "torch.add", "wall forward", wall_time(lambda: torch.add(x, z)), "us")
+        sheet.add(case, "torch.add", "graph forward", graph_time(lambda: torch.add(x, z)), "us")
+    for name, (training, inference) in each_provider(case, names, sheet, t, console):
+        with torch.no_grad():
+            wall = wall_time(lambda f=inference: f(x, w, b, z))
+            sheet.add(case, name, "wall forward", wall, "us")
+            graph = graph_time(lambda f=inference: f(x, w, b, z))
+            sheet.add(case, name, "graph forward", graph, "us")
+        if training is not None:
+            both = wall_time(lambda f=training: gradients(f, t), calls=300)
+            sheet.add(case, name, "wall both", both, "us")
+
+
+def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
+    columns = ["ceiling", "torch.add", *names]
+    seen = {r["provider"] for r in sheet.rows}
+    table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
+    table.add_column("case")
+    table.add_column("")
+    for name in (c for c in columns if c in seen):
+        table.add_column(name, justify="right")
+    for case in cases:
+        for quantity in quantities:
+            values = sheet.get(case, quantity)
+            if not values:
+                continue
+            floor = values.get("ceiling", values.get("torch.add"))
+            cells = [
+                f"{values[n]:.1f} ({values[n] / floor:.2f})" if n in values and floor
+                else f"{values[n]:.1f}" if n in values else ""
+                for n in columns if n in seen
+            ]  # fmt: skip
+            table.add_row(case.name, quantity, *cells)
+    console.print(table)
+
+
+def plot(sheet: Sheet, names, folder: Path) -> None:
+    """Bandwidth over width, and forward time over rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bytes_of = {"forward": 3, "backward": 5}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, quantity in zip(axes, bytes_of, strict=True):
+        for name in ("ceiling", *names):
+            points = [
+                (c.width, gigabytes(c, bytes_of[quantity]) / v * 1e3)
+                for c in WIDTHS
+                if (v := sheet.get(c, quantity).get(name))
+            ]
+            if points:
+                style = {"color": "black", "ls": "--"} if name == "ceiling" else {"marker": "o"}
+                axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(xscale="log", xlabel="width", title=f"{quantity}, 33.5M elements, gate after")
+        axis.set_xticks([c.width for c in WIDTHS], [str(c.width) for c in WIDTHS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="TB/s")
+    axes[0].set_ylim(0)
+    axes[1].legend()
+    figure.suptitle(f"Gated RMS norm, bf16, {sheet.common['gpu']}")
+    figure.tight_layout()
+    figure.savefig(folder / "bandwidth.png", dpi=120)
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name in ("ceiling", *names):
+        points = [(c.rows, v) for c in ROWS if (v := sheet.get(c, "forward").get(name))]
+        if points:
+            style = {"color": "black", "ls": "--"} if name == "ceiling" else {"marker": "o"}
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+    axis.set(xscale="log", yscale="log", xlabel="rows of 4096", ylabel="forward, microseconds")
+    axis.set_title(f"Gate before, bf16, {sheet.common['gpu']}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "rows.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(PROVIDERS))
+    parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
+    names = [n for n in args.only if n not in args.skip]
+    args.out.mkdir(parents=True, exist_ok=True)
+    console, sheet = Console(width=190), Sheet()
+    cases = CASES[: args.cases]
+    for case in cases:
+        console.print(case.name)
+        throughput(case, names, sheet, console)
+    for case in DECODE:
+        decoding(case, names, sheet, console)
+    show(sheet, cases, ("forward", "backward", "both"), names, console)
+    show(sheet, DECODE, ("wall forward", "graph forward", "wall both"), names, console)
+    if not args.no_plots:
+        quick = [n for n in names if n != "eager"]
+        for case in WIDTHS:
+            throughput(case, quick, sheet, console)
+        for case in ROWS:
+            throughput(case, quick, sheet, console, backward=False)
+        plot(sheet, quick, args.out)
+    sheet.write(args.out / "gated_norm.csv")
+    console.print(f"written: {args.out / 'gated_norm.csv'}")
+
+
+if __name__ == "__main__":
+    main()

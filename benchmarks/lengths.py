@@ -1,0 +1,100 @@
+"""How the cost of both models grows with the sequence length: training, decoding, state.
+
+    python -m benchmarks.lengths                 # a table, and results/lengths.csv
+
+Training is one forward and backward over one sequence; the time per token should not depend on
+its length. Decoding is one step after a prompt of that length; neither its time nor the size of
+the state should. Times are medians over the repeats.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from models.language_model import MIXERS, LanguageModel
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = (1024, 4096, 16384)
+
+
+def machine(device: str) -> str:
+    """The GPU's name, or the CPU's and how many threads torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def seconds(function, repeats: int, device: str) -> float:
+    """Median wall time of a call, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure(mixer: str, length: int, repeats: int, device: str) -> dict:
+    """One row of the table."""
+    torch.manual_seed(0)
+    model = LanguageModel(mixer).to(device)
+    tokens = torch.randint(0, 256, (1, length + 1), device=device)
+
+    def train():
+        logits, _ = model(tokens[:, :-1])
+        F.cross_entropy(logits[0], tokens[0, 1:]).backward()
+
+    training = seconds(train, repeats, device)
+    with torch.inference_mode():
+        _, state = model(tokens[:, :-1], output_state=True)
+        decoding = seconds(lambda: model(tokens[:, -1:], state, True), 30, device)
+    return {
+        "mixer": mixer,
+        "tokens": length,
+        "training_ms": round(training * 1e3, 1),
+        "training_us_per_token": round(training / length * 1e6, 2),
+        "decode_ms_per_token": round(decoding * 1e3, 2),
+        "state_bytes": sum(t.untyped_storage().nbytes() for layer in state for t in layer),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "lengths.csv")
+    args = parser.parse_args()
+    rows = [measure(m, n, args.repeats, args.device) for m in MIXERS for n in LENGTHS]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    run = {
+        "device": machine(args.device),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now().date().isoformat(),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | run for row in rows)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Who can be timed. A provider says which cases it covers and returns two functions of tensors.
+
+`training(x, w, b, z)` records a graph; `inference(x, w, b, z)` need not. A provider that is not
+installed is left out, and the benchmark says so.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import gatednorm
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: `rows x width` in groups, gate order, strides of z, norm."""
+
+    rows: int
+    width: int
+    group_size: int | None = None
+    norm_before_gate: bool = True
+    z_strided: bool = False
+    is_rms_norm: bool = True
+    bias: bool = False
+    activation: str = "silu"
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.rows} x {self.width}"]
+        if self.group_size:
+            parts.append(f"{self.width // self.group_size} groups")
+        parts.append("gate after" if self.norm_before_gate else "gate before")
+        if self.z_strided:
+            parts.append("z strided")
+        if not self.is_rms_norm:
+            parts.append("layer norm")
+        if self.bias:
+            parts.append("bias")
+        if self.activation != "silu":
+            parts.append(self.activation)
+        return ", ".join(parts)
+
+
+Functions = tuple[Callable | None, Callable]  # training (None: no backward), inference
+
+
+def ours(case: Case) -> Functions:
+    options = {"is_rms_norm": case.is_rms_norm, "activation": case.activation}
+    place = (EPS, case.group_size, case.norm_before_gate)
+    return (
+        lambda x, w, b, z: gatednorm.layernorm_fn(x, w, b, z, *place, **options),
+        lambda x, w, b, z: gatednorm.rms_norm_gated(x, w, b, z, *place, **options),
+    )
+
+
+def fla(case: Case) -> Functions | None:
+    module = importlib.import_module("fla.modules.layernorm_gated")
+    if case.activation != "silu":
+        return None
+
+    def call(x, w, b, z):
+        place = (EPS, case.group_size, case.norm_before_gate)
+        return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
+
+    return call, call
+
+
+def fla_fused(case: Case) -> Functions | None:
+    module = importlib.import_module("fla.modules.fused_norm_gate")
+    if not case.norm_before_gate or case.group_size:
+        return None
+    function = module.rms_norm_gated if case.is_rms_norm else module.layer_norm_gated
+
+    def call(x, w, b, z):
+        return function(x, z, w, b, activation=case.activation, eps=EPS)
+
+    return call, call
+
+
+def mamba(case: Case) -> Functions | None:
+    module = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
+    if case.activation != "silu":
+        return None
+
+    def call(x, w, b, z):
+        place = (EPS, case.group_size, case.norm_before_gate)
+        return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
+
+    return call, call
+
+
+def sglang(case: Case) -> Functions | None:
+    module = importlib.import_module("sglang.kernels.ops.attention.fla.layernorm_gated")
+
+    def call(x, w, b, z):
+        return module.rms_norm_gated(
+            x=x, weight=w, bias=b, z=z, eps=EPS, group_size=case.group_size,
+            norm_before_gate=case.norm_before_gate, is_rms_norm=case.is_rms_norm,
+            activation=case.activation,
+        )  # fmt: skip
+
+    return None, call
+
+
+def vllm(case: Case) -> Functions | None:
+    module = importlib.import_module("vllm.model_executor.layers.mamba.ops.layernorm_gated")
+    if case.activation != "silu" or not case.is_rms_norm:
+        return None
+
+    def call(x, w, b, z):
+        return module.rms_norm_gated(x, w, b, z, EPS, case.group_size, case.norm_before_gate)
+
+    return None, call
+
+
+def eager(case: Case) -> Functions:
+    def call(x, w, b, z):
+        return gatednorm.gated_norm_ref(
+            x, w, b, z, EPS, case.group_size, case.norm_before_gate,
+            is_rms_norm=case.is_rms_norm, activation=case.activation,
+        )  # fmt: skip
+
+    return call, call
+
+
+def compiled(case: Case) -> Functions:
+    torch.compiler.reset()
+    call = torch.compile(eager(case)[0], dynamic=False)
+    return call, call
+
+
+PROVIDERS = {
+    "gatednorm": ("gatednorm", ours),
+    "FLA fused": ("flash-linear-attention", fla_fused),
+    "FLA": ("flash-linear-attention", fla),
+    "mamba": ("mamba_ssm", mamba),
+    "SGLang": ("sglang", sglang),
+    "vLLM": ("vllm", vllm),
+    "torch.compile": ("torch", compiled),
+    "eager": ("torch", eager),
+}
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return gatednorm.__version__ if distribution == "gatednorm" else "from source"
