@@ -78,6 +78,12 @@ def kernels(request, monkeypatch) -> Path:
     return Path("kernels")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter computes with numpy, which warns of the infinities that some tests are about.
+    ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"
+    config.addinivalue_line("filterwarnings", ignored)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if GPU:
         return
