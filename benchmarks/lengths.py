@@ -4,14 +4,13 @@
 
 Training is one forward and backward over one sequence; the time per token should not depend on
 its length. Decoding is one step after a prompt of that length; neither its time nor the size of
-the state should. Times are medians over the repeats.
+the state should. The fastest repeat counts.
 """
 
 import argparse
 import csv
 import datetime
 import platform
-import statistics
 import time
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def machine(device: str) -> str:
 
 
 def seconds(function, repeats: int, device: str) -> float:
-    """Median wall time of a call, after one that does not count."""
+    """Fastest wall time of a call, after one that does not count: noise only adds."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -45,7 +44,7 @@ def seconds(function, repeats: int, device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def measure(mixer: str, length: int, repeats: int, device: str) -> dict:
