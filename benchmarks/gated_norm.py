@@ -3,9 +3,11 @@
     python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
     python -m benchmarks.gated_norm --only gatednorm --cases 4
 
-Each provider is compared with float64 before it is timed. Times are medians in microseconds of
-`triton.testing.do_bench`, which writes 256 MB between two runs, so that no input lies in the L2
-cache. All providers of a case run in one process, one after another, on the same tensors.
+Each provider is compared with float64 before it is timed. Times on the GPU are medians in
+microseconds of `triton.testing.do_bench`, which writes 256 MB between two runs, so that no input
+lies in the L2 cache, over the replay of a CUDA graph of one call, so that no provider waits for its
+Python. What the Python
+costs is in the wall times. All providers of a case run in one process, on the same tensors.
 """
 
 import argparse
@@ -41,13 +43,21 @@ CASES = (
     Case(16384, 2048, norm_before_gate=False, is_rms_norm=False, bias=True),
 )
 DECODE = (Case(2048, 128), Case(64, 5120, norm_before_gate=False))
+STREAM = torch.cuda.Stream() if torch.cuda.is_available() else None
 WIDTHS = tuple(Case(2**25 // width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192))
 ROWS = tuple(Case(2**k, 4096, norm_before_gate=False) for k in range(4, 16, 2))
 
 
 def median(function) -> float:
     """Microseconds on the GPU."""
-    return do_bench(function, warmup=10, rep=60, return_mode="median") * 1e3
+    with torch.cuda.stream(STREAM):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=STREAM):
+        function()
+    return do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
 
 
 def inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -107,7 +117,8 @@ def forward_time(inference, t) -> float:
 
 def backward_time(training, t) -> float:
     wanted = [t[k] for k in "xwbz" if t[k] is not None]
-    y = training(*(t[k] for k in "xwbz"))
+    with torch.cuda.stream(STREAM):  # autograd runs the backward on the stream of the forward
+        y = training(*(t[k] for k in "xwbz"))
     return median(lambda: torch.autograd.grad(y, wanted, t["dy"], retain_graph=True))
 
 
@@ -153,6 +164,19 @@ def graph_time(function, calls: int = 100) -> float:
     return do_bench(graph.replay, warmup=5, rep=30, return_mode="median") * 1e3 / calls
 
 
+class EmptyFunction(torch.autograd.Function):
+    """What autograd itself costs: outputs of the right sizes, and no kernel."""
+
+    @staticmethod
+    def forward(ctx, x, w, z):
+        ctx.save_for_backward(x, w, z)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
 class Sheet:
     """Rows of the CSV, each with what is needed to read it alone."""
 
@@ -177,7 +201,8 @@ class Sheet:
         shape = {"case": case.name, "rows": case.rows, "width": case.width, "dtype": "bfloat16"}
         self.rows.append(
             self.common | shape
-            | {"provider": provider, "quantity": quantity, "value": f"{value:.6g}", "unit": unit} | more
+            | {"provider": provider, "quantity": quantity, "value": f"{value:.6g}", "unit": unit}
+            | more
         )  # fmt: skip
 
     def get(self, case: Case, quantity: str) -> dict[str, float]:
@@ -213,6 +238,7 @@ def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Consol
         try:
             worst = error(case, functions, t)
         except Exception as problem:  # a peer that cannot run a case is reported, not hidden
+            torch.cuda.synchronize()
             reason = (str(problem).strip().splitlines() or [""])[0][:80]
             console.print(f"  {name} fails on {case.name}: {type(problem).__name__} {reason}")
             sheet.add(case, name, "failed", float("nan"), reason)
@@ -255,6 +281,8 @@ def decoding(case: Case, names, sheet, console) -> None:
     with torch.no_grad():
         sheet.add(case, "torch.add", "wall forward", wall_time(lambda: torch.add(x, z)), "us")
         sheet.add(case, "torch.add", "graph forward", graph_time(lambda: torch.add(x, z)), "us")
+    floor = wall_time(lambda: gradients(lambda x, w, b, z: EmptyFunction.apply(x, w, z), t), 300)
+    sheet.add(case, "empty Function", "wall both", floor, "us")
     for name, (training, inference) in each_provider(case, names, sheet, t, console):
         with torch.no_grad():
             wall = wall_time(lambda f=inference: f(x, w, b, z))
@@ -267,7 +295,7 @@ def decoding(case: Case, names, sheet, console) -> None:
 
 
 def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
-    columns = ["ceiling", "torch.add", *names]
+    columns = ["ceiling", "torch.add", "empty Function", *names]
     seen = {r["provider"] for r in sheet.rows}
     table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
     table.add_column("case")

@@ -98,13 +98,15 @@ def _row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.con
 
 
 @triton.jit
-def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+          EVICT: tl.constexpr):  # fmt: skip
     """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
     col = first + tl.arange(0, BLOCK)
     mask = live[:, None]
     if not FULL:
         mask = mask & (col < N)[None, :]
-    return tl.load(ptr + offset[:, None] + col[None, :], mask=mask, other=0.0)
+    ptr = ptr + offset[:, None] + col[None, :]
+    return tl.load(ptr, mask=mask, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -197,10 +199,10 @@ def _affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
 def _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
                  FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
     """What is normalised, and the gate as loaded: `x` or `x * act(z)`, and `z`."""
-    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL)
+    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
     z = u
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL)
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
     u = u.to(tl.float32)
     if GATE_FIRST:
         u = u * _act(z.to(tl.float32), SIGMOID)
@@ -208,12 +210,12 @@ def _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _finish(u, z, rstd, w_ptr, b_ptr, y_ptr, y_off, live, first, ADD: tl.constexpr, N: tl.constexpr,
-            BLOCK: tl.constexpr, FULL: tl.constexpr, GATE_LAST: tl.constexpr,
-            SIGMOID: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
-    w, b = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK)
-    _, h = _affine(u * rstd[:, None], w, b, w_ptr is not None, b_ptr is not None,
-                   ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+def _finish(u, z, rstd, w, b, y_ptr, y_off, live, first,
+            HAS_W: tl.constexpr, HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+            FULL: tl.constexpr, GATE_LAST: tl.constexpr, SIGMOID: tl.constexpr,
+            ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+    """One piece from the centred value to the stored result."""
+    _, h = _affine(u * rstd[:, None], w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
     if GATE_LAST:
         h = h * _act(z.to(tl.float32), SIGMOID)
     _store(y_ptr, y_off, live, first, h, N, BLOCK, FULL)
@@ -233,7 +235,7 @@ def forward_kernel(
     FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, STATS_GIVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    HOIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = (norm(x) * w + b) * act(z), or norm(x * act(z)) * w + b with GATE_FIRST.
 
@@ -241,6 +243,8 @@ def forward_kernel(
     RMS. Mamba-2 (arXiv 2405.21060) gates first, Gated DeltaNet (arXiv 2412.06464) last.
     """
     GATE_LAST: tl.constexpr = z_ptr is not None and not GATE_FIRST
+    HAS_W: tl.constexpr = w_ptr is not None
+    HAS_B: tl.constexpr = b_ptr is not None
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
     _overlap(PDL)
     pid = tl.program_id(0).to(tl.int64)
@@ -269,7 +273,11 @@ def forward_kernel(
 
     u_a, z_a = _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK_A, FULL_A,
                             GATE_FIRST, SIGMOID)  # fmt: skip
+    if HOIST:
+        w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
     if BLOCK_B > 0:
+        if HOIST:
+            w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
         u_b, z_b = _gated_input(x_ptr, x_off, z_ptr, z_off, live, BLOCK_A, N, BLOCK_B, FULL,
                                 GATE_FIRST, SIGMOID)  # fmt: skip
     if STATS_GIVEN:
@@ -293,22 +301,26 @@ def forward_kernel(
         rstd = _rsqrt(_mean(total, N) + eps)
         if rstd_ptr is not None:
             tl.store(rstd_ptr + stat, rstd, mask=live)
-    _finish(u_a, z_a, rstd, w_ptr, b_ptr, y_ptr, y_off, live, first, ADD, N, BLOCK_A, FULL_A,
+    if not HOIST:
+        w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+    _finish(u_a, z_a, rstd, w_a, b_a, y_ptr, y_off, live, first, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
             GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
     if BLOCK_B > 0:
-        _finish(u_b, z_b, rstd, w_ptr, b_ptr, y_ptr, y_off, live, BLOCK_A, ADD, N, BLOCK_B, FULL,
-                GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+        if not HOIST:
+            w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+        _finish(u_b, z_b, rstd, w_b, b_b, y_ptr, y_off, live, BLOCK_A, HAS_W, HAS_B, N, BLOCK_B,
+                FULL, GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
 
 
 @triton.jit
 def _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
-          BLOCK: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+          BLOCK: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
     """`dy`, `x`, `z` of one piece as they lie in memory; without a gate `z` is `x`."""
-    dy = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL)
-    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL)
+    dy = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT)
+    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT)
     z = x
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL)
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT)
     return dy, x, z
 
 
@@ -393,6 +405,7 @@ def backward_kernel(
     HAS_W: tl.constexpr = w_ptr is not None
     HAS_B: tl.constexpr = b_ptr is not None
     HAS_Z: tl.constexpr = z_ptr is not None
+    KEEP: tl.constexpr = "evict_last" if RELOAD else ""
     _overlap(PDL)
     zero = (n_workers >> 40) * 16  # 0, which only the caller knows; divisible by any alignment
     pid = tl.program_id(0).to(tl.int64)
@@ -447,7 +460,7 @@ def backward_kernel(
         if not HOIST:
             w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
         dy_a, x_a, z_a = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
-                               N, BLOCK_A, FULL_A)  # fmt: skip
+                               N, BLOCK_A, FULL_A, KEEP)  # fmt: skip
         xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
             dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
             IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
@@ -461,7 +474,7 @@ def backward_kernel(
             if not HOIST:
                 w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
             dy_b, x_b, z_b = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
-                                   N, BLOCK_B, FULL)  # fmt: skip
+                                   N, BLOCK_B, FULL, KEEP)  # fmt: skip
             xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
                 dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
@@ -488,7 +501,7 @@ def backward_kernel(
                 c2 = _mean(c2, N)
         if RELOAD:
             dy_a, x_a, z_a = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
-                                   live, first, N, BLOCK_A, FULL_A)  # fmt: skip
+                                   live, first, N, BLOCK_A, FULL_A, "evict_first")  # fmt: skip
             if not HOIST:
                 w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
             xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
@@ -499,7 +512,8 @@ def backward_kernel(
         if BLOCK_B > 0:
             if RELOAD:
                 dy_b, x_b, z_b = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr,
-                                       z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL)  # fmt: skip
+                                       z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL,
+                                       "evict_first")  # fmt: skip
                 if not HOIST:
                     w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
                 xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
@@ -608,7 +622,8 @@ def backward_sums_kernel(
     c2 = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         w, b = _load_parameters(w_ptr, None, first, ADD, N, BLOCK)
-        dy, x, z = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL)
+        dy, x, z = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+                         "")  # fmt: skip
         xhat, _, _, dxhat, _, _ = _terms(
             dy, x, z, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
             BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip

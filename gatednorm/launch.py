@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     num_warps: int
     stages: int = 1  # depth of the backward's load pipeline
     workers_per_sm: int = 0
-    hoist: bool = True  # keep the parameters in registers over the backward's loop
+    hoist: bool = True  # read the parameters early and keep them in registers
     reload: bool = False  # read a row again after its sums instead of keeping it in registers
     maxnreg: int | None = None
 
@@ -69,8 +69,8 @@ def forward_tile(n: int) -> Tile:
     if a < 1024:
         return Tile(1024 // a, a, b, 1, 2)
     if a < 8192:
-        return Tile(1, a, b, 1, min(8, a // 256))
-    return Tile(1, a, b, 1, a // 1024, maxnreg=64)
+        return Tile(1, a, b, 1, 4 if a < 4096 else 8)
+    return Tile(1, a, b, 1, a // 1024, hoist=False, maxnreg=64)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def backward_tile(n: int) -> Tile:
     if a + b == 4096:
         return Tile(1, a, b, 1, 8, stages=1, workers_per_sm=2)
     if a + b <= 8192:
-        return Tile(1, a, b, 1, a // 512, stages=3, workers_per_sm=1)
+        return Tile(1, a, b, 1, 8 if b == 1024 else 16, stages=3, workers_per_sm=1)
     return Tile(1, a, b, 1, 16, workers_per_sm=1, hoist=False, reload=True)
 
 
@@ -233,7 +233,8 @@ def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]
     main = Launch(
         kernels.forward_kernel, x.device, tiles,
         (p.n_rows, *inner, *sx, *sz, *sy, p.eps),
-        _tile_options(p, tile) | rows | norm | _rounding(p, x, weight) | {"STATS_GIVEN": wide},
+        _tile_options(p, tile) | rows | norm | _rounding(p, x, weight)
+        | {"STATS_GIVEN": wide, "HOIST": tile.hoist},
         tile,
     )  # fmt: skip
     return main, sums
@@ -290,7 +291,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
     dense = dy.is_contiguous() and dx.is_contiguous() and (dz is None or dz.is_contiguous())
-    key = dy.dtype if dense else (dy.dtype, *(None if t is None else t.stride() for t in (dy, dx, dz)))
+    key = dy.dtype
+    if not dense:
+        key = (key, *(None if t is None else t.stride() for t in (dy, dx, dz)))
     plan = p.plans.get(key)
     if plan is None:
         plan = p.plans[key] = _plan_backward(p, dy, x, z, weight, bias, dx, dz)
