@@ -3,7 +3,10 @@
 Shape letters: B batch, T tokens, H heads, D features per head, C chunk size, N chunks.
 """
 
+import functools
+import importlib.util
 import itertools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +180,18 @@ def sequence_ends(segments: tuple[int, ...]) -> tuple[dict[int, int], dict[int, 
             first[chunk], last[chunk + count - 1] = sequence, sequence
         chunk += count
     return first, last
+
+
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """``models.kernels`` for a tensor on a GPU, where triton is installed; else None."""
+    return _kernels() if x.device.type == "cuda" else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("models.kernels")
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

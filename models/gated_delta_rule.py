@@ -37,6 +37,7 @@ from models.chunks import (
     decay_dtype,
     decay_matrix,
     empty_chunks,
+    gpu_kernels,
     operand_dtype,
     sequence_ends,
     sequence_offsets,
@@ -124,9 +125,7 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, scale, segments):
-        heads, dim_v = q.shape[1] * q.shape[2], v.shape[-1]
-        first, final_of = sequence_ends(segments)
-        half = operand_dtype(q)
+        dim_v, half = v.shape[-1], operand_dtype(q)
         final, o = initial.clone(), empty_chunks(v)
         states = initial.new_empty(q.shape[0], *initial.shape[1:])
         kept = []
@@ -134,15 +133,7 @@ class _ChunkScan(torch.autograd.Function):
             for lo, hi in block_ranges(v, 0):
                 c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype)
                 v_new = torch.empty_like(c.v)
-                rows = (c.last, c.k_out.mT, c.both[..., dim_v:], c.both[..., :dim_v], v_new)
-                last, k_out, w, u, new = (x.unflatten(0, (-1, heads)) for x in rows)
-                for n in range(lo, hi):
-                    i = n - lo
-                    if n in first:
-                        states[n] = initial[first[n]]
-                    torch.baddbmm(u[i], w[i], states[n].to(half), alpha=-1, out=new[i])
-                    end = final[final_of[n]] if n in final_of else states[n + 1]
-                    add_bmm(torch.mul(states[n], last[i], out=end), k_out[i], new[i])
+                _run(c, dim_v, initial, segments, lo, hi, states, v_new, final)
                 start = states[lo:hi].flatten(0, 1).to(half)
                 read = torch.bmm((c.q * (c.grow * scale)).to(half), start)
                 o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
@@ -154,36 +145,72 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):
         q, k, v, g, beta, initial, states, *kept = ctx.saved_tensors
-        heads, dim_v, scale = q.shape[1] * q.shape[2], v.shape[-1], ctx.scale
-        first, final_of = sequence_ends(ctx.segments)
+        dim_v, scale = v.shape[-1], ctx.scale
         grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
             for (lo, hi), solve, v_new in reversed(blocks):
                 c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype, solve)
-                half = c.q.dtype
-                dout = do[lo:hi].to(half).reshape(c.v.shape)
+                dout = do[lo:hi].to(c.q.dtype).reshape(c.v.shape)
                 dv_new = torch.bmm(c.attn.mT, dout)
-                q_in = (c.q * (c.grow * scale)).to(half)
-                read = bmm_wide(q_in.mT, dout)
-                dends = torch.empty_like(read)
-                rows = (c.last, c.k_out, c.both[..., dim_v:].mT, dv_new, read, dends)
-                last, k_out, w, new, add, ends = (x.unflatten(0, (-1, heads)) for x in rows)
-                for n in reversed(range(lo, hi)):
-                    i = n - lo
-                    if n in final_of:
-                        ends[i] = dfinal[final_of[n]]
-                    elif n == hi - 1:
-                        ends[i] = carry
-                    new[i].baddbmm_(k_out[i], ends[i].to(half))
-                    start = dinitial[first[n]] if n in first else ends[i - 1] if i else carry
-                    add_bmm(torch.addcmul(add[i], ends[i], last[i], out=start), w[i], new[i], -1)
+                dread = bmm_wide((c.q * (c.grow * scale)).to(c.q.dtype).mT, dout)
+                dends = torch.empty_like(dread)
+                _run_back(
+                    c, dim_v, dread, dfinal, ctx.segments, lo, hi, dends, dv_new, dinitial, carry
+                )
                 start = states[lo:hi].flatten(0, 1)
                 block = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
                 for grad, value in zip(grads, block, strict=True):
                     grad[lo:hi] = value.view(grad[lo:hi].shape)
         return (*grads, dinitial, None, None)
+
+
+def _run(c: _Chunks, dim_v, initial, segments, lo, hi, states, v_new, final):
+    """The sequential phase for chunks lo to hi: writes their states, Vn, and final states."""
+    u, w, heads = c.both[..., :dim_v], c.both[..., dim_v:], initial.shape[1]
+    if _in_one_kernel(c, lo, hi, segments):
+        kernels = gpu_kernels(c.k)
+        kernels.delta_forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
+        return
+    first, final_of = sequence_ends(segments)
+    rows = (c.last, c.k_out.mT, w, u, v_new)
+    last, k_out, w, u, v_new = (x.unflatten(0, (-1, heads)) for x in rows)
+    for n in range(lo, hi):
+        i = n - lo
+        if n in first:
+            states[n] = initial[first[n]]
+        torch.baddbmm(u[i], w[i], states[n].to(w.dtype), alpha=-1, out=v_new[i])
+        end = final[final_of[n]] if n in final_of else states[n + 1]
+        add_bmm(torch.mul(states[n], last[i], out=end), k_out[i], v_new[i])
+
+
+def _run_back(c: _Chunks, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new, dinitial, carry):
+    """The same backwards: writes the gradients of the states after each chunk and of the initial
+    ones, completes that of Vn. ``carry`` holds the gradient of the state between two blocks."""
+    w, heads = c.both[..., dim_v:], dfinal.shape[1]
+    if _in_one_kernel(c, lo, hi, segments):
+        kernels = gpu_kernels(c.k)
+        kernels.delta_backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
+        return
+    first, final_of = sequence_ends(segments)
+    rows = (c.last, c.k_out, w.mT, dread, dends, dv_new)
+    last, k_out, w, dread, dends, dv_new = (x.unflatten(0, (-1, heads)) for x in rows)
+    for n in reversed(range(lo, hi)):
+        i = n - lo
+        if n in final_of:
+            dends[i] = dfinal[final_of[n]]
+        elif n == hi - 1:
+            dends[i] = carry
+        dv_new[i].baddbmm_(k_out[i], dends[i].to(k_out.dtype))
+        start = dinitial[first[n]] if n in first else dends[i - 1] if i else carry
+        add_bmm(torch.addcmul(dread[i], dends[i], last[i], out=start), w[i], dv_new[i], -1)
+
+
+def _in_one_kernel(c: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
+    kernels = gpu_kernels(c.k)
+    whole = lo == 0 and hi == sum(segments) and c.grow.dtype == torch.float32
+    return kernels is not None and whole and kernels.delta_supports(*c.k.shape[1:])
 
 
 def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.chunks import gpu_kernels
+
 
 class _TapSum(torch.autograd.Function):
     """silu of the sum over taps of shifted inputs, for the CPU: x [B, T + W - 1, D], weight
@@ -44,6 +46,22 @@ class _TapSum(torch.autograd.Function):
         return dx, dtaps.T, dtotal.sum((0, 1)) if ctx.has_bias else None
 
 
+class _KernelConv(torch.autograd.Function):
+    """The same on a GPU, in one kernel each way: x [B, T, D], state [B, W - 1, D] or None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, state):
+        ctx.save_for_backward(x, weight, bias, state)
+        return gpu_kernels(x).conv_forward(x, weight, bias, state)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, state = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx, dstate, dweight, dbias = gpu_kernels(x).conv_backward(dy, x, weight, bias, state)
+        return dx, dweight, None if bias is None else dbias, dstate
+
+
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -64,34 +82,48 @@ def short_conv(
         y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
     """
     before = weight.shape[1] - 1
-    count = x.shape[0] if offsets is None else len(offsets) - 1
+    if offsets is None:
+        return _convolve(x, weight, bias, state), _last(x, state, before)
+    # Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...].
+    count = len(offsets) - 1
     if state is None:
         state = x.new_zeros(count, before, x.shape[2])
-    if offsets is None:
-        padded = torch.cat((state.to(x.dtype), x), dim=1)
-        # a copy, so that the state does not keep all the tokens' memory
-        return _apply(padded, weight, bias), padded[:, x.shape[1] :].clone()
-    # Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...].
     parts, keep, ends, row = [], [], [], 0
     for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
-        parts += [state[sequence], x[0, start:end].to(state.dtype)]
+        parts += [state[sequence], x[0, start:end]]
         keep.append(torch.arange(row, row + end - start))
         row += before + end - start
         ends.append(torch.arange(row - before, row))
-    padded = torch.cat(parts)[None].to(x.dtype)
-    y = _apply(padded, weight, bias).index_select(1, torch.cat(keep).to(x.device))
+    padded = torch.cat(parts)[None]
+    y = _convolve(padded[:, before:], weight, bias, padded[:, :before])
+    y = y.index_select(1, torch.cat(keep).to(x.device))
     final = padded.index_select(1, torch.cat(ends).to(x.device)).view(count, before, -1)
     return y, final
 
 
-def _apply(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, T + W - 1, D] to [B, T, D]."""
-    if padded.shape[1] == weight.shape[1]:
-        total = (padded * weight.to(padded.dtype).T).sum(1, keepdim=True)
-        return F.silu(total if bias is None else total + bias.to(total.dtype))
-    weight = weight.to(padded.dtype)
-    bias = None if bias is None else bias.to(padded.dtype)
-    if padded.device.type == "cpu":
+def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
+    """The last ``before`` inputs, a copy: the state does not keep all the tokens' memory."""
+    tokens = x.shape[1]
+    if tokens >= before:
+        return x[:, tokens - before :].clone()
+    if state is None:
+        state = x.new_zeros(x.shape[0], before, x.shape[2])
+    return torch.cat((state[:, tokens:], x), dim=1)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Tensor:
+    """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]."""
+    if gpu_kernels(x) is not None:
+        return _KernelConv.apply(x, weight, bias, state)
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if state is None:
+        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    padded = torch.cat((state, x), dim=1)
+    if x.shape[1] == 1:
+        total = (padded * weight.T).sum(1, keepdim=True)
+        return F.silu(total if bias is None else total + bias)
+    if x.device.type == "cpu":
         return _TapSum.apply(padded, weight, bias)
     y = F.conv1d(padded.mT, weight[:, None], bias, groups=weight.shape[0])
     return F.silu(y).mT

@@ -1,0 +1,95 @@
+"""The models' Triton kernels: on a GPU, and under Triton's interpreter without one."""
+
+import pytest
+import torch
+from conftest import GPU, TRITON
+from scan_checks import assert_close, results
+
+from models import chunks, gated_delta_rule, short_conv
+from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+
+pytestmark = pytest.mark.skipif(not TRITON, reason="needs triton")
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    """The GPU's route on any device; without a GPU the interpreter runs the kernels."""
+    from models import kernels
+
+    for module in (gated_delta_rule, short_conv):
+        monkeypatch.setattr(module, "gpu_kernels", lambda x: kernels)
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1 << 40)
+
+
+def inputs(batch, tokens, heads, dim_k, dim_v, sequences=None):
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, tokens, heads, dim_k, generator=g) for _ in range(2))
+    tensors = (
+        q,
+        torch.nn.functional.normalize(k, dim=-1),
+        torch.randn(batch, tokens, heads, dim_v, generator=g),
+        -torch.rand(batch, tokens, heads, generator=g),
+        torch.rand(batch, tokens, heads, generator=g),
+        torch.randn(sequences or batch, heads, dim_k, dim_v, generator=g),
+    )
+    return [x.to(DEVICE).requires_grad_() for x in tensors]
+
+
+CASES = {
+    "T70-K16-V24": ((2, 70, 2, 16, 24), None),
+    "T33-K32-V16": ((1, 33, 1, 32, 16), None),
+    "packed-K16-V16": ((1, 60, 2, 16, 16), [0, 3, 3, 35, 60]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_delta_kernels_equal_the_recurrence(case):
+    """Outputs, final states and gradients; more columns than a tile holds, packed sequences."""
+    shape, offsets = CASES[case]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    tensors = inputs(*shape, sequences=None if offsets is None else len(offsets) - 1)
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=16, cu_seqlens=cu_seqlens)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = results(recurrent_gated_delta_rule, wide, cu_seqlens=cu_seqlens)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+def test_delta_kernels_ran(monkeypatch):
+    """A size that the kernels take goes through them, and one that they do not take does not."""
+    from models import kernels
+
+    calls = []
+    original = kernels.delta_forward
+    monkeypatch.setattr(kernels, "delta_forward", lambda *a: (calls.append(1), original(*a)))
+    with torch.no_grad():
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 16, 8)[:5], chunk_size=16)
+        assert len(calls) == 1
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 12, 8)[:5], chunk_size=16)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 45])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_conv_kernels(taps, state, bias, tokens):
+    """Outputs, states and gradients, on a slice of a packed projection with an odd width."""
+    g = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, tokens, 141, generator=g, device="cpu").to(DEVICE).requires_grad_()
+    weight = torch.randn(131, taps, generator=g).to(DEVICE).requires_grad_()
+    b = torch.randn(131, generator=g).to(DEVICE).requires_grad_() if bias else None
+    s = torch.randn(2, taps - 1, 131, generator=g).to(DEVICE).requires_grad_() if state else None
+    leaves = [x for x in (packed, weight, b, s) if x is not None and x.numel()]
+    y, final = short_conv.short_conv(packed[..., 5:136], weight, b, s)
+    zeros = torch.zeros(2, taps - 1, 131, device=DEVICE)
+    padded = torch.cat((zeros if s is None else s, packed[..., 5:136]), 1)
+    conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], b, groups=131)
+    expected, last = torch.nn.functional.silu(conv.mT), padded[:, tokens:]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(final, last)
+    cotangents = [torch.randn(x.shape, generator=g).to(DEVICE) for x in (y, final)]
+    ours = torch.autograd.grad((y, final), leaves, cotangents, allow_unused=True)
+    theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
