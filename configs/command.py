@@ -53,6 +53,8 @@ def command(
             )
             try:
                 hydra_main(task)()
+            except KeyboardInterrupt:
+                sys.exit(130)
             except (HydraException, OmegaConfBaseException) as error:
                 _fail(name, explain(name, sys.argv[1:]) or _first_line(error))
 

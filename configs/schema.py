@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """Something that the user can put right; the message is one line."""
 
 
+class RunError(ConfigError):
+    """A run that had to stop; the message says what is left and how to go on."""
+
+
 def one_of(*choices: str) -> Any:
     return field(default=MISSING, metadata={"choices": choices})
 

@@ -1,6 +1,7 @@
 """The language model under Lightning: loss, optimiser, validation in bits per byte, throughput."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.progress import ProgressColumn
 
-from configs.schema import OptimConfig
+from configs.schema import OptimConfig, RunError
 from models.checkpoint import LAST, save_weights, write_whole
 from models.language_model import LanguageModel
 
@@ -78,7 +80,7 @@ def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
 
 
 class Throughput(Callback):
-    """Counts tokens and the time spent on them, validation left out, and logs `tokens_per_s`."""
+    """Counts tokens and the time from the first batch on, and logs `tokens_per_s`."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
@@ -95,13 +97,13 @@ class Throughput(Callback):
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.tokens, self.seconds = state["tokens"], state["seconds"]
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self._began
+        now = time.perf_counter()
+        self.seconds += now - self._began
+        self._began = now
         self.tokens += self.tokens_per_step
         module.log("tokens_per_s", self.tokens_per_s)
 
@@ -111,6 +113,9 @@ class ProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training  "  # there is one epoch of `optim.steps` batches: its number says nothing
+
+    def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
+        return super().configure_columns(trainer)[:-1]  # without batches per second
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         metrics = trainer.callback_metrics
@@ -122,8 +127,37 @@ class ProgressBar(RichProgressBar):
         return shown
 
 
+class FiniteLoss(Callback):
+    """Stops the run, before a checkpoint is written, when the loss is not a number.
+
+    On a GPU it looks every `every` steps only, because looking waits for the device; it still says
+    which step was the first.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.first_bad = torch.full((), -1, device=module.device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        bad = ~outputs["loss"].isfinite() & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, index, self.first_bad)
+        if module.device.type == "cuda" and trainer.global_step % self.every:
+            return
+        if self.first_bad >= 0:
+            raise RunError(
+                f"the loss must be finite, got {outputs['loss'].item()} after step "
+                f"{trainer.global_step} (first at batch {self.first_bad.item()}); the last good "
+                "checkpoint is kept: lower optim.learning_rate, or look at the data"
+            )
+
+
 class Checkpoints(Callback):
-    """Writes `last.ckpt` to `run` every so many steps, and after the last."""
+    """Writes `last.ckpt` to `run` every so many steps, and after the last; says how to go on when
+    the run is interrupted."""
 
     def __init__(self, run: Path, every: int) -> None:
         self.run, self.every = run, every
@@ -136,6 +170,16 @@ class Checkpoints(Callback):
         trainer.logger.save()  # what metrics.csv lacks of the steps before would be lost for good
         trainer.save_checkpoint(self.run / LAST)
 
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print(
+                f"\nstopped after step {trainer.global_step}; "
+                f"go on with: python train.py resume={self.run}",
+                file=sys.stderr,
+            )
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes Lightning's checkpoint whole or not at all, with the weights for infer.py beside it,
@@ -147,8 +191,15 @@ class WholeCheckpoints(TorchCheckpointIO):
         path = Path(path)
         prefix = "model."
         weights = checkpoint["state_dict"].items()
-        save_weights(path.parent, {name.removeprefix(prefix): value for name, value in weights})
-        write_whole(path, lambda part: torch.save(checkpoint, part))
+        weights = {name.removeprefix(prefix): value for name, value in weights}
+        try:
+            save_weights(path.parent, weights)
+            write_whole(path, lambda part: torch.save(checkpoint, part))
+        except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
+            raise RunError(
+                f"a checkpoint must fit on the disk, got {str(error).splitlines()[0]!r} for {path}"
+                f"; free some space, then go on with: python train.py resume={path.parent}"
+            ) from error
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import save_config
 from models.language_model import LanguageModel
-from models.lit import Checkpoints, ProgressBar, Throughput, WholeCheckpoints
+from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCheckpoints
 from models.resume import RandomState
 
 
@@ -94,6 +94,7 @@ def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput
         callbacks=[
             throughput,
             RandomState(),
+            FiniteLoss(config.trainer.checkpoint_every),
             ProgressBar(),
             Checkpoints(run, config.trainer.checkpoint_every),
         ],

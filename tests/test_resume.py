@@ -1,0 +1,248 @@
+"""A run that was stopped goes on to the same bits as one that was not."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configs.command import compose
+from configs.schema import ConfigError, RunError
+from models import lit
+from models.checkpoint import load_model
+from models.resume import RandomState, checkpoint_step, find_stopped
+
+SMALL = [
+    "model=mamba2",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.head_dim=16",
+    "model.d_state=8",
+    "optim.steps=12",
+    "optim.batch_size=2",
+    "optim.warmup_steps=3",
+    "data.sequence_length=32",
+    "data.val_tokens=256",
+    "trainer=cpu",
+    "trainer.checkpoint_every=4",
+]
+
+
+class Stop(Exception):
+    """Stands for the plug being pulled."""
+
+
+def train_until(step: int, monkeypatch, runs_dir: Path, *overrides: str) -> Path:
+    """Train, and die in the middle of a step. Returns the run."""
+    config = compose("train", [*SMALL, f"runs_dir={runs_dir}", *overrides])
+    training_step = lit.LitLanguageModel.training_step
+
+    def dies(self, batch, index):
+        if self.global_step == step:
+            raise Stop
+        return training_step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lit.LitLanguageModel, "training_step", dies)
+        with pytest.raises(Stop):
+            train.train(config)
+    (run,) = runs_dir.iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train.train(compose("train", [*SMALL, f"runs_dir={tmp_path_factory.mktemp('runs')}"]))
+
+
+@pytest.mark.parametrize("step", [2, 4, 7, 11])
+@pytest.mark.parametrize("resume", ["auto", "by name"])
+def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, monkeypatch):
+    run = train_until(step, monkeypatch, tmp_path)
+    assert checkpoint_step(run) == step // 4 * 4
+    resume = "auto" if resume == "auto" else str(run)
+    config = compose("train", [*SMALL, f"runs_dir={tmp_path}"])
+    config.resume = resume
+    torch.manual_seed(99)  # whatever happened in between
+    summary = train.train(config)
+    assert summary.run == run
+    assert (summary.before, summary.after) == (undisturbed.before, undisturbed.after)
+    assert summary.tokens == undisturbed.tokens
+    expected = load_model(undisturbed.run).state_dict()
+    for name, tensor in load_model(run).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    columns = [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(run)]
+    assert columns == [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(undisturbed.run)]
+
+
+def metrics(run: Path) -> list[str]:
+    lines = (run / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "epoch,step,tokens_per_s,train_bpb,val_bpb"
+    return [line for line in lines[1:] if line.split(",")[3]]
+
+
+def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, monkeypatch):
+    config = compose("train", [*SMALL, f"runs_dir={undisturbed.run.parent}", "resume=auto"])
+    assert find_stopped(config) is None
+    run = train_until(5, monkeypatch, tmp_path)
+    config = compose("train", [*SMALL, f"runs_dir={tmp_path}", "resume=auto"])
+    assert find_stopped(config).run == run
+    other = compose("train", ["model=fla", f"runs_dir={tmp_path}", "resume=auto"])
+    assert find_stopped(other) is None
+
+
+def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
+    run = train_until(5, monkeypatch, tmp_path)
+    config = compose("train", ["model=mamba2", f"runs_dir={tmp_path}", "resume=auto"])
+    assert find_stopped(config).config.optim.steps == 12
+    config.optim.learning_rate = 1e-4
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate must be as in the run"):
+        find_stopped(config)
+    config = compose("train", [])
+    config.resume = str(run)
+    assert find_stopped(config).config.model.name == "mamba2"
+
+
+@pytest.mark.parametrize("how", ["missing", "finished", "truncated", "pickle", "config"])
+def test_a_run_that_cannot_be_resumed_is_one_error(how, tmp_path, monkeypatch):
+    run = train_until(5, monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if how == "missing":
+        (run / "config.yaml").unlink()
+    elif how == "finished":
+        (run / "loss.png").touch()
+    elif how == "truncated":
+        os.truncate(run / "last.ckpt", 5000)
+    elif how == "pickle":
+        (run / "last.ckpt").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR.")
+    elif how == "config":
+        (run / "config.yaml").write_text("model: {name: mamba2}")
+    config = compose("train", ["model=mamba2"])
+    config.resume = str(run)
+    with pytest.raises(ConfigError) as error:
+        find_stopped(config)
+    assert "\n" not in str(error.value)
+    assert not Path("was-run").exists()
+
+
+# ------------------------------------------------------------------------------- it stops itself
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch):
+    config = compose("train", [*SMALL, f"runs_dir={tmp_path}"])
+    loss = lit.LitLanguageModel.loss
+
+    def breaks(self, batch):
+        return loss(self, batch) * (float("nan") if self.global_step == 8 else 1)
+
+    monkeypatch.setattr(lit.LitLanguageModel, "loss", breaks)
+    with pytest.raises(RunError, match=r"got nan after step 9 \(first at batch 8\)"):
+        train.train(config)
+    (run,) = tmp_path.iterdir()
+    assert checkpoint_step(run) == 8
+    assert all(p.isfinite().all() for p in load_model(run).parameters())
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch):
+    config = compose("train", [*SMALL, f"runs_dir={tmp_path}"])
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 4:  # the config, then weights and last.ckpt of the first checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device.*resume="):
+        train.train(config)
+    (run,) = tmp_path.iterdir()
+    assert checkpoint_step(run) == 4
+    assert not list(run.glob(".*"))
+    load_model(run)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    script = str(Path(train.__file__))
+    command = [sys.executable, script, *SMALL, "optim.steps=100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert f"resume=runs/{run.name}" in err
+    assert "Traceback" not in err
+    assert checkpoint_step(run) > 0
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------- random state
+
+
+def test_random_generators_go_on_where_they_were():
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), random.random(), np.random.rand()]  # noqa: NPY002
+
+    state = RandomState().state_dict()
+    first = draw()
+    callback = RandomState()
+    callback.load_state_dict(state)
+    callback.on_train_start(None, None)
+    assert draw() == first
+    assert draw() != first
+
+
+# ------------------------------------------------------------------------------------------ kill
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    """SIGKILL, at any moment after training began; each run goes on where the last whole
+    checkpoint was."""
+    script, steps = str(Path(train.__file__)), 1500
+    command = [sys.executable, script, *SMALL, f"optim.steps={steps}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    subprocess.run([*command, "runs_dir=whole"], check=True, **options)
+    (whole,) = (tmp_path / "whole").iterdir()
+
+    moments = random.Random(0)
+    reached = []
+    for kill in range(20):
+        process = subprocess.Popen([*command, "resume=auto"], stderr=subprocess.PIPE, **options)
+        before = reached[-1] if reached else 0
+        wait_for(lambda before=before: position(tmp_path) > before, process)
+        time.sleep(moments.uniform(0, 0.4))
+        assert process.poll() is None, f"finished before kill {kill}: give it more steps"
+        process.kill()
+        process.communicate()
+        reached.append(position(tmp_path))
+    assert reached == sorted(reached)
+    subprocess.run([*command, "resume=auto"], check=True, **options)
+    (run,) = (tmp_path / "runs").iterdir()
+    expected = load_model(whole).state_dict()
+    for name, tensor in load_model(run).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def position(folder: Path) -> int:
+    runs = list(folder.glob("runs/*/config.yaml"))
+    return checkpoint_step(runs[0].parent) if runs else 0
