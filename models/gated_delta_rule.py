@@ -147,6 +147,7 @@ class _ChunkScan(torch.autograd.Function):
         q, k, v, g, beta, initial, states, *kept = ctx.saved_tensors
         dim_v, scale = v.shape[-1], ctx.scale
         grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
+        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
@@ -297,7 +298,7 @@ def chunk_gated_delta_rule(
     state = _initial(q, v, initial_state, offsets)
     shape = state.shape
     # [S, B * HV, K, V]: packed sequences have B = 1, a batch is cut into chunks as one sequence
-    state = state if offsets is not None else state.flatten(0, 1)[None]
+    state = (state if offsets is not None else state.flatten(0, 1)[None]).contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v_chunks, g, beta = (layout.split(x) for x in (q, k, v, g, beta))
     o, final = _ChunkScan.apply(q, k, v_chunks, g, beta, state, scale, layout.segments)

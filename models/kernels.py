@@ -219,7 +219,7 @@ def delta_forward(last, k_out, w, u, initial, segments, states, v_new, final) ->
     (_, size, dim_k), (count, heads), dim_v = k_out.shape, initial.shape[:2], u.shape[-1]
     columns = _columns(dim_k, dim_v)
     _delta_forward[(triton.cdiv(dim_v, columns), count, heads)](
-        last.contiguous(), k_out, w, u, initial.contiguous(), _bounds(segments, k_out.device),
+        last.contiguous(), k_out, w, u, initial, _bounds(segments, k_out.device),
         states, v_new, final, heads, w.stride(1), u.stride(1),
         C=size, K=dim_k, V=dim_v, BV=columns,
     )  # fmt: skip
@@ -231,7 +231,42 @@ def delta_backward(last, k_out, w, dread, dfinal, segments, dends, dv_new, dinit
     (_, size, dim_k), (count, heads), dim_v = k_out.shape, dfinal.shape[:2], dv_new.shape[-1]
     columns = _columns(dim_k, dim_v)
     _delta_backward[(triton.cdiv(dim_v, columns), count, heads)](
-        last.contiguous(), k_out, w, dread, dfinal.contiguous(),
+        last.contiguous(), k_out, w, dread, dfinal,
         _bounds(segments, k_out.device), dends, dv_new, dinitial, heads, w.stride(1),
         C=size, K=dim_k, V=dim_v, BV=columns,
+    )  # fmt: skip
+
+
+# ---- the sequential part of SSD ----
+
+
+@triton.jit
+def _decay_scan(add, decay, initial, bounds, states, final, N, F, H, per_group, R, P,
+                REVERSE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Writes s to states[n], then s = s * decay[n] + add[n], over the chunks of one sequence."""
+    sequence, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    ok = f < F
+    head = f // per_group * R + f // P % R
+    here = (sequence * tl.num_programs(2) + b) * F + f
+    s = tl.load(initial + here, mask=ok, other=0.0)
+    begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    for step in range(end - begin):
+        row = b * N + (end - 1 - step if REVERSE else begin + step)
+        tl.store(states + row * F + f, s, mask=ok)
+        s *= tl.load(decay + row * H + head, mask=ok, other=0.0)
+        s += tl.load(add + row * F + f, mask=ok, other=0.0)
+    tl.store(final + here, s, mask=ok)
+
+
+def decay_scan(add, decay, initial, segments, states, final, reverse: bool) -> None:
+    """Writes states [B, N, G, S, R, P] and final: the states before each chunk and after the last,
+    or with ``reverse``, from the last chunk to the first, the gradients of those after each chunk
+    and before the first. add like states, decay [B, N, H] and initial [sequences, B, ...] fp32."""
+    batch, chunks, _, size, ratio, dim = add.shape
+    features = add[0, 0].numel()
+    _decay_scan[(triton.cdiv(features, 512), len(segments), batch)](
+        add.contiguous(), decay.contiguous(), initial,
+        _bounds(segments, add.device), states, final, chunks, features, decay.shape[2],
+        size * ratio * dim, ratio, dim, REVERSE=reverse, BF=512,
     )  # fmt: skip

@@ -34,6 +34,7 @@ from models.chunks import (
     check_state,
     decay_dtype,
     decay_matrix,
+    gpu_kernels,
     operand_dtype,
     sequence_ends,
     sequence_offsets,
@@ -99,19 +100,13 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, g, b, c, skip, initial, segments):
-        first, final_of = sequence_ends(segments)
         final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
         states = initial.new_empty(x.shape[0], x.shape[1], *initial.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
             for lo, hi in block_ranges(x, 1):
                 p = _Chunks(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
                 add = bmm_wide(p.b.mT, p.write_out).view(*p.lead, *initial.shape[2:])
-                decay = p.state_decay()
-                for n in range(lo, hi):
-                    if n in first:
-                        states[:, n] = initial[first[n]]
-                    out = final[final_of[n]] if n in final_of else states[:, n + 1]
-                    torch.addcmul(add[:, n - lo], states[:, n], decay[:, n - lo], out=out)
+                _run(p, add, initial, segments, lo, hi, states, final)
                 out = y[:, lo:hi]
                 start = states[:, lo:hi].to(p.c.dtype)
                 start = start.reshape(-1, p.c.shape[-1], p.write_out.shape[-1])
@@ -126,9 +121,9 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dfinal):
         x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
-        first, final_of = sequence_ends(ctx.segments)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
         dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
+        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         with torch.autocast(x.device.type, enabled=False):
             for lo, hi in reversed(block_ranges(x, 1)):
@@ -136,17 +131,8 @@ class _ChunkScan(torch.autograd.Function):
                 dout = dy[:, lo:hi].to(p.x.dtype)
                 dread = p.by_group((dout * p.grow).to(p.x.dtype))
                 add = bmm_wide(p.c.mT, dread).view(*p.lead, *initial.shape[2:])
-                decay = p.state_decay()
                 dends = torch.empty_like(add)
-                for n in reversed(range(lo, hi)):
-                    if n in final_of:
-                        dends[:, n - lo] = dfinal[final_of[n]]
-                    elif n == hi - 1:
-                        dends[:, n - lo] = carry
-                    out = dinitial[first[n]] if n in first else carry
-                    if n > lo and n not in first:
-                        out = dends[:, n - 1 - lo]
-                    torch.addcmul(add[:, n - lo], dends[:, n - lo], decay[:, n - lo], out=out)
+                _run_back(p, add, dfinal, ctx.segments, lo, hi, dends, dinitial, carry)
                 block = _backward_block(p, states[:, lo:hi], dends, dout, dread)
                 if skip is not None:
                     dskip += (dout * p.x).sum((0, 1, 2, 4), dtype=dskip.dtype)
@@ -154,6 +140,47 @@ class _ChunkScan(torch.autograd.Function):
                 for grad, value in zip(grads, block, strict=True):
                     grad[:, lo:hi] = value
         return (*grads, dskip, dinitial, None)
+
+
+def _run(p: _Chunks, add, initial, segments, lo, hi, states, final):
+    """The sequential phase for chunks lo to hi: writes their states and final states."""
+    if _in_one_kernel(p, lo, hi, segments):
+        gpu_kernels(p.x).decay_scan(
+            add, p.last[:, :, 0, :, 0], initial, segments, states, final, reverse=False
+        )
+        return
+    first, final_of = sequence_ends(segments)
+    decay = p.state_decay()
+    for n in range(lo, hi):
+        if n in first:
+            states[:, n] = initial[first[n]]
+        end = final[final_of[n]] if n in final_of else states[:, n + 1]
+        torch.addcmul(add[:, n - lo], states[:, n], decay[:, n - lo], out=end)
+
+
+def _run_back(p: _Chunks, add, dfinal, segments, lo, hi, dends, dinitial, carry):
+    """The same backwards: writes the gradients of the states after each chunk and of the initial
+    ones. ``carry`` holds the gradient of the state between two blocks."""
+    if _in_one_kernel(p, lo, hi, segments):
+        gpu_kernels(p.x).decay_scan(
+            add, p.last[:, :, 0, :, 0], dfinal, segments, dends, dinitial, reverse=True
+        )
+        return
+    first, final_of = sequence_ends(segments)
+    decay = p.state_decay()
+    for n in reversed(range(lo, hi)):
+        i = n - lo
+        if n in final_of:
+            dends[:, i] = dfinal[final_of[n]]
+        elif n == hi - 1:
+            dends[:, i] = carry
+        start = dinitial[first[n]] if n in first else dends[:, i - 1] if i else carry
+        torch.addcmul(add[:, i], dends[:, i], decay[:, i], out=start)
+
+
+def _in_one_kernel(p: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
+    whole = lo == 0 and hi == sum(segments) and p.grow.dtype == torch.float32
+    return whole and gpu_kernels(p.x) is not None
 
 
 def _backward_block(p, states, dends, dout, dread):

@@ -5,8 +5,9 @@ import torch
 from conftest import GPU, TRITON
 from scan_checks import assert_close, results
 
-from models import chunks, gated_delta_rule, short_conv
+from models import chunks, gated_delta_rule, short_conv, ssd
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from models.ssd import chunk_ssd, recurrent_ssd
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="needs triton")
 DEVICE = "cuda" if GPU else "cpu"
@@ -17,7 +18,7 @@ def kernels_everywhere(monkeypatch):
     """The GPU's route on any device; without a GPU the interpreter runs the kernels."""
     from models import kernels
 
-    for module in (gated_delta_rule, short_conv):
+    for module in (gated_delta_rule, short_conv, ssd):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: kernels)
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1 << 40)
 
@@ -67,6 +68,32 @@ def test_delta_kernels_ran(monkeypatch):
         assert len(calls) == 1
         chunk_gated_delta_rule(*inputs(1, 20, 1, 12, 8)[:5], chunk_size=16)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+def test_ssd_kernel_equals_the_recurrence(offsets, groups, monkeypatch):
+    """Outputs, final states and gradients; a state of more elements than a program takes."""
+    from models import kernels
+
+    calls = []
+    original = kernels.decay_scan
+    counted = lambda *args, **options: (calls.append(1), original(*args, **options))  # noqa: E731
+    monkeypatch.setattr(kernels, "decay_scan", counted)
+    g = torch.Generator().manual_seed(0)
+    batch = 2 if offsets is None else 1
+    shapes = {"x": (batch, 60, 4, 16), "dt": (batch, 60, 4), "A": (4,)}
+    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12)}
+    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].abs()
+    tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
+    options = {"dt_softplus": True, "chunk_size": 16}
+    options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
+    actual = results(chunk_ssd, tensors, **options)
+    assert len(calls) == 2
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    assert_close(actual, results(recurrent_ssd, wide, **options), 1e-5 if not GPU else 1e-3)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 45])
