@@ -29,7 +29,9 @@ def backend(device_type: str) -> ModuleType:
 
 def traced(x: Tensor) -> bool:
     """Whether a call must go through the registered operators instead of a launcher."""
-    return type(x) not in PLAIN_TENSORS or x.is_meta or torch.compiler.is_compiling()
+    if type(x) not in PLAIN_TENSORS:
+        return isinstance(x, Tensor)
+    return x.is_meta or torch.compiler.is_compiling()
 
 
 def run_forward(

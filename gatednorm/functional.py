@@ -210,10 +210,13 @@ def layernorm_backward(
     options = (
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
     )  # fmt: skip
-    describe(dy, weight, bias, z, None, *options, None)
     p = describe(x, weight, bias, z, None, *options, None)
-    if dy.shape != x.shape:
-        raise ValueError(f"dy must have the shape of x, got {tuple(dy.shape)} and {tuple(x.shape)}")
+    describe(dy, None, None, None, None, *options, None)
+    if dy.shape != x.shape or dy.device != x.device:
+        raise ValueError(
+            f"dy must have the shape and device of x, got {tuple(dy.shape)} on {dy.device} and "
+            f"{tuple(x.shape)} on {x.device}"
+        )
     for name, stat in (("rstd", rstd), ("mean", mean)):
         if name == "mean" and p.is_rms_norm:
             continue

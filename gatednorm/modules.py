@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
-from .problem import ACTIVATIONS, NUMERICS
+from .problem import check_options, one_of
 
 
 class LayerNorm(nn.Module):
@@ -49,12 +49,7 @@ class LayerNorm(nn.Module):
                 f"group_size must divide hidden_size, got group_size={group_size} and "
                 f"hidden_size={hidden_size}; use a divisor of {hidden_size}, or None for one group"
             )
-        for name, value, allowed in (
-            ("activation", activation, ACTIVATIONS),
-            ("numerics", numerics, NUMERICS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_options(eps, activation, numerics)
         self.hidden_size = hidden_size
         self.eps = eps
         self.group_size = group_size
@@ -78,8 +73,7 @@ class LayerNorm(nn.Module):
 
     @path.setter
     def path(self, value: str) -> None:
-        if value not in NORM_PATHS:
-            raise ValueError(f"path must be one of {', '.join(NORM_PATHS)}, got {value!r}")
+        one_of("path", value, NORM_PATHS)
         self._path = value
 
     def reset_parameters(self) -> None:

@@ -52,9 +52,18 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_options(eps: float, activation: str, numerics: str) -> None:
+    """The rules that need no tensor; ValueError names value, rule and remedy."""
+    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not number or not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}; 1e-6 is usual")
+    one_of("activation", activation, ACTIVATIONS)
+    one_of("numerics", numerics, NUMERICS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,10 +172,7 @@ def _describe(
             f"group_size must divide the last dimension of x, got group_size={group_size} and "
             f"D={width}; use a divisor of {width}, or None for one group"
         )
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
-        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
-    _one_of("activation", activation, ACTIVATIONS)
-    _one_of("numerics", numerics, NUMERICS)
+    check_options(eps, activation, numerics)
     round_norm, round_weight = ROUNDING[numerics]
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(
