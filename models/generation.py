@@ -125,10 +125,12 @@ class _Inference:
         self.training = self.model.training
         self.mode = torch.inference_mode()
         self.mode.__enter__()
-        self.model.eval()
+        if self.training:  # a walk over all modules, which a decoding step would feel
+            self.model.eval()
 
     def __exit__(self, *error):
-        self.model.train(self.training)
+        if self.training:
+            self.model.train()
         self.mode.__exit__(*error)
 
 
