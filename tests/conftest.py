@@ -1,4 +1,4 @@
-"""What every test file shares: the interpreter without a GPU, the two paths of the norm, profiles."""
+"""What every test file shares: the interpreter without a GPU, both paths of the norm, profiles."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ settings.load_profile("gatednorm")
 
 
 class Path:
-    """One way to run the norm: `device` for the tensors, whether the Triton kernels run, and how."""
+    """One way to run the norm: where the tensors lie, whether the kernels run, which dtypes."""
 
     def __init__(self, name: str):
         self.kernels = name == "kernels"
@@ -64,7 +64,7 @@ KERNELS = pytest.param(
 
 @pytest.fixture(params=["cpu", KERNELS])
 def path(request, monkeypatch) -> Path:
-    """The closed form on CPU tensors, and the Triton kernels: on a GPU, or under the interpreter."""
+    """The closed form on CPU tensors, and the kernels: on a GPU, or under the interpreter."""
     if request.param == "kernels" and not GPU:
         _kernels_on_cpu_tensors(monkeypatch)
     return Path(request.param)

@@ -1,4 +1,4 @@
-"""Cases of the gated norm: tensors anywhere in memory, the float64 truth, and what error is allowed.
+"""Cases of the gated norm: tensors anywhere in memory, the float64 truth, what error is allowed.
 
 A tensor lies in a larger buffer full of NaN: a read outside of it shows in the result, a write
 outside of it shows in the buffer. Results start as NaN too, so what is not written shows.
@@ -44,8 +44,12 @@ class Layout:
         count = row
         for size in sizes:
             count *= size
-        buffer = torch.full((self.offset + count,), NAN, dtype=dtype, device=device)
-        packed = buffer[self.offset :].view(*sizes, row)[..., self.left : self.left + width]
+        # The tail is where rows that a tile has too many would be written.
+        tail = min(64 * row, 1 << 14)
+        buffer = torch.full((self.offset + count + tail,), NAN, dtype=dtype, device=device)
+        packed = buffer[self.offset : self.offset + count].view(*sizes, row)[
+            ..., self.left : self.left + width
+        ]
         back = [order.index(i) for i in range(len(outer))]
         view = packed.permute(*back, len(outer))
         return view.expand(*outer, width) if self.expand and outer else view, buffer
@@ -96,14 +100,14 @@ class Case:
     @property
     def options(self) -> dict:
         """Keyword arguments of the public functions (those that differ by role left out)."""
-        return dict(
-            eps=self.eps,
-            group_size=None if self.groups == 1 else self.group_size,
-            norm_before_gate=self.norm_before_gate,
-            activation=self.activation,
-            zero_centered=self.zero_centered,
-            numerics=self.numerics,
-        )
+        return {
+            "eps": self.eps,
+            "group_size": None if self.groups == 1 else self.group_size,
+            "norm_before_gate": self.norm_before_gate,
+            "activation": self.activation,
+            "zero_centered": self.zero_centered,
+            "numerics": self.numerics,
+        }
 
     def layout(self, name: str) -> Layout:
         return self.layouts.get(name, DENSE)
@@ -218,6 +222,7 @@ def scales(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     Per row `[..., 1]` for `y`, `dx`, `dz`, per channel for `dw`, `db`. Where terms cancel, the
     result is smaller than this, and no arithmetic of finite precision is accurate relative to it.
     """
+
     def to64(t):
         return None if t is None else t.detach().double()
 

@@ -1,4 +1,4 @@
-"""The closed-form CPU path: blocks of rows, fp64, what it promises, and that it stands on its own."""
+"""The closed-form CPU path: blocks of rows, fp64, what it promises, and that it stands alone."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
 """The functions that users call: every bad input refused before a launch, views, edges."""
+# ruff: noqa: E501 (one line for each bad input)
 
 import pytest
 import torch
@@ -38,42 +39,42 @@ def x_of(*shape, dtype=torch.float32):
 
 # name: error, pattern for value, rule and remedy, arguments by the name of the parameter
 BAD = {
-    "x_not_a_tensor": (TypeError, r"x must be a torch\.Tensor, got list", dict(x=[1.0, 2.0])),
-    "x_none": (TypeError, r"x must be a torch\.Tensor, got None", dict(x=None)),
-    "x_integers": (TypeError, r"x must be float32.*got torch\.int64.*x\.to\(", dict(x=torch.ones(4, 8).long())),
-    "x_complex": (TypeError, r"x must be float32.*got torch\.complex64", dict(x=torch.ones(4, 8) + 0j)),
-    "x_scalar": (ValueError, r"at least one channel.*got shape \(\)", dict(x=torch.tensor(1.0))),
-    "x_no_channels": (ValueError, r"at least one channel.*\(4, 0\)", dict(x=torch.ones(4, 0))),
-    "x_transposed": (ValueError, r"last dimension of x must have unit stride, got strides \(1, 4\).*x\.contiguous\(\)", dict(x=torch.ones(8, 4).t())),
-    "x_every_other": (ValueError, r"unit stride.*\(16, 2\)", dict(x=torch.ones(4, 16)[:, ::2])),
-    "x_repeated_channel": (ValueError, r"unit stride", dict(x=torch.ones(4, 1).expand(4, 8))),
-    "x_four_strides": (ValueError, r"at most 3, got sizes \(2, 2, 2, 2\).*\.contiguous\(\)", dict(x=torch.ones(2, 3, 4, 5, 12)[:, :2, :2, :2, :8][:, :, :, :, :].expand(2, 2, 2, 2, 8))),
-    "z_not_a_tensor": (TypeError, r"z must be a torch\.Tensor, got float", dict(z=1.0)),
-    "z_integers": (TypeError, r"z must be float32.*torch\.int32.*z\.to\(", dict(z=torch.ones(4, 8).int())),
-    "z_shape": (ValueError, r"z must have the shape of x, got \(4, 7\) and \(4, 8\)", dict(z=torch.ones(4, 7))),
-    "z_broadcast": (ValueError, r"z must have the shape of x, got \(1, 8\)", dict(z=torch.ones(1, 8))),
-    "z_transposed": (ValueError, r"last dimension of z.*z\.contiguous\(\)", dict(z=torch.ones(8, 4).t())),
-    "z_device": (ValueError, r"z must be on the device of x, got meta and cpu.*z\.to\('cpu'\)", dict(z=torch.ones(4, 8, device="meta"))),
-    "weight_length": (ValueError, r"weight must have one entry per channel, got shape \(7,\) and D=8", dict(weight=torch.ones(7))),
-    "weight_two_dims": (ValueError, r"weight must have one entry.*\(1, 8\)", dict(weight=torch.ones(1, 8))),
-    "weight_strided": (ValueError, r"weight must have unit stride.*weight\.contiguous\(\)", dict(weight=torch.ones(16)[::2])),
-    "weight_integers": (TypeError, r"weight must be float32.*int64", dict(weight=torch.ones(8).long())),
-    "weight_device": (ValueError, r"weight must be on the device of x", dict(weight=torch.ones(8, device="meta"))),
-    "bias_length": (ValueError, r"bias must have one entry per channel, got shape \(9,\) and D=8", dict(bias=torch.ones(9))),
-    "bias_not_a_tensor": (TypeError, r"bias must be a torch\.Tensor, got int", dict(bias=0)),
-    "group_size_no_divisor": (ValueError, r"group_size must divide.*got group_size=3 and D=8; use a divisor of 8, or None", dict(group_size=3)),
-    "group_size_zero": (ValueError, r"group_size must divide.*group_size=0", dict(group_size=0)),
-    "group_size_negative": (ValueError, r"group_size must divide.*group_size=-4", dict(group_size=-4)),
-    "group_size_larger": (ValueError, r"group_size must divide.*group_size=16", dict(group_size=16)),
-    "group_size_float": (TypeError, r"group_size must be an int or None, got 2\.5", dict(group_size=2.5)),
-    "eps_negative": (ValueError, r"eps must be a finite number of at least 0, got -1e-05", dict(eps=-1e-5)),
-    "eps_nan": (ValueError, r"eps must be a finite.*nan", dict(eps=float("nan"))),
-    "eps_inf": (ValueError, r"eps must be a finite.*inf", dict(eps=float("inf"))),
-    "eps_text": (ValueError, r"eps must be a finite.*'small'", dict(eps="small")),
-    "activation": (ValueError, r"activation must be one of silu, swish, sigmoid, got 'relu'", dict(activation="relu")),
-    "activation_none": (ValueError, r"activation must be one of.*None", dict(activation=None)),
-    "numerics": (ValueError, r"numerics must be one of fp32, mamba2, qwen3_next, got 'bf16'", dict(numerics="bf16")),
-    "out_dtype": (TypeError, r"out_dtype must be float32.*torch\.int8", dict(out_dtype=torch.int8)),
+    "x_not_a_tensor": (TypeError, r"x must be a torch\.Tensor, got list", {"x": [1.0, 2.0]}),
+    "x_none": (TypeError, r"x must be a torch\.Tensor, got None", {"x": None}),
+    "x_integers": (TypeError, r"x must be float32.*got torch\.int64.*x\.to\(", {"x": torch.ones(4, 8).long()}),
+    "x_complex": (TypeError, r"x must be float32.*got torch\.complex64", {"x": torch.ones(4, 8) + 0j}),
+    "x_scalar": (ValueError, r"at least one channel.*got shape \(\)", {"x": torch.tensor(1.0)}),
+    "x_no_channels": (ValueError, r"at least one channel.*\(4, 0\)", {"x": torch.ones(4, 0)}),
+    "x_transposed": (ValueError, r"last dimension of x must have unit stride, got strides \(1, 4\).*x\.contiguous\(\)", {"x": torch.ones(8, 4).t()}),
+    "x_every_other": (ValueError, r"unit stride.*\(16, 2\)", {"x": torch.ones(4, 16)[:, ::2]}),
+    "x_repeated_channel": (ValueError, r"unit stride", {"x": torch.ones(4, 1).expand(4, 8)}),
+    "x_four_strides": (ValueError, r"at most 3, got sizes \(2, 2, 2, 2\).*\.contiguous\(\)", {"x": torch.ones(3, 3, 3, 3, 9)[:2, :2, :2, :2, :8]}),
+    "z_not_a_tensor": (TypeError, r"z must be a torch\.Tensor, got float", {"z": 1.0}),
+    "z_integers": (TypeError, r"z must be float32.*torch\.int32.*z\.to\(", {"z": torch.ones(4, 8).int()}),
+    "z_shape": (ValueError, r"z must have the shape of x, got \(4, 7\) and \(4, 8\)", {"z": torch.ones(4, 7)}),
+    "z_broadcast": (ValueError, r"z must have the shape of x, got \(1, 8\)", {"z": torch.ones(1, 8)}),
+    "z_transposed": (ValueError, r"last dimension of z.*z\.contiguous\(\)", {"z": torch.ones(8, 4).t()}),
+    "z_device": (ValueError, r"z must be on the device of x, got meta and cpu.*z\.to\('cpu'\)", {"z": torch.ones(4, 8, device="meta")}),
+    "weight_length": (ValueError, r"weight must have one entry per channel, got shape \(7,\) and D=8", {"weight": torch.ones(7)}),
+    "weight_two_dims": (ValueError, r"weight must have one entry.*\(1, 8\)", {"weight": torch.ones(1, 8)}),
+    "weight_strided": (ValueError, r"weight must have unit stride.*weight\.contiguous\(\)", {"weight": torch.ones(16)[::2]}),
+    "weight_integers": (TypeError, r"weight must be float32.*int64", {"weight": torch.ones(8).long()}),
+    "weight_device": (ValueError, r"weight must be on the device of x", {"weight": torch.ones(8, device="meta")}),
+    "bias_length": (ValueError, r"bias must have one entry per channel, got shape \(9,\) and D=8", {"bias": torch.ones(9)}),
+    "bias_not_a_tensor": (TypeError, r"bias must be a torch\.Tensor, got int", {"bias": 0}),
+    "group_size_no_divisor": (ValueError, r"group_size must divide.*got group_size=3 and D=8; use a divisor of 8, or None", {"group_size": 3}),
+    "group_size_zero": (ValueError, r"group_size must divide.*group_size=0", {"group_size": 0}),
+    "group_size_negative": (ValueError, r"group_size must divide.*group_size=-4", {"group_size": -4}),
+    "group_size_larger": (ValueError, r"group_size must divide.*group_size=16", {"group_size": 16}),
+    "group_size_float": (TypeError, r"group_size must be an int or None, got 2\.5", {"group_size": 2.5}),
+    "eps_negative": (ValueError, r"eps must be a finite number of at least 0, got -1e-05", {"eps": -1e-5}),
+    "eps_nan": (ValueError, r"eps must be a finite.*nan", {"eps": float("nan")}),
+    "eps_inf": (ValueError, r"eps must be a finite.*inf", {"eps": float("inf")}),
+    "eps_text": (ValueError, r"eps must be a finite.*'small'", {"eps": "small"}),
+    "activation": (ValueError, r"activation must be one of silu, swish, sigmoid, got 'relu'", {"activation": "relu"}),
+    "activation_none": (ValueError, r"activation must be one of.*None", {"activation": None}),
+    "numerics": (ValueError, r"numerics must be one of fp32, mamba2, qwen3_next, got 'bf16'", {"numerics": "bf16"}),
+    "out_dtype": (TypeError, r"out_dtype must be float32.*torch\.int8", {"out_dtype": torch.int8}),
 }  # fmt: skip
 
 
@@ -82,7 +83,12 @@ BAD = {
 def test_bad_input(launched, case, function):
     """One line: the value, the rule, the remedy; and nothing was launched."""
     error, pattern, changed = BAD[case]
-    arguments = dict(x=torch.ones(4, 8), weight=torch.ones(8), bias=torch.ones(8), z=None) | changed
+    arguments = {
+        "x": torch.ones(4, 8),
+        "weight": torch.ones(8),
+        "bias": torch.ones(8),
+        "z": None,
+    } | changed
     if "activation" in changed:
         arguments["z"] = torch.ones(4, 8)
     with pytest.raises(error, match=pattern) as caught:
@@ -114,7 +120,7 @@ def test_bad_out(launched, path, case):
     weight = memory.view(-1)[8:16] if make is None else torch.ones(8)
     out = memory if make is None else make(x, z)
     kept = [t.clone() for t in (x, z, weight)]
-    kwargs = dict(out_dtype=torch.float32) if case == "other_dtype" else {}
+    kwargs = {"out_dtype": torch.float32} if case == "other_dtype" else {}
     for function in (gatednorm.rms_norm_gated, gatednorm.layernorm_forward):
         with pytest.raises(error, match=pattern):
             function(x, weight, None, z, out=out, **kwargs)
@@ -179,16 +185,16 @@ def test_gradients_in_one_packed_gradient(path, slices):
 
 
 BAD_BACKWARD = {
-    "dy_shape": (ValueError, r"must have the shape of", dict(dy=torch.ones(5, 8))),
-    "dy_integers": (TypeError, r"float32", dict(dy=torch.ones(4, 8).int())),
-    "dy_transposed": (ValueError, r"unit stride", dict(dy=torch.ones(8, 4).t())),
-    "rstd_shape": (ValueError, r"rstd must be .*\[rows, groups\].*\[4, 2\]", dict(rstd=torch.ones(4, 2))),
-    "rstd_dtype": ((ValueError, TypeError), r"rstd", dict(rstd=torch.ones(4, 1).half())),
-    "mean_missing": (ValueError, r"mean", dict(is_rms_norm=False)),
-    "dx_shape": (ValueError, r"shape", dict(dx=torch.ones(4, 4))),
-    "dx_transposed": (ValueError, r"unit stride", dict(dx=torch.ones(8, 4).t())),
-    "dx_repeated": (ValueError, r"must not overlap itself", dict(dx=torch.ones(1, 8).expand(4, 8))),
-    "group_size": (ValueError, r"group_size must divide", dict(group_size=5)),
+    "dy_shape": (ValueError, r"must have the shape of", {"dy": torch.ones(5, 8)}),
+    "dy_integers": (TypeError, r"float32", {"dy": torch.ones(4, 8).int()}),
+    "dy_transposed": (ValueError, r"unit stride", {"dy": torch.ones(8, 4).t()}),
+    "rstd_shape": (ValueError, r"rstd must be .*\[rows, groups\].*\[4, 2\]", {"rstd": torch.ones(4, 2)}),
+    "rstd_dtype": ((ValueError, TypeError), r"rstd", {"rstd": torch.ones(4, 1).half()}),
+    "mean_missing": (ValueError, r"mean", {"is_rms_norm": False}),
+    "dx_shape": (ValueError, r"shape", {"dx": torch.ones(4, 4)}),
+    "dx_transposed": (ValueError, r"unit stride", {"dx": torch.ones(8, 4).t()}),
+    "dx_repeated": (ValueError, r"must not overlap itself", {"dx": torch.ones(1, 8).expand(4, 8)}),
+    "group_size": (ValueError, r"group_size must divide", {"group_size": 5}),
 }  # fmt: skip
 
 
@@ -196,10 +202,10 @@ BAD_BACKWARD = {
 def test_bad_backward(launched, path, case):
     error, pattern, changed = BAD_BACKWARD[case]
     z = torch.ones(4, 8)
-    arguments = dict(
-        dy=torch.ones(4, 8), x=torch.ones(4, 8), weight=torch.ones(8), bias=None, z=z, mean=None,
-        rstd=torch.ones(4, 1), is_rms_norm=True,
-    )  # fmt: skip
+    arguments = {
+        "dy": torch.ones(4, 8), "x": torch.ones(4, 8), "weight": torch.ones(8), "bias": None, "z": z, "mean": None,
+        "rstd": torch.ones(4, 1), "is_rms_norm": True,
+    }  # fmt: skip
     with pytest.raises(error, match=pattern):
         gatednorm.layernorm_backward(**(arguments | changed))
     assert launched == []
@@ -218,10 +224,10 @@ def test_gradient_over_an_input_is_refused(
     kwargs = dict(is_rms_norm=is_rms_norm, **case.options)
     given = (i.x, i.weight, None, i.z)
     _, mean, rstd = gatednorm.layernorm_forward(*given, **kwargs)
-    memory = dict(dy=i.dy, x=i.x, z=i.z, other=torch.empty_like(i.x))[source]
+    memory = {"dy": i.dy, "x": i.x, "z": i.z, "other": torch.empty_like(i.x)}[source]
     written = {"dx": memory, "dz": memory} if source == "other" else {target: memory}
     launched.clear()
-    with pytest.raises(ValueError, match="must not be|overlap"):
+    with pytest.raises(ValueError, match=r"must not be|overlap"):
         gatednorm.layernorm_backward(i.dy, *given, mean, rstd, **kwargs, **written)
     assert launched == []
 
@@ -294,9 +300,7 @@ def test_statistics(path):
         case = Case((3, 4), 24, 2, is_rms_norm, norm_before_gate=False, dtype=torch.float16)
         i = inputs_of(case, path.device)
         given = (i.x, i.weight, None, i.z)
-        _, mean, rstd = gatednorm.layernorm_forward(
-            *given, is_rms_norm=is_rms_norm, **case.options
-        )
+        _, mean, rstd = gatednorm.layernorm_forward(*given, is_rms_norm=is_rms_norm, **case.options)
         u = (i.x.double() * torch.nn.functional.silu(i.z.double())).view(12, 2, 24)
         m = u.mean(-1) * (not is_rms_norm)
         want = torch.rsqrt((u - m[..., None]).pow(2).mean(-1) + case.eps)

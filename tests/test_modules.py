@@ -36,7 +36,7 @@ def test_module_is_the_function(path, module, norm_before_gate, norm_path):
 
 def test_parameters(path):
     """Ones, or zeros around which a centred weight lies; a bias for layer norm alone."""
-    kwargs = dict(device=path.device, dtype=torch.float16)
+    kwargs = {"device": path.device, "dtype": torch.float16}
     rms, layer = RMSNorm(16, **kwargs), LayerNorm(16, **kwargs)
     centred = RMSNorm(16, zero_centered=True, **kwargs)
     assert {k: float(v.sum()) for k, v in rms.state_dict().items()} == {"weight": 16.0}
@@ -55,7 +55,7 @@ def test_parameters(path):
 
 
 def test_defaults_are_the_copies():
-    """`(hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None)`."""
+    """eps 1e-5, one group, the gate last, silu, a weight around one, fp32, training."""
     norm = RMSNorm(16)
     assert (norm.eps, norm.group_size, norm.norm_before_gate) == (1e-5, None, True)
     assert (norm.activation, norm.zero_centered, norm.numerics) == ("silu", False, "fp32")
@@ -78,7 +78,7 @@ def test_path_switches_at_any_time(path):
     x, z = torch.randn(2, 5, 16, device=path.device)
     trained = norm(x, z)
     norm.path = "inference"
-    with pytest.raises(RuntimeError, match="weight requires a gradient.*rmsnorm_fn"):
+    with pytest.raises(RuntimeError, match=r"weight requires a gradient.*rmsnorm_fn"):
         norm(x, z)
     with torch.inference_mode():
         assert same_bits(norm(x, z), trained)
@@ -101,17 +101,19 @@ def test_copies_keep_everything(path):
 @pytest.mark.parametrize(
     ("kwargs", "pattern"),
     [
-        pytest.param(dict(hidden_size=0), "hidden_size must be at least 1, got 0", id="width"),
+        pytest.param({"hidden_size": 0}, "hidden_size must be at least 1, got 0", id="width"),
         pytest.param(
-            dict(hidden_size=16, group_size=5),
-            "group_size must divide hidden_size, got group_size=5 and hidden_size=16; use a divisor",
+            {"hidden_size": 16, "group_size": 5},
+            "group_size must divide hidden_size, got group_size=5 and hidden_size=16; use",
             id="group_size",
         ),
-        pytest.param(dict(hidden_size=16, group_size=0), "group_size must divide", id="no_group"),
-        pytest.param(dict(hidden_size=16, activation="gelu"), "activation.*'gelu'", id="activation"),
-        pytest.param(dict(hidden_size=16, numerics="fp8"), "numerics.*'fp8'", id="numerics"),
-        pytest.param(dict(hidden_size=16, path="fast"), "path must be one of.*'fast'", id="path"),
-        pytest.param(dict(hidden_size=16, eps=-1.0), r"eps must be.*-1\.0", id="eps"),
+        pytest.param({"hidden_size": 16, "group_size": 0}, "group_size must divide", id="no_group"),
+        pytest.param(
+            {"hidden_size": 16, "activation": "gelu"}, "activation.*'gelu'", id="activation"
+        ),
+        pytest.param({"hidden_size": 16, "numerics": "fp8"}, "numerics.*'fp8'", id="numerics"),
+        pytest.param({"hidden_size": 16, "path": "fast"}, "path must be one of.*'fast'", id="path"),
+        pytest.param({"hidden_size": 16, "eps": -1.0}, r"eps must be.*-1\.0", id="eps"),
     ],
 )
 def test_bad_sizes_and_names(kwargs, pattern):

@@ -44,9 +44,9 @@ def test_generated_kernels(kernels, data):
 
 
 GATES = {
-    "plain": dict(gated=False),
-    "gate_after": dict(norm_before_gate=True),
-    "gate_before": dict(norm_before_gate=False),
+    "plain": {"gated": False},
+    "gate_after": {"norm_before_gate": True},
+    "gate_before": {"norm_before_gate": False},
 }
 CROSS = [
     Case((5,), 17, groups, norm == "rms", activation=act, **GATES[gate], weight=w != "no_weight",
@@ -219,6 +219,7 @@ def test_reference_equals_the_family(family, w_dtype):
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """How many representable numbers lie between `a` and `b`, two-byte floats."""
+
     def index(t):
         bits = t.contiguous().view(torch.int16).int()
         return torch.where(bits < 0, -(bits & 0x7FFF), bits)
@@ -228,8 +229,9 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
 @pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
-def test_bits_of_the_reference(path, numerics, norm_before_gate, is_rms_norm):
+def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
     """At least 99.99% of the elements equal the reference, the rest are one unit off.
 
     In bf16, and in fp16 where the interpreter cannot judge bf16: fp16 rounds eight times as finely,
@@ -239,7 +241,7 @@ def test_bits_of_the_reference(path, numerics, norm_before_gate, is_rms_norm):
     rows = 2000 if dtype == torch.bfloat16 else 200
     case = Case(
         (rows,), 128, 1, is_rms_norm, norm_before_gate, numerics=numerics, dtype=dtype,
-        layouts={"z": Layout(right=128)},
+        w_dtype=w_dtype, layouts={"z": Layout(right=128)},
     )  # fmt: skip
     inputs = inputs_of(case, path.device)
     given_tensors = (inputs.x, inputs.weight, inputs.bias, inputs.z)

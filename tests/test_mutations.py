@@ -1,0 +1,120 @@
+"""Break it on purpose: one thing at a time in a copy of the library, and the tests must notice.
+
+Each mutant replaces a text that must occur exactly once, so a change of the library that moves one
+fails here loudly instead of leaving a mutant that mutates nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS
+
+ROOT = Path(__file__).parent.parent
+# Fast tests first; `-x` stops at the first that notices.
+SUBSETS = {
+    "cpu": [
+        "tests/test_numerics.py::test_every_combination_of_options",
+        "tests/test_numerics.py::test_bits_of_the_reference",
+        "tests/test_cpu.py",
+        "-k", "cpu and not family and not kernels and not generated",
+    ],
+    "kernels": [
+        "tests/test_kernels.py::test_every_masked_load_says_what_lies_outside",
+        "tests/test_kernels.py::test_backward_switches",
+        "tests/test_numerics.py::test_strides",
+        "tests/test_numerics.py::test_every_combination_of_options",
+        "tests/test_kernels.py::test_wide_schedule",
+        "tests/test_kernels.py::test_any_number_of_workers",
+        "tests/test_kernels.py::test_offsets_beyond_32_bits",
+        "tests/test_numerics.py::test_bits_of_the_reference",
+        "-k", "not cpu",
+    ],
+}  # fmt: skip
+
+
+def copy_of_the_library(folder: Path) -> None:
+    shutil.copytree(
+        ROOT / "gatednorm", folder / "gatednorm", ignore=shutil.ignore_patterns("__*__")
+    )
+    (folder / "tests").mkdir()
+    for name in ("conftest", "norm_cases", "test_numerics", "test_cpu", "test_kernels"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def run_tests(folder: Path, subset: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *SUBSETS[subset]], cwd=folder, env=environment, check=False, timeout=500,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def mutate(folder: Path, file: str, old: str, new: str) -> None:
+    path = folder / "gatednorm" / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file} must hold this text once, not {text.count(old)}x: {old}"
+    path.write_text(text.replace(old, new))
+
+
+def verdict(folder: Path, name: str) -> str:
+    """What became of a mutant: the test that noticed it, or why it does not count."""
+    file, old, new = MUTANTS[name]
+    folder.mkdir()
+    copy_of_the_library(folder)
+    mutate(folder, file, old, new)
+    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels")
+    shutil.rmtree(folder)
+    if done.returncode == 0:
+        return "NOT NOTICED"
+    if done.returncode < 0:
+        return f"noticed: killed by signal {-done.returncode}"
+    output = done.stdout + done.stderr
+    for nonsense in ("SyntaxError", "NameError", "errors during collection", "no tests ran"):
+        if nonsense in output:
+            return f"BROKEN MUTANT ({nonsense})\n{output[-2000:]}"
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    return f"noticed: {failed[0].removeprefix('FAILED tests/').split(' - ')[0]}"
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory) -> dict[str, Future]:
+    folder = tmp_path_factory.mktemp("mutants")
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        futures = {
+            name: pool.submit(verdict, folder / str(i), name) for i, name in enumerate(MUTANTS)
+        }
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_without_a_mutation_all_pass(tmp_path, subset):
+    copy_of_the_library(tmp_path)
+    done = run_tests(tmp_path, subset)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_noticed(verdicts, name, capsys):
+    found = verdicts[name].result()
+    with capsys.disabled():
+        print(f"\n{MUTANTS[name][0]:10} {name:50} {found}", end="")
+    assert found.startswith("noticed"), found
+
+
+def test_every_mutant_still_has_its_text():
+    """The default suite says at once when the library moved and a mutant must follow."""
+    for name, (file, old, new) in MUTANTS.items():
+        count = (ROOT / "gatednorm" / file).read_text().count(old)
+        assert count == 1, f"{name}: {file} must hold this text once, not {count} times: {old}"
+        assert old != new, name
