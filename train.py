@@ -24,6 +24,7 @@ def train(config: TrainConfig) -> Summary:
     from models.data import TrainLoader, ValidationLoader
     from models.lit import LitLanguageModel
     from models.plots import compressors, plot_loss
+    from models.processes import find_processes
     from models.resume import continue_metrics, find_stopped
     from models.runs import Summary, build_trainer, check_devices, create_run
 
@@ -31,16 +32,18 @@ def train(config: TrainConfig) -> Summary:
     config = stopped.config if stopped else config
     data, optim = config.data, config.optim
     check_devices(config.trainer)
+    processes = find_processes(config)
+    share = {"rank": processes.rank, "world_size": processes.count}
     lightning.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.norm.path)
     corpus = load_corpus(data)
     batches = TrainLoader(
-        corpus.train, optim.batch_size, data.sequence_length, optim.steps, config.seed
+        corpus.train, optim.batch_size, data.sequence_length, optim.steps, config.seed, **share
     )
-    held_out = ValidationLoader(corpus.val, 32, data.sequence_length, data.val_tokens)
+    held_out = ValidationLoader(corpus.val, 32, data.sequence_length, data.val_tokens, **share)
 
-    run = stopped.run if stopped else create_run(config)
-    trainer, throughput = build_trainer(config, run)
+    run = stopped.run if stopped else create_run(config, processes.rank)
+    trainer, throughput = build_trainer(config, run, processes)
     module = LitLanguageModel(model, optim)
     if stopped and stopped.checkpoint:
         before = continue_metrics(trainer.logger, stopped.rows)
@@ -50,18 +53,12 @@ def train(config: TrainConfig) -> Summary:
         trainer.fit(module, batches)
     (after,) = trainer.validate(module, held_out, verbose=False)
 
-    summary = Summary(
-        run=run,
-        parameters=model.num_parameters(),
-        tokens=throughput.tokens,
-        tokens_per_s=throughput.tokens_per_s,
-        before=before["val_bpb"],
-        after=after["val_bpb"],
-        model=model,
-    )
-    title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {data.name}"
-    yardsticks = compressors(corpus.val.tokens.tobytes())
-    plot_loss(run / METRICS, run / PICTURE, title, yardsticks)
+    scores = {"before": before["val_bpb"], "after": after["val_bpb"]}
+    summary = Summary(run, model, throughput.tokens, throughput.tokens_per_s, **scores)
+    if processes.rank == 0:
+        title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {data.name}"
+        yardsticks = compressors(corpus.val.tokens.tobytes())
+        plot_loss(run / METRICS, run / PICTURE, title, yardsticks)
     return summary
 
 

@@ -39,9 +39,11 @@ def command(
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+            arguments = list(sys.argv)
             verbatim = _take_verbatim(texts, names)
 
             def task(values: DictConfig) -> None:
+                sys.argv = arguments  # for processes that Lightning starts with the same ones
                 # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
                     main(CHECKS[name](values, verbatim))
@@ -144,5 +146,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _fail(name: str, message: str) -> None:
-    print(f"{name}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # of several, one speaks
+        print(f"{name}.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -113,6 +113,7 @@ class OptimConfig:
 class TrainerConfig:
     accelerator: str = one_of("auto", "cpu", "gpu")
     devices: int = number(at_least=1)
+    strategy: str = one_of("auto", "ddp")
     precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
     checkpoint_every: int = number(at_least=1)
 

@@ -5,6 +5,7 @@ position of the loader is one number, which goes into a checkpoint, and several 
 their own rows of each batch, nothing twice.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -91,6 +92,8 @@ class TrainLoader:
 class ValidationLoader:
     """Rows of held-out text that lie end to end, or `max_tokens` of them spread evenly over it.
 
+    Each of `world_size` processes gets its share of the rows, in as many batches as the others.
+
     Yields int64 tensors [up to batch_size, sequence_length + 1].
     """
 
@@ -100,13 +103,18 @@ class ValidationLoader:
         batch_size: int,
         sequence_length: int,
         max_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         begins = np.arange(0, len(documents.tokens) - sequence_length, sequence_length)
         if max_tokens is not None and max_tokens < len(begins) * sequence_length:
             keep = max(1, max_tokens // sequence_length)
             begins = begins[np.linspace(0, len(begins) - 1, keep).round().astype(int)]
         rows = np.stack([documents.tokens[b : b + sequence_length + 1] for b in begins])
-        self.batches = torch.from_numpy(rows).split(batch_size)
+        # Processes that work in step need the same number of batches, if not of the same size.
+        count = math.ceil(math.ceil(len(rows) / world_size) / batch_size)
+        share = torch.from_numpy(rows).tensor_split(world_size)[rank]
+        self.batches = share.tensor_split(count)
 
     def __len__(self) -> int:
         return len(self.batches)

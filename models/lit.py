@@ -33,7 +33,8 @@ class LitLanguageModel(L.LightningModule):
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         loss = self.loss(batch)
-        self.log("train_bpb", loss.detach() / math.log(2))
+        several = self.trainer.world_size > 1
+        self.log("train_bpb", loss.detach() / math.log(2), sync_dist=several)
         return loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:

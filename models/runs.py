@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import save_config
 from models.language_model import LanguageModel
 from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCheckpoints
+from models.processes import Processes
 from models.resume import RandomState
 
 
@@ -25,20 +27,23 @@ class Summary:
 
     Attributes:
         run: The run's folder.
-        parameters: Trained numbers, tied ones once.
+        model: As it was after the last step.
         tokens: Seen in training.
         tokens_per_s: In training, validation left out.
         before, after: Validation bits per byte.
-        model: As it was at the last step.
     """
 
     run: Path
-    parameters: int
+    model: LanguageModel
     tokens: int
     tokens_per_s: float
     before: float
     after: float
-    model: LanguageModel
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained, tied ones once."""
+        return self.model.num_parameters()
 
 
 def check_devices(config: TrainerConfig) -> None:
@@ -50,8 +55,11 @@ def check_devices(config: TrainerConfig) -> None:
         )
 
 
-def create_run(config: TrainConfig) -> Path:
-    """A new folder `<time>_<model>` under `config.runs_dir` that holds the composed config."""
+def create_run(config: TrainConfig, rank: int = 0) -> Path:
+    """A new folder `<time>_<model>` under `config.runs_dir` that holds the composed config. Of
+    several processes only the first makes one, and only that one writes to it."""
+    if rank:
+        return Path(config.runs_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.model.name}"
     number = 1
     while True:
@@ -70,7 +78,9 @@ def create_run(config: TrainConfig) -> Path:
             return run
 
 
-def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput]:
+def build_trainer(
+    config: TrainConfig, run: Path, processes: Processes
+) -> tuple[L.Trainer, Throughput]:
     """Lightning's trainer for `config`, writing metrics.csv and last.ckpt to `run`."""
     _quiet()
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -80,7 +90,9 @@ def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput
     throughput = Throughput(config.optim.batch_size * config.data.sequence_length)
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=config.trainer.devices,
+        devices=processes.devices,
+        num_nodes=processes.hosts,
+        strategy=config.trainer.strategy,
         precision=precision,
         max_steps=config.optim.steps,
         gradient_clip_val=config.optim.gradient_clip or None,
@@ -102,7 +114,9 @@ def build_trainer(config: TrainConfig, run: Path) -> tuple[L.Trainer, Throughput
     return trainer, throughput
 
 
+@rank_zero_only
 def print_summary(summary: Summary) -> None:
+    """The table at the end, once for all processes."""
     table = Table(title="Done", title_justify="left", show_header=False)
     table.add_row("parameters", f"{summary.parameters:,}")
     table.add_row("tokens seen", f"{summary.tokens:,}")

@@ -34,7 +34,7 @@ def test_every_option_composes(model, data, trainer):
     config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}"])
     assert type(config.model) is MODELS[model]
     assert config.data.name == data
-    assert config.trainer.accelerator == trainer
+    assert config.trainer.accelerator == ("auto" if trainer == "ddp" else trainer)
     assert config.norm.path == "training"
 
 
