@@ -37,6 +37,28 @@ SUBSETS = {
 }  # fmt: skip
 
 
+# Mutants whose name starts so are noticed soonest by this test.
+FIRST = {
+    "wide": "tests/test_kernels.py::test_wide_schedule",
+    "mean of a power": "tests/test_kernels.py::test_wide_schedule",
+    "offsets": "tests/test_kernels.py::test_offsets_beyond_32_bits",
+    "reduce": "tests/test_kernels.py::test_any_number_of_workers",
+    "last tile": "tests/test_kernels.py::test_any_number_of_workers",
+    "dw of": "tests/test_kernels.py::test_any_number_of_workers",
+    "no rounding": "tests/test_numerics.py::test_bits_of_the_reference",
+    "rounds": "tests/test_numerics.py::test_bits_of_the_reference",
+    "strides": "tests/test_numerics.py::test_strides",
+    "plan": "tests/test_numerics.py::test_strides",
+    "two outer": "tests/test_numerics.py::test_strides",
+    "third outer": "tests/test_numerics.py::test_strides",
+    "zero-centred": "tests/test_numerics.py::test_every_combination_of_options",
+    "slope of the sigmoid": "tests/test_numerics.py::test_every_combination_of_options",
+    "silu and": "tests/test_numerics.py::test_every_combination_of_options",
+    "always silu": "tests/test_numerics.py::test_every_combination_of_options",
+    "never zero": "tests/test_numerics.py::test_every_combination_of_options",
+}
+
+
 def copy_of_the_library(folder: Path) -> None:
     shutil.copytree(
         ROOT / "gatednorm", folder / "gatednorm", ignore=shutil.ignore_patterns("__*__")
@@ -47,12 +69,13 @@ def copy_of_the_library(folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def run_tests(folder: Path, subset: str) -> subprocess.CompletedProcess:
+def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, *SUBSETS[subset]], cwd=folder, env=environment, check=False, timeout=500,
+        [*command, *first, *SUBSETS[subset]], cwd=folder, env=environment, check=False, timeout=500,
         capture_output=True, text=True,
     )  # fmt: skip
 
@@ -70,7 +93,7 @@ def verdict(folder: Path, name: str) -> str:
     folder.mkdir()
     copy_of_the_library(folder)
     mutate(folder, file, old, new)
-    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels")
+    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels", name)
     shutil.rmtree(folder)
     if done.returncode == 0:
         return "NOT NOTICED"
@@ -85,11 +108,16 @@ def verdict(folder: Path, name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory) -> dict[str, Future]:
+def verdicts(request, tmp_path_factory) -> dict[str, Future]:
+    """Every selected mutant at work in a pool, while the tests ask for them one by one."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = [params["name"] for params in selected if "name" in params]
     folder = tmp_path_factory.mktemp("mutants")
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         futures = {
-            name: pool.submit(verdict, folder / str(i), name) for i, name in enumerate(MUTANTS)
+            name: pool.submit(verdict, folder / str(i), name)
+            for i, name in enumerate(names)
+            if name in MUTANTS
         }
         yield futures
         pool.shutdown(cancel_futures=True)
