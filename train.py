@@ -62,12 +62,13 @@ def train(config: TrainConfig) -> Summary:
     return summary
 
 
-@command("train", names=("data.path", "runs_dir", "resume"))
-def main(config: TrainConfig) -> None:
+@command("train", names=("data.path", "runs_dir", "resume"), compare="models.runs.compare_runs")
+def main(config: TrainConfig) -> Summary:
     summary = train(config)
     from models.runs import print_summary
 
     print_summary(summary)
+    return summary
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,37 +31,57 @@ CHECKS = {"train": train_config, "infer": infer_config}
 
 
 def command(
-    name: str, *, texts: tuple[str, ...] = (), names: tuple[str, ...] = ()
-) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    name: str,
+    *,
+    texts: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
+    compare: str | None = None,
+) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Decorate `main(config)` of `name`.py; `main` may raise ConfigError.
 
     Keys in `texts` and `names` take whatever stands after their `=`, which Hydra's grammar would
     refuse or change (spaces at the end, commas, parentheses); for a name, `null` is still None.
+    After a multirun (`-m`), whose jobs are all checked before the first begins, the function of the
+    dotted name `compare` gets its folder, and what each job has of its own and its result.
     """
 
-    def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
+    def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+            several = bool({"-m", "--multirun"} & set(sys.argv))
             arguments = list(sys.argv)
-            verbatim = _take_verbatim(texts, names)
+            verbatim = _take_verbatim(texts, () if several else names)
+            results, folders = [], []
 
             def task(values: DictConfig) -> None:
                 sys.argv = arguments  # for processes that Lightning starts with the same ones
+                hydra_config = HydraConfig.get()
+                folders.append(Path(hydra_config.sweep.dir))
                 # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
-                    main(CHECKS[name](values, verbatim))
+                    result = main(CHECKS[name](values, verbatim))
                 except ConfigError as error:
                     _fail(name, str(error))
+                results.append((list(hydra_config.overrides.task), result))
 
             hydra_main = hydra.main(
                 version_base="1.3", config_path=str(CONFIG_DIR), config_name=name
             )
             try:
+                if several:
+                    for job in _jobs(sys.argv[1:]):
+                        compose(name, job)
                 hydra_main(task)()
+                if several and compare is not None and results:
+                    get_method(compare)(folders[0], _own(results))
             except KeyboardInterrupt:
                 sys.exit(130)
+            except ConfigError as error:
+                _fail(name, str(error))
             except (HydraException, OmegaConfBaseException) as error:
-                _fail(name, explain(name, sys.argv[1:]) or _first_line(error))
+                jobs = _jobs(sys.argv[1:]) if several else [sys.argv[1:]]
+                found = (explain(name, job) for job in jobs)
+                _fail(name, next(filter(None, found), None) or _first_line(error))
 
         return run
 
@@ -77,7 +100,8 @@ def explain(name: str, arguments: list[str]) -> str | None:
         loader = GlobalHydra.instance().config_loader()
         groups = _groups(loader)
         keys = all_keys(OmegaConf.to_container(hydra.compose(name)))
-        for argument in arguments:
+        # Groups first: what keys there are depends on them.
+        for argument in sorted(arguments, key=lambda a: a.partition("=")[0] not in groups):
             if argument.startswith("-"):
                 continue
             try:
@@ -91,7 +115,9 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if key in groups and isinstance(value, str) and value not in groups[key]:
                 options = ", ".join(groups[key])
                 return f"{key} must be one of {options}, got {value!r}{nearest(value, groups[key])}"
-            if key not in groups and key not in keys and not override.is_add():
+            if key in groups:
+                keys = all_keys(OmegaConf.to_container(hydra.compose(name, [argument])))
+            elif key not in keys and not override.is_add():
                 return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
     return None
 
@@ -106,6 +132,22 @@ def _hydra() -> Iterator[None]:
             yield
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def _jobs(arguments: list[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def _own(results: list[tuple[list[str], Any]]) -> list[tuple[str, Any]]:
+    """Each result with those of its overrides that not all of them have."""
+    shared = set.intersection(*(set(overrides) for overrides, _ in results))
+    return [
+        (" ".join(o for o in overrides if o not in shared) or " ".join(overrides), result)
+        for overrides, result in results
+    ]
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> dict[str, list[str]]:

@@ -99,3 +99,31 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(target)
     plt.close(figure)
+
+
+def plot_comparison(runs: dict[str, Path], target: Path) -> None:
+    """Draw the smoothed training loss and the last validation of several metrics.csv, by name."""
+    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
+    colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
+    lows, highs = [], []
+    for (name, metrics), colour in zip(runs.items(), colours, strict=True):
+        steps, losses = read_metric(metrics, "train_bpb")
+        val_steps, val_losses = read_metric(metrics, "val_bpb")
+        steps, val_steps = (100 * s / max(1, steps[-1]) for s in (steps, val_steps))
+        axes.plot(steps, smooth(losses, max(1.0, len(losses) / 40)), color=colour, linewidth=1.5)
+        label = f"{name}: {val_losses[-1]:.3f}"
+        axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
+        lows.append(min(losses.min(), val_losses.min()))
+        highs.append(val_losses.max())
+    bottom, top = min(lows) * 0.95, max(highs) * 1.05
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if bottom <= t <= top]
+    axes.set(yscale="log", ylim=(bottom, top), xlim=(0, 100))
+    axes.set(xlabel="per cent of the steps", ylabel="bits per byte")
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eceff4", zorder=0)
+    axes.set_title("Training, smoothed, and validation at the end", loc="left", color=INK, size=11)
+    axes.legend(frameon=False, loc="upper right", title="validation, bits per byte")
+    figure.savefig(target)
+    plt.close(figure)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import ConfigError, TrainConfig, TrainerConfig
-from models.checkpoint import save_config
+from models.checkpoint import METRICS, save_config
 from models.language_model import LanguageModel
 from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCheckpoints
+from models.plots import plot_comparison
 from models.processes import Processes
 from models.resume import RandomState
 
@@ -126,6 +127,27 @@ def print_summary(summary: Summary) -> None:
     files = ["model.safetensors", "config.yaml", "last.ckpt", "metrics.csv", "loss.png"]
     table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
     Console().print(table)
+
+
+def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
+    """One table and one picture (`folder`/comparison.png) for the runs of a multirun, named by the
+    overrides that tell them apart."""
+    plot_comparison({name: s.run / METRICS for name, s in results}, folder / "comparison.png")
+    table = Table(title="Runs", title_justify="left")
+    for column in ("overrides", "parameters", "tokens/s", "before", "after", "run"):
+        left = column in ("overrides", "run")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for name, summary in sorted(results, key=lambda result: result[1].after):
+        table.add_row(
+            name,
+            f"{summary.parameters:,}",
+            f"{summary.tokens_per_s:,.0f}",
+            f"{summary.before:.3f}",
+            f"{summary.after:.3f}",
+            str(summary.run),
+        )
+    Console().print(table)
+    print(f"the picture: {folder / 'comparison.png'}")
 
 
 def _quiet() -> None:

@@ -249,3 +249,23 @@ def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):
     with pytest.raises(ConfigError):
         train.train(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,-2", *TINY])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "seed must be at least 0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2", *TINY])
+    train.main()
+    out = capsys.readouterr().out
+    table = out[out.index("Runs") :]
+    assert "seed=1" in table
+    assert "seed=2" in table
+    assert "optim.steps" not in table
+    (folder,) = tmp_path.glob("runs/compare_*")
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert len(list(tmp_path.glob("runs/*_fla"))) == 2
