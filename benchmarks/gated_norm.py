@@ -225,8 +225,9 @@ def gigabytes(case: Case, tensors: int) -> float:
     return tensors * case.rows * case.width * 2 / 1e9
 
 
-def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Console):
-    """Yield name and functions of each provider that is installed, covers the case and is right."""
+def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Console, measure) -> None:
+    """Call `measure(name, functions)` for each provider that is installed, covers the case and is
+    right. One that cannot run a case is reported and stays in the CSV."""
     for name in names:
         distribution, build = PROVIDERS[name]
         try:
@@ -237,19 +238,16 @@ def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Consol
             continue
         try:
             worst = error(case, functions, t)
-        except Exception as problem:  # a peer that cannot run a case is reported, not hidden
+            sheet.add(case, name, "error", worst, "relative", version=version(distribution))
+            if worst > 2e-2:
+                console.print(f"  {name} is wrong: relative error {worst:.2g}; not timed")
+                continue
+            measure(name, functions)
+        except Exception as problem:
             torch.cuda.synchronize()
-            reason = (str(problem).strip().splitlines() or [""])[0][:80]
-            console.print(f"  {name} fails on {case.name}: {type(problem).__name__} {reason}")
-            sheet.add(case, name, "failed", float("nan"), reason)
-            continue
-        sheet.add(case, name, "error", worst, "relative", version=version(distribution))
-        if worst > 2e-2:
-            console.print(
-                f"  {name} is wrong on {case.name}: relative error {worst:.2g}; not timed"
-            )
-            continue
-        yield name, functions
+            reason = f"{type(problem).__name__} {(str(problem).strip().splitlines() or [''])[0]}"
+            console.print(f"  {name} fails: {reason[:150]}")
+            sheet.add(case, name, "failed", float("nan"), reason[:80])
 
 
 def throughput(case: Case, names, sheet, console, backward: bool = True) -> None:
@@ -262,7 +260,9 @@ def throughput(case: Case, names, sheet, console, backward: bool = True) -> None
     for quantity, (best, tensors) in ceilings.items():
         rate = {"gb_per_s": f"{gigabytes(case, tensors) / best * 1e6:.0f}"}
         sheet.add(case, "ceiling", quantity, best, "us", **rate)
-    for name, (training, inference) in each_provider(case, names, sheet, t, console):
+
+    def measure(name, functions) -> None:
+        training, inference = functions
         times = {"forward": forward_time(inference, t)}
         if backward and training is not None:
             times["backward"] = backward_time(training, t)
@@ -272,6 +272,8 @@ def throughput(case: Case, names, sheet, console, backward: bool = True) -> None
             best, tensors = ceilings[quantity]
             rate = {"gb_per_s": f"{gigabytes(case, tensors) / value * 1e6:.0f}"}
             sheet.add(case, name, quantity, value, "us", ratio=f"{value / best:.3f}", **rate)
+
+    each_provider(case, names, sheet, t, console, measure)
 
 
 def decoding(case: Case, names, sheet, console) -> None:
@@ -283,15 +285,17 @@ def decoding(case: Case, names, sheet, console) -> None:
         sheet.add(case, "torch.add", "graph forward", graph_time(lambda: torch.add(x, z)), "us")
     floor = wall_time(lambda: gradients(lambda x, w, b, z: EmptyFunction.apply(x, w, z), t), 300)
     sheet.add(case, "empty Function", "wall both", floor, "us")
-    for name, (training, inference) in each_provider(case, names, sheet, t, console):
+
+    def measure(name, functions) -> None:
+        training, inference = functions
         with torch.no_grad():
-            wall = wall_time(lambda f=inference: f(x, w, b, z))
-            sheet.add(case, name, "wall forward", wall, "us")
-            graph = graph_time(lambda f=inference: f(x, w, b, z))
-            sheet.add(case, name, "graph forward", graph, "us")
+            sheet.add(case, name, "wall forward", wall_time(lambda: inference(x, w, b, z)), "us")
+            sheet.add(case, name, "graph forward", graph_time(lambda: inference(x, w, b, z)), "us")
         if training is not None:
-            both = wall_time(lambda f=training: gradients(f, t), calls=300)
+            both = wall_time(lambda: gradients(training, t), calls=300)
             sheet.add(case, name, "wall both", both, "us")
+
+    each_provider(case, names, sheet, t, console, measure)
 
 
 def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
@@ -375,22 +379,27 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     console, sheet = Console(width=190), Sheet()
     cases = CASES[: args.cases]
+    path = args.out / "gated_norm.csv"
+    for case in DECODE:
+        console.print(case.name)
+        decoding(case, names, sheet, console)
     for case in cases:
         console.print(case.name)
         throughput(case, names, sheet, console)
-    for case in DECODE:
-        decoding(case, names, sheet, console)
+        sheet.write(path)
     show(sheet, cases, ("forward", "backward", "both"), names, console)
     show(sheet, DECODE, ("wall forward", "graph forward", "wall both"), names, console)
     if not args.no_plots:
-        quick = [n for n in names if n != "eager"]
+        # torch.compile would compile anew for every point
+        quick = [n for n in names if n not in ("eager", "torch.compile")]
         for case in WIDTHS:
             throughput(case, quick, sheet, console)
+            sheet.write(path)
         for case in ROWS:
             throughput(case, quick, sheet, console, backward=False)
         plot(sheet, quick, args.out)
-    sheet.write(args.out / "gated_norm.csv")
-    console.print(f"written: {args.out / 'gated_norm.csv'}")
+    sheet.write(path)
+    console.print(f"written: {path}")
 
 
 if __name__ == "__main__":

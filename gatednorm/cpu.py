@@ -6,6 +6,7 @@ holds inf or NaN touches no other row. It does not promise that a row's bits are
 the rows around it: PyTorch's vectorised functions round differently in the tail of a buffer.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from .problem import Problem, rows_of
 
-# About half of a core's private cache for each of the handful of temporaries in flight.
-BLOCK_BYTES = 1 << 18
+# A megabyte for each of the handful of buffers in flight: they stay in cache, and each
+# operator still has enough to do that its own cost does not count.
+BLOCK_BYTES = 1 << 20
 
 
 def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
@@ -50,46 +52,83 @@ def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[T
 
 
 def _grouped(p: Problem, t: Tensor) -> Tensor:
-    """`[..., D]` to `[rows, groups, group_size]`."""
-    return t.reshape(-1, p.n_groups, p.group_size)
+    """`[..., D]` in the compute dtype, as `[rows, groups, group_size]`."""
+    return t.to(p.compute_dtype).reshape(-1, p.n_groups, p.group_size)
 
 
-def _gate(p: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
-    """`act(z)` and its derivative."""
-    sig = torch.sigmoid(z)
+class _Workspace:
+    """Buffers of one block `[rows, groups, group_size]`, reused by every block: they stay in cache,
+    and nothing is allocated per operator."""
+
+    def __init__(self, p: Problem, count: int):
+        rows = min(max(p.n_rows, 1), max(1, BLOCK_BYTES // (p.width * p.compute_dtype.itemsize)))
+        shape = (count, rows, p.n_groups, p.group_size)
+        self.buffers = torch.empty(shape, dtype=p.compute_dtype)
+
+    def of(self, like: Tensor) -> list[Tensor]:
+        return [buffer[: like.shape[0]] for buffer in self.buffers]
+
+
+def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """`target` `[..., D]` = `a * b`; `a` `[rows, groups, group_size]`, and `b` like it or one a row
+    and group. Written once where dtypes and groups allow, else through `a`, which is spent."""
+    one_a_row = b.shape != a.shape
+    if target.dtype == a.dtype and (not one_a_row or a.shape[1] == 1):
+        shape = target.shape
+        torch.mul(a.view(shape), b.view(*shape[:-1], -1), out=target)
+    else:
+        target.copy_(a.mul_(b).view(target.shape))
+
+
+def _act(p: Problem, z: Tensor, out: Tensor) -> Tensor:
     if p.activation == "sigmoid":
-        return sig, sig - sig * sig
-    act = z * sig
-    return act, torch.addcmul(sig, act, 1 - sig)
+        return torch.sigmoid(z, out=out)
+    return torch.ops.aten.silu.out(z, out=out)
 
 
-def _act(p: Problem, z: Tensor) -> Tensor:
-    return torch.sigmoid(z) if p.activation == "sigmoid" else torch.nn.functional.silu(z)
+def _act_backward(p: Problem, grad: Tensor, z: Tensor, act: Tensor, target: Tensor) -> None:
+    """`target` `[..., D]` = `grad * act'(z)`; `grad` is spent."""
+    direct = target.dtype == grad.dtype
+    shape = target.shape
+    to = target if direct else grad.view(shape)
+    if p.activation == "sigmoid":
+        torch.ops.aten.sigmoid_backward.grad_input(grad.view(shape), act.view(shape), grad_input=to)
+    else:
+        torch.ops.aten.silu_backward.grad_input(grad.view(shape), z.view(shape), grad_input=to)
+    if not direct:
+        target.copy_(to)
 
 
-def _weight(p: Problem, weight: Tensor | None) -> Tensor | None:
-    """`[D]` to `[groups, group_size]` in the compute dtype, with the 1 of a zero-centred weight."""
-    if weight is None:
-        return None
-    w = weight.to(p.compute_dtype).view(p.n_groups, p.group_size)
-    return 1 + w if p.zero_centered else w
+def _parameters(p: Problem, weight, bias) -> tuple[Tensor | None, Tensor | None]:
+    """`[groups, group_size]` in the compute dtype; the weight with the 1 of a zero-centred one."""
+    shape = (p.n_groups, p.group_size)
+    w = None if weight is None else weight.to(p.compute_dtype).view(shape)
+    b = None if bias is None else bias.to(p.compute_dtype).view(shape)
+    return (1 + w if p.zero_centered and w is not None else w), b
 
 
-def _affine(p: Problem, xhat: Tensor, w, b, x_dtype: torch.dtype, w_dtype) -> tuple[Tensor, Tensor]:
-    """The normalised value with its rounding points, and `xhat * w + b`."""
-    if p.round_norm:
-        xhat = xhat.to(x_dtype).to(p.compute_dtype)
+def _round(p: Problem, t: Tensor, when: bool, *dtypes: torch.dtype) -> Tensor:
+    """`t` rounded to the widest of `dtypes`, where the numerics ask for it."""
+    if not when:
+        return t
+    return t.to(functools.reduce(torch.promote_types, dtypes)).to(p.compute_dtype)
+
+
+def _affine(p: Problem, xhat: Tensor, w, b, x: Tensor, weight, out: Tensor) -> Tensor:
+    """`xhat * w + b` in `out`, rounded where the numerics ask for it, or `xhat` itself."""
     h = xhat
     if w is not None:
-        h = h * w
-        if p.round_weight:
-            h = h.to(torch.promote_types(x_dtype, w_dtype)).to(p.compute_dtype)
-    if b is not None:
-        h = h + b
-    return xhat, h
+        h = _round(p, torch.mul(h, w, out=out), p.round_weight, x.dtype, weight.dtype)
+    return h if b is None else torch.add(h, b, out=out)
 
 
-@torch.autocast("cpu", enabled=False)  # it would turn inner products into bf16
+def _mean_square(u: Tensor, spare: Tensor) -> Tensor:
+    """`[rows, groups, 1]`; a product and PyTorch's pairwise sum, since its vector norm adds one
+    element after the other and loses digits in wide rows."""
+    return torch.mul(u, u, out=spare).mean(-1, keepdim=True)
+
+
+@torch.autocast("cpu", enabled=False)  # no operator here may choose a dtype of its own
 def forward(
     p: Problem,
     x: Tensor,
@@ -101,31 +140,28 @@ def forward(
     rstd: Tensor | None,
 ) -> None:
     """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
-    w = _weight(p, weight)
-    b = None if bias is None else bias.to(p.compute_dtype).view(p.n_groups, p.group_size)
-    w_dtype = None if weight is None else weight.dtype
+    w, b = _parameters(p, weight, bias)
+    workspace = _Workspace(p, 3)
     for rows, (xb, zb, ob) in _blocks(p, x, z, out):
-        u = _grouped(p, xb.to(p.compute_dtype))
-        gate = None if zb is None else _act(p, _grouped(p, zb.to(p.compute_dtype)))
-        if gate is not None and not p.norm_before_gate:
-            u = u * gate
+        u = _grouped(p, xb)
+        one, two, spare = workspace.of(u)
+        act = None if zb is None else _act(p, _grouped(p, zb), one)
+        if act is not None and not p.norm_before_gate:
+            u = torch.mul(u, act, out=one)
         if not p.is_rms_norm:
             mu = u.mean(-1, keepdim=True)
+            u = torch.sub(u, mu, out=two)
             if mean is not None:
                 mean[rows] = mu.squeeze(-1)
-            u = u - mu
-        r = torch.rsqrt(_dot(u, u) / p.group_size + p.eps)
+        r = torch.rsqrt(_mean_square(u, spare) + p.eps)
         if rstd is not None:
             rstd[rows] = r.squeeze(-1)
-        _, h = _affine(p, u * r, w, b, x.dtype, w_dtype)
-        if gate is not None and p.norm_before_gate:
-            h = h * gate
-        ob.copy_(h.view(ob.shape))
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over the last dimension, kept: `[..., 1]`."""
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+        xhat = _round(p, torch.mul(u, r, out=two), p.round_norm, x.dtype)
+        h = _affine(p, xhat, w, b, x, weight, two)
+        if act is not None and p.norm_before_gate:
+            _product_into(ob, h, act)
+        else:
+            ob.copy_(h.view(ob.shape))
 
 
 @torch.autocast("cpu", enabled=False)
@@ -142,38 +178,46 @@ def backward(
     dz: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    w = _weight(p, weight)
-    b = None if bias is None else bias.to(p.compute_dtype).view(p.n_groups, p.group_size)
-    w_dtype = None if weight is None else weight.dtype
+    w, b = _parameters(p, weight, bias)
     dw = None if w is None else torch.zeros_like(w)
     db = None if b is None else torch.zeros_like(b)
+    gate_first = z is not None and not p.norm_before_gate
+    gate_last = z is not None and p.norm_before_gate
+    workspace = _Workspace(p, 4)
     for rows, (dyb, xb, zb, dxb, dzb) in _blocks(p, dy, x, z, dx, dz):
-        g = _grouped(p, dyb.to(p.compute_dtype))
-        xg = _grouped(p, xb.to(p.compute_dtype))
+        g, xg = _grouped(p, dyb), _grouped(p, xb)
+        act, xhat, one, two = workspace.of(g)
         if zb is not None:
-            act, dact = _gate(p, _grouped(p, zb.to(p.compute_dtype)))
-        u = xg if zb is None or p.norm_before_gate else xg * act
+            zg = _grouped(p, zb)
+            _act(p, zg, act)
+        u = torch.mul(xg, act, out=xhat) if gate_first else xg
         if not p.is_rms_norm:
-            u = u - mean[rows].unsqueeze(-1)
+            u = torch.sub(u, mean[rows].unsqueeze(-1), out=xhat)
         r = rstd[rows].unsqueeze(-1)
-        xhat = u * r
-        rounded, h = _affine(p, xhat, w, b, x.dtype, w_dtype)
-        if zb is not None and p.norm_before_gate:
-            dzb.copy_((g * h * dact).view(dzb.shape))
-            g = g * act
+        torch.mul(u, r, out=xhat)
+        rounded = _round(p, xhat, p.round_norm, x.dtype)
+        if gate_last:
+            h = _affine(p, rounded, w, b, x, weight, one)
+            _act_backward(p, torch.mul(g, h, out=one), zg, act, dzb)
+            g = torch.mul(g, act, out=two)
+        # One product serves dw, a sum over the rows, and c1, a sum over the columns.
+        product = torch.mul(g, xhat, out=one)
         if dw is not None:
-            dw += (g * rounded).sum(0)
+            dw += (g * rounded if p.round_norm else product).sum(0)
         if db is not None:
             db += g.sum(0)
-        du = g if w is None else g * w
-        dxg = torch.addcmul(du, xhat, _dot(du, xhat) / p.group_size, value=-1)
+        product = product if w is None else product.mul_(w)
+        c1 = product.sum(-1, keepdim=True).div_(-p.group_size)
+        du = torch.mul(g, 1.0 if w is None else w, out=two)
         if not p.is_rms_norm:
-            dxg -= du.mean(-1, keepdim=True)
-        dxg *= r
-        if zb is not None and not p.norm_before_gate:
-            dzb.copy_((dxg * xg * dact).view(dzb.shape))
-            dxg *= act
-        dxb.copy_(dxg.view(dxb.shape))
+            du -= du.mean(-1, keepdim=True)
+        du.addcmul_(xhat, c1)
+        if gate_first:
+            du *= r
+            _act_backward(p, torch.mul(du, xg, out=one), zg, act, dzb)
+            _product_into(dxb, du, act)
+        else:
+            _product_into(dxb, du, r)
     return (
         None if dw is None else dw.view(p.width).to(weight.dtype),
         None if db is None else db.view(p.width).to(bias.dtype),

@@ -214,8 +214,8 @@ def layernorm_backward(
     describe(dy, None, None, None, None, *options, None)
     if dy.shape != x.shape or dy.device != x.device:
         raise ValueError(
-            f"dy must have the shape and device of x, got {tuple(dy.shape)} on {dy.device} and "
-            f"{tuple(x.shape)} on {x.device}"
+            f"dy must have the shape of x on its device, got {tuple(dy.shape)} on {dy.device} "
+            f"and {tuple(x.shape)} on {x.device}"
         )
     for name, stat in (("rstd", rstd), ("mean", mean)):
         if name == "mean" and p.is_rms_norm:
