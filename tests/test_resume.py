@@ -63,8 +63,9 @@ def undisturbed(tmp_path_factory):
     return train.train(compose("train", [*SMALL, f"runs_dir={tmp_path_factory.mktemp('runs')}"]))
 
 
-@pytest.mark.parametrize("step", [2, 4, 7, 11])
-@pytest.mark.parametrize("resume", ["auto", "by name"])
+@pytest.mark.parametrize(
+    ("step", "resume"), [(2, "auto"), (4, "auto"), (7, "by name"), (11, "auto")]
+)
 def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, monkeypatch):
     run = train_until(step, monkeypatch, tmp_path)
     assert checkpoint_step(run) == step // 4 * 4
