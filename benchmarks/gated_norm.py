@@ -2,6 +2,7 @@
 
     python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
     python -m benchmarks.gated_norm --only gatednorm --cases 4
+    python -m benchmarks.gated_norm --replot           # the plots again from the CSV, no GPU
 
 Each provider is compared with float64 before it is timed. Times on the GPU are medians in
 microseconds of `triton.testing.do_bench`, which writes 256 MB between two runs, so that no input
@@ -213,6 +214,14 @@ class Sheet:
             if r["case"] == case.name and r["quantity"] == quantity
         }
 
+    @classmethod
+    def read(cls, path: Path) -> "Sheet":
+        sheet = cls.__new__(cls)
+        with path.open(newline="") as file:
+            sheet.rows = list(csv.DictReader(file))
+        sheet.common = sheet.rows[0]
+        return sheet
+
     def write(self, path: Path) -> None:
         names = list(dict.fromkeys(k for r in self.rows for k in r))
         with path.open("w", newline="") as file:
@@ -346,7 +355,7 @@ def plot(sheet: Sheet, names, folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="TB/s")
     axes[0].set_ylim(0)
-    axes[1].legend()
+    axes[0].legend(loc="lower right")
     figure.suptitle(f"Gated RMS norm, bf16, {sheet.common['gpu']}")
     figure.tight_layout()
     figure.savefig(folder / "bandwidth.png", dpi=120)
@@ -371,8 +380,12 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=list(PROVIDERS))
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--replot", action="store_true", help="only draw the CSV again; no GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.replot:
+        plot(Sheet.read(args.out / "gated_norm.csv"), list(PROVIDERS), args.out)
+        return
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
     names = [n for n in args.only if n not in args.skip]

@@ -218,7 +218,7 @@ def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
     }
 
 
-def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]:
+def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch | None]:
     tile = forward_tile(p.group_size)
     inner, (sx, sz, sy), rows = _geometry(p, tile, [x, z, out])
     wide = tile.chunks > 1
@@ -234,7 +234,7 @@ def _plan_forward(p: Problem, x, z, weight, out) -> tuple[Launch, Launch | None]
         kernels.forward_kernel, x.device, tiles,
         (p.n_rows, *inner, *sx, *sz, *sy, p.eps),
         _tile_options(p, tile) | rows | norm | _rounding(p, x, weight)
-        | {"STATS_GIVEN": wide, "HOIST": tile.hoist},
+        | {"STATS_GIVEN": wide, "HOIST": tile.hoist and bias is None},
         tile,
     )  # fmt: skip
     return main, sums
@@ -245,7 +245,7 @@ def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> 
     key = rstd is None
     plan = p.plans.get(key)
     if plan is None:
-        plan = p.plans[key] = _plan_forward(p, x, z, weight, out)
+        plan = p.plans[key] = _plan_forward(p, x, z, weight, bias, out)
     main, sums = plan
     if sums is not None:
         if rstd is None:

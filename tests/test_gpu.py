@@ -124,7 +124,10 @@ def test_parameter_gradients_repeat(width):
 )
 def test_bf16_bits_of_the_reference(is_rms_norm, groups, width, norm_before_gate, numerics):
     """At least 99.99% of two million elements; the rest one unit off (two where an early rounding
-    moved and the weight then carried it over a power of two)."""
+    moved and the weight then carried it over a power of two).
+
+    Layer norm subtracts the mean: an element that lies next to it keeps the fp32 error of the mean,
+    many units of its own last place, and is held to 4 fp32 units of its row's largest instead."""
     rows = 2**21 // (width * groups)
     x, z = (randn(rows, width * groups, seed=i) for i in range(2))
     w = randn(width * groups, seed=2)
@@ -141,7 +144,11 @@ def test_bf16_bits_of_the_reference(is_rms_norm, groups, width, norm_before_gate
 
     # Results near 0 differ by more units than they carry digits: subnormal sigmoids and the like.
     off = (index(got) - index(want)).abs()
-    off = off[want.abs() > 1e-30]
+    judged = want.abs() > 1e-30
+    if not is_rms_norm:
+        row_scale = want.double().abs().amax(-1, keepdim=True)
+        judged &= (got.double() - want.double()).abs() > 2**-22 * row_scale
+    off = torch.where(judged, off, 0)
     assert int(off.max()) <= (1 if numerics == "fp32" else 2)
     share = float((off > 0).double().mean())
     assert share <= 1e-4, f"{share:.4%} differ"
