@@ -157,6 +157,8 @@ def test_any_number_of_workers(kernels, change_tiles, workers):
     )
     for rows in (1, 2, 9, 23) if workers < 100 else (401,):
         check(Case((rows,), 40, 1, False, bias=True), kernels.device)
+    if workers == 1:  # a row in two pieces
+        check(Case((5,), 600, 1, False, bias=True), kernels.device)
 
 
 # ---- the same bits ----

@@ -44,6 +44,7 @@ FIRST = {
     "offsets": "tests/test_kernels.py::test_offsets_beyond_32_bits",
     "reduce": "tests/test_kernels.py::test_any_number_of_workers",
     "last tile": "tests/test_kernels.py::test_any_number_of_workers",
+    "db of": "tests/test_kernels.py::test_any_number_of_workers",
     "dw of": "tests/test_kernels.py::test_any_number_of_workers",
     "no rounding": "tests/test_numerics.py::test_bits_of_the_reference",
     "rounds": "tests/test_numerics.py::test_bits_of_the_reference",
