@@ -128,7 +128,6 @@ def _mean_square(u: Tensor, spare: Tensor) -> Tensor:
     return torch.mul(u, u, out=spare).mean(-1, keepdim=True)
 
 
-@torch.autocast("cpu", enabled=False)  # no operator here may choose a dtype of its own
 def forward(
     p: Problem,
     x: Tensor,
@@ -164,7 +163,6 @@ def forward(
             ob.copy_(h.view(ob.shape))
 
 
-@torch.autocast("cpu", enabled=False)
 def backward(
     p: Problem,
     dy: Tensor,
