@@ -9,7 +9,10 @@ from models import chunks, gated_delta_rule, short_conv, ssd
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
 
-pytestmark = pytest.mark.skipif(not TRITON, reason="needs triton")
+pytestmark = [
+    pytest.mark.skipif(not TRITON, reason="needs triton"),
+    *([pytest.mark.gpu] if GPU else []),
+]
 DEVICE = "cuda" if GPU else "cpu"
 
 
