@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .problem import Problem, rows_of
 
-# A megabyte for each of the handful of buffers in flight: they stay in cache, and each
+# Just under a megabyte for each of the handful of buffers in flight: they stay in cache, and each
 # operator still has enough to do that its own cost does not count.
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 7 << 17
 
 
 def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
