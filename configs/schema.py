@@ -36,11 +36,13 @@ def number(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    default: Any = MISSING,
 ) -> Any:
-    """A field for a finite number in a range, or for None where its type allows that."""
+    """A field for a finite number in a range, or for None where its type allows that. A default
+    here is for the config.yaml of checkpoints that are older than the field."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     bounds = {word: bound for word, bound in bounds.items() if bound is not None}
-    return field(default=MISSING, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": bounds})
 
 
 @dataclass
@@ -48,6 +50,7 @@ class ModelConfig:
     """What both language models have."""
 
     name: str = one_of("fla", "mamba2")
+    vocab_size: int = number(at_least=1, default=256)
     hidden_size: int = number(at_least=1)
     num_layers: int = number(at_least=1)
     mlp_ratio: float = number(at_least=0)
@@ -128,6 +131,8 @@ class TrainConfig:
     seed: int = number(at_least=0, below=2**32)
     runs_dir: str = MISSING
     resume: str | None = MISSING
+    checkpoint: str | None = None
+    tokenizer: str = "bytes"
 
 
 @dataclass
