@@ -1,11 +1,15 @@
 """What only an NVIDIA GPU can show: real rounding, sizes, bits, copies, graphs, devices, time."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from norm_cases import Case, Layout, inputs_of, same_bits
+from sanitized import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 import gatednorm
@@ -376,3 +380,19 @@ def test_first_call_of_a_new_shape(width):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2.0
+
+
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    """Every schedule of tests/sanitized.py, clean: no access outside of a tensor, no race between
+    the threads of a program."""
+    script = Path(__file__).with_name("sanitized.py")
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, script],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-2000:]
+    assert all(name in done.stdout for name in SHAPES)
