@@ -43,6 +43,13 @@ def sample(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
+def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
+    """Logits [B, V] in which the tokens of ``seen``, [B, V] bool, are less likely: CTRL's penalty
+    (arXiv 1909.05858, section 4.1), and as in transformers a negative logit is multiplied."""
+    lower = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+    return torch.where(seen, lower, logits)
+
+
 def generate(
     model: LanguageModel,
     prompt: Tensor | Sequence[Tensor],
@@ -51,6 +58,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields one new token for each sequence, [B] int64, ``max_new_tokens`` times.
@@ -61,6 +69,8 @@ def generate(
             without padding.
         max_new_tokens: how many to yield.
         temperature, top_k, top_p: see ``sample``.
+        repetition_penalty: of the tokens that a sequence has had, its prompt included; 1 for none,
+            above 1 for less repetition. See ``penalize``.
         seed: of a generator of its own; None for a random one.
     Raises:
         ValueError: at once for an empty prompt and for options out of range.
@@ -74,13 +84,17 @@ def generate(
         raise ValueError(f"top_k must be at least 1, got {top_k}; use None for no limit")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}; use None for no limit")
+    if not repetition_penalty > 0:
+        raise ValueError(
+            f"repetition_penalty must be above 0, got {repetition_penalty}; use 1 for none"
+        )
     generator = torch.Generator(device=tokens.device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    options = (temperature, top_k, top_p, generator)
-    return _tokens(model, tokens, cu_seqlens, max_new_tokens, options)
+    choose = _Chooser(tokens, cu_seqlens, repetition_penalty, temperature, top_k, top_p, generator)
+    return _tokens(model, tokens, cu_seqlens, max_new_tokens, choose)
 
 
 def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -99,19 +113,45 @@ def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(list(prompt))[None], torch.tensor(offsets, dtype=torch.int32)
 
 
-def _tokens(model, tokens, cu_seqlens, max_new_tokens, options) -> Iterator[Tensor]:
+class _Chooser:
+    """Logits [B, V] to tokens [B], remembering which tokens each sequence has had."""
+
+    def __init__(self, tokens, cu_seqlens, repetition_penalty, *options):
+        self.tokens, self.cu_seqlens = tokens, cu_seqlens
+        self.repetition_penalty, self.options = repetition_penalty, options
+        self.seen = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.repetition_penalty == 1:
+            return sample(logits, *self.options)
+        if self.seen is None:
+            self.seen = self._seen_in_prompts(logits)
+        token = sample(penalize(logits, self.seen, self.repetition_penalty), *self.options)
+        self.seen.scatter_(1, token[:, None], True)
+        return token
+
+    def _seen_in_prompts(self, logits: Tensor) -> Tensor:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        if self.cu_seqlens is None:
+            return seen.scatter_(1, self.tokens, True)
+        rows = torch.repeat_interleave(torch.arange(len(logits)), self.cu_seqlens.diff().long())
+        seen[rows.to(logits.device), self.tokens[0]] = True
+        return seen
+
+
+def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
     with _Inference(model):
         logits, state = model(tokens, output_state=True, cu_seqlens=cu_seqlens)
         last = logits[:, -1] if cu_seqlens is None else logits[0, cu_seqlens[1:].long() - 1]
-        token = sample(last, *options)
+        token = choose(last)
     yield token
     step = None
     for _ in range(max_new_tokens - 1):
         with _Inference(model):
             step = _decoder(model, state) if step is None else step
-            token = sample(step(token), *options)
+            token = choose(step(token))
         yield token
 
 

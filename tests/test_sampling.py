@@ -1,0 +1,64 @@
+"""Sampling options of models.generation against transformers' own processors."""
+
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from models.generation import generate, penalize
+from models.language_model import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LanguageModel(
+        "mamba2", vocab_size=32, hidden_size=24, num_layers=2,
+        mixer_args={"d_state": 8, "head_dim": 8},
+    )  # fmt: skip
+    with torch.no_grad():
+        model.embedding.weight.mul_(15)  # logits sharp enough that no two are close to equal
+    return model.eval()
+
+
+def prompt(length, seed=1):
+    return torch.randint(0, 32, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy_with_transformers(model, text, count, penalty):
+    """Greedy decoding by a full forward per token, penalized by transformers."""
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    text = text[None]
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(text)[0][:, -1]
+        text = torch.cat((text, process(text, logits).argmax(-1, keepdim=True)), dim=1)
+    return text[0, -count:]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 4.0])
+def test_penalize_equals_transformers(penalty):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator) * 4
+    logits[0, :3] = torch.tensor([0.0, float("-inf"), -0.0])
+    tokens = torch.randint(0, 20, (3, 30), generator=generator)
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
+    assert torch.equal(penalize(logits, seen, penalty), expected)
+
+
+def test_repetition_penalty_covers_the_prompt_and_the_new_tokens(model):
+    prompts = [prompt(n, n) for n in (1, 12, 30)]
+    expected = torch.stack([greedy_with_transformers(model, p, 15, 2.5) for p in prompts])
+    options = {"temperature": 0, "repetition_penalty": 2.5}
+    alone = [torch.cat(list(generate(model, p, 15, **options))) for p in prompts]
+    assert torch.equal(torch.stack(alone), expected)
+    together = torch.stack(list(generate(model, prompts, 15, **options)), dim=1)
+    assert torch.equal(together, expected)
+    without = [torch.cat(list(generate(model, p, 15, temperature=0))) for p in prompts]
+    assert not torch.equal(torch.stack(without), expected)
+
+
+@pytest.mark.parametrize("penalty", [0, -1.0, float("nan")])
+def test_a_repetition_penalty_out_of_range_is_refused_at_once(model, penalty):
+    with pytest.raises(ValueError, match=r"repetition_penalty must be above 0, got"):
+        generate(model, prompt(3), 1, repetition_penalty=penalty)
