@@ -17,7 +17,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """One token per row: [B, V] to int64 [B].
 
@@ -26,7 +26,7 @@ def sample(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens, or None for all.
         top_p: keep the most likely tokens that together reach this probability, or None.
-        generator: source of randomness, on the device of the logits.
+        generator: source of randomness, on the device of the logits; or one for each row.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -40,7 +40,11 @@ def sample(
         # a token goes if those before it already reach top_p: the most likely one always stays
         drop = probability.cumsum(dim=-1) - probability >= top_p
         logits = logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    probability = logits.softmax(dim=-1)
+    if isinstance(generator, Sequence):
+        rows = zip(probability.split(1), generator, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=own)[0] for row, own in rows])
+    return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
 
 def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
@@ -59,8 +63,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> Iterator[Tensor]:
+    seed: int | Sequence[int] | None = None,
+    log_probs: bool = False,
+) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
     """Yields one new token for each sequence, [B] int64, ``max_new_tokens`` times.
 
     Args:
@@ -71,7 +76,10 @@ def generate(
         temperature, top_k, top_p: see ``sample``.
         repetition_penalty: of the tokens that a sequence has had, its prompt included; 1 for none,
             above 1 for less repetition. See ``penalize``.
-        seed: of a generator of its own; None for a random one.
+        seed: of a generator of its own; None for a random one. A list of B seeds gives each
+            sequence its own generator: it then draws what it would draw alone.
+        log_probs: yield pairs instead, of the tokens and their natural log-probabilities, [B]
+            fp32: those of the model itself, before penalty, temperature, top_k and top_p.
     Raises:
         ValueError: at once for an empty prompt and for options out of range.
     """
@@ -88,12 +96,17 @@ def generate(
         raise ValueError(
             f"repetition_penalty must be above 0, got {repetition_penalty}; use 1 for none"
         )
-    generator = torch.Generator(device=tokens.device)
-    if seed is None:
-        generator.seed()
+    sequences = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
+    if isinstance(seed, Sequence):
+        if len(seed) != sequences:
+            raise ValueError(
+                f"seed must be one number or one for each of {sequences} sequences, got {len(seed)}"
+            )
+        generator = [_generator(tokens.device, own) for own in seed]
     else:
-        generator.manual_seed(seed)
-    choose = _Chooser(tokens, cu_seqlens, repetition_penalty, temperature, top_k, top_p, generator)
+        generator = _generator(tokens.device, seed)
+    options = (temperature, top_k, top_p, generator)
+    choose = _Chooser(tokens, cu_seqlens, repetition_penalty, log_probs, options)
     return _tokens(model, tokens, cu_seqlens, max_new_tokens, choose)
 
 
@@ -113,15 +126,32 @@ def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(list(prompt))[None], torch.tensor(offsets, dtype=torch.int32)
 
 
+def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
 class _Chooser:
     """Logits [B, V] to tokens [B], remembering which tokens each sequence has had."""
 
-    def __init__(self, tokens, cu_seqlens, repetition_penalty, *options):
+    def __init__(self, tokens, cu_seqlens, repetition_penalty, log_probs, options):
         self.tokens, self.cu_seqlens = tokens, cu_seqlens
         self.repetition_penalty, self.options = repetition_penalty, options
+        self.log_probs = log_probs
         self.seen = None
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens, and their log-probabilities where they are asked for."""
+        token = self._choose(logits)
+        if not self.log_probs:
+            return token, None
+        return token, logits.float().log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
+
+    def _choose(self, logits: Tensor) -> Tensor:
         if self.repetition_penalty == 1:
             return sample(logits, *self.options)
         if self.seen is None:
@@ -145,14 +175,14 @@ def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tenso
     with _Inference(model):
         logits, state = model(tokens, output_state=True, cu_seqlens=cu_seqlens)
         last = logits[:, -1] if cu_seqlens is None else logits[0, cu_seqlens[1:].long() - 1]
-        token = choose(last)
-    yield token
+        token, log_prob = choose(last)
+    yield (token, log_prob) if choose.log_probs else token
     step = None
     for _ in range(max_new_tokens - 1):
         with _Inference(model):
             step = _decoder(model, state) if step is None else step
-            token = choose(step(token))
-        yield token
+            token, log_prob = choose(step(token))
+        yield (token, log_prob) if choose.log_probs else token
 
 
 class _Inference:

@@ -12,9 +12,12 @@ from models.language_model import LanguageModel
 def model():
     torch.manual_seed(0)
     model = LanguageModel(
-        "mamba2", vocab_size=32, hidden_size=24, num_layers=2,
+        "mamba2",
+        vocab_size=32,
+        hidden_size=24,
+        num_layers=2,
         mixer_args={"d_state": 8, "head_dim": 8},
-    )  # fmt: skip
+    )
     with torch.no_grad():
         model.embedding.weight.mul_(15)  # logits sharp enough that no two are close to equal
     return model.eval()
@@ -62,3 +65,27 @@ def test_repetition_penalty_covers_the_prompt_and_the_new_tokens(model):
 def test_a_repetition_penalty_out_of_range_is_refused_at_once(model, penalty):
     with pytest.raises(ValueError, match=r"repetition_penalty must be above 0, got"):
         generate(model, prompt(3), 1, repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 3, "repetition_penalty": 3.0}])
+def test_log_probabilities_are_those_of_the_model(model, options):
+    prompts = [prompt(n, n) for n in (4, 9)]
+    pairs = list(generate(model, prompts, 12, seed=1, log_probs=True, **options))
+    tokens, log_probs = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
+    assert torch.equal(
+        tokens, torch.stack(list(generate(model, prompts, 12, seed=1, **options)), 1)
+    )
+    for text, new, found in zip(prompts, tokens, log_probs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat((text, new))[None])[0][0, len(text) - 1 : -1]
+        expected = logits.double().log_softmax(-1).gather(-1, new[:, None])[:, 0]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_seed_for_each_sequence_gives_it_what_it_gives_alone(model):
+    prompts = [prompt(n, n) for n in (4, 9, 9)]
+    together = torch.stack(list(generate(model, prompts, 20, seed=[5, 6, 5])), dim=1)
+    for text, seed, tokens in zip(prompts, [5, 6, 5], together, strict=True):
+        assert torch.equal(torch.cat(list(generate(model, text, 20, seed=seed))), tokens)
+    with pytest.raises(ValueError, match="seed must be one number or one for each of 3 sequences"):
+        generate(model, prompts, 1, seed=[1])
