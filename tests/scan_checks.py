@@ -8,7 +8,7 @@ def results(function, inputs, **options):
     *rest, state = inputs
     o, final = function(*rest, initial_state=state, output_final_state=True, **options)
     torch.manual_seed(1)
-    cotangents = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in (o, final)]
+    cotangents = [torch.randn(x.shape, dtype=torch.float64).to(x) for x in (o, final)]
     return (o, final, *torch.autograd.grad((o, final), inputs, cotangents))
 
 
