@@ -1,13 +1,14 @@
-"""Checkpoints that infer.py reads: a folder with `model.safetensors` and `config.yaml`.
+"""Checkpoints: what a run leaves behind, what ships, and published ones.
 
-Reading one runs no code of it. The tensors carry a crc32, so that a damaged file is an error and
-not a worse model. Files are written beside their place and moved there: they are whole or absent.
+A run's is a folder with `model.safetensors` and `config.yaml`, and `tokenizer.json` unless it is a
+model of bytes. Reading one runs no code of it. The tensors carry a crc32, so that a damaged file is
+an error and not a worse model. Files are written beside their place and moved there: they are whole
+or absent. Published checkpoints have a `config.json` instead: models/published.py.
 """
 
 import dataclasses
-import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,95 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from configs.schema import MIXERS, MODELS, ConfigError, ModelConfig
+from models.files import write_whole
+from models.hub import is_hub_id
 from models.language_model import LanguageModel
+from models.published import (
+    download_published,
+    load_published,
+    published_mixer,
+    published_tokenizer,
+)
+from models.tokenizer import Tokenizer, tokenizer_of
 
 # The files of a run; the first two are the checkpoint.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 
+NAMES = {mixer: name for name, mixer in MIXERS.items()}
+
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
-def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
-    """The language model that `config` describes. Raises ConfigError for sizes that do not fit."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model as `load` found it.
+
+    Attributes:
+        model: On the CPU; with norm_path="inference" in eval mode and without gradients, with
+            "training" in training mode.
+        tokenizer: The one it was trained with.
+        folder: Where its files lie.
+        name: "fla" or "mamba2".
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    folder: Path
+    name: str
+
+
+def load(
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    *,
+    norm_path: str = "inference",
+    runs_dir: str | Path = "runs",
+) -> Loaded:
+    """A model with its weights and its tokenizer.
+
+    Args:
+        checkpoint: A run's folder or a file in it; a folder with a published checkpoint of
+            transformers' Mamba2, state-spaces or flash-linear-attention's GatedDeltaNet; the hub
+            id of one; None for the newest run of `model` under `runs_dir`, or the checkpoint that
+            ships where there is none.
+        model: "fla", "mamba2", or None for whichever `checkpoint` holds (fla without one).
+        norm_path: "inference" or "training".
+        runs_dir: Where train.py puts its runs.
+    Raises:
+        ConfigError: for what is not there, damaged, or of another model than `model`.
+    """
+    folder = find_checkpoint(model, checkpoint, str(runs_dir))
+    try:
+        if _is_run(folder):
+            language_model, tokenizer = load_model(folder, norm_path), tokenizer_of(folder)
+        else:
+            language_model = load_published(folder, norm_path=norm_path)
+            tokenizer = published_tokenizer(folder)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"checkpoint: {error}") from error
+    if tokenizer.vocab_size > language_model.vocab_size:
+        raise ConfigError(
+            f"checkpoint: the tokenizer in {str(folder)!r} must have at most the model's "
+            f"{language_model.vocab_size} tokens, got {tokenizer.vocab_size}; put the model's own "
+            "tokenizer.json there"
+        )
+    training = norm_path == "training"
+    language_model.train(training).requires_grad_(training)
+    return Loaded(language_model, tokenizer, folder, NAMES[language_model.mixer])
+
+
+def build_model(
+    config: ModelConfig, norm_path: str, vocab_size: int | None = None
+) -> LanguageModel:
+    """The language model that `config` describes, with the vocabulary of `config` unless another
+    size is given. Raises ConfigError for sizes that do not fit."""
     try:
         return LanguageModel(
             MIXERS[config.name],
-            vocab_size=256,
+            vocab_size=config.vocab_size if vocab_size is None else vocab_size,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             mlp_ratio=config.mlp_ratio,
@@ -44,18 +119,6 @@ def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
         )
     except ValueError as error:
         raise ConfigError(f"model={config.name}: {error}") from error
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a name beside `path`, then move what it wrote to `path` in one step."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_config(folder: Path, config: Any) -> None:
@@ -75,33 +138,33 @@ def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     write_whole(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
-def find_checkpoint(model: str | None, checkpoint: str | None, runs_dir: str) -> Path:
-    """The folder of the checkpoint to use. Raises ConfigError.
-
-    Args:
-        model: "fla", "mamba2" or None for whichever `checkpoint` holds (fla without one).
-        checkpoint: A run folder or the model.safetensors in it; None for the newest run of
-            `model` under `runs_dir`, or the checkpoint that ships where there is none.
-        runs_dir: Where train.py puts its runs.
-    """
+def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: str) -> Path:
+    """The folder of the checkpoint that `load` reads, from the hub if need be; its arguments.
+    Raises ConfigError."""
     if checkpoint is None:
         model = model or "fla"
         runs = [path for path in Path(runs_dir).glob(f"*/{WEIGHTS}") if is_of(path.parent, model)]
         return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else SHIPPED / model
     path = Path(checkpoint)
-    folder = path.parent if path.name in (WEIGHTS, CONFIG) else path
+    try:
+        if _on_hub(path):
+            path = download_published(path.as_posix())
+        folder = path.parent if path.is_file() or path.name in (WEIGHTS, CONFIG) else path
+        if not _is_run(folder) and (folder / "config.json").is_file():
+            _check_name(checkpoint, model, NAMES[published_mixer(folder)])
+            return folder
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"checkpoint: {error}") from error
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise ConfigError(
-                f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, got {checkpoint!r} "
-                f"without {needed}; name a folder under {runs_dir}/, or leave checkpoint out"
+                f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, a published model's "
+                f"with config.json, or a hub id, got {str(checkpoint)!r} without {needed}; name a "
+                f"folder under {runs_dir}/, or leave checkpoint out"
             )
-    found = read_model_config(folder).name
-    if model not in (None, found):
-        raise ConfigError(
-            f"checkpoint must be of model={model}, got {checkpoint!r} of model={found}; "
-            f"use model={found}, or another checkpoint"
-        )
+    _check_name(checkpoint, model, read_model_config(folder).name)
     return folder
 
 
@@ -156,6 +219,24 @@ def damaged(file: Path, why: str) -> str:
         f"checkpoint file {str(file)!r} must be whole and as train.py wrote it, but {why}; "
         "name another checkpoint, or train again"
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def _on_hub(path: Path) -> bool:
+    """Whether it reads as ``owner/name`` and no folder here has the owner's name."""
+    name = path.as_posix()
+    return "/" in name and is_hub_id(name) and not path.parent.is_dir()
+
+
+def _check_name(checkpoint: str | Path | None, asked: str | None, found: str) -> None:
+    if asked not in (None, found):
+        raise ConfigError(
+            f"checkpoint must be of model={asked}, got {str(checkpoint)!r} of model={found}; "
+            f"use model={found}, or another checkpoint"
+        )
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:

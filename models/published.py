@@ -9,14 +9,21 @@ Three formats, told apart by their ``config.json``:
 """
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.hub import download
 from models.language_model import LanguageModel
+from models.tokenizer import FILE as TOKENIZER
+from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
+
+# What the state-spaces project's models were trained with, which their folders do not hold.
+NEOX, NEOX_TOKENS = "EleutherAI/gpt-neox-20b", 50277
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -29,36 +36,48 @@ class Entry(NamedTuple):
     rows: int | None = None  # None: all of them
 
 
-def is_published(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint in one of the formats above."""
-    try:
-        return _format(_read_json(Path(folder) / "config.json")) is not None
-    except ValueError:
-        return False
-
-
-def download(name: str) -> Path:
+def download_published(name: str) -> Path:
     """The local copy of a checkpoint on the Hugging Face hub, ``owner/name``.
 
     Raises:
-        ValueError: where the hub, or the package that reaches it, is not there.
+        ValueError: where the files, the network or the package that reaches the hub are missing.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(
-            f"checkpoint {name!r} is not a folder, and huggingface_hub is not installed to look "
-            "for it on the hub; pip install huggingface_hub, or give a folder"
-        ) from error
-    patterns = ["config.json", "tokenizer*", "*.safetensors", "*.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"checkpoint {name!r} is neither a folder nor on the hub ({reason}); give a folder "
-            "with config.json and model.safetensors, or a hub id owner/name"
-        ) from error
+    about = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    folder = download(name, *about, "*.safetensors", "*.safetensors.index.json")
+    if not any((folder / file).exists() for file in WEIGHT_FILES):
+        folder = download(name, *about, "pytorch_model.bin")
+    return folder
+
+
+def published_mixer(folder: str | Path) -> str:
+    """The mixer of a published checkpoint, "gated_deltanet" or "mamba2".
+
+    Raises:
+        ValueError: for a ``config.json`` that is of another model, or cannot be read.
+    """
+    config = _read_json(Path(folder) / "config.json")
+    return "gated_deltanet" if _format(config, Path(folder)) == "gated_deltanet" else "mamba2"
+
+
+def published_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a published checkpoint: its own, or the one that its project names, or bytes
+    for a vocabulary of 256.
+
+    Raises:
+        ValueError: for a damaged file, and where there is none.
+    """
+    folder = Path(folder)
+    if (folder / TOKENIZER).is_file():
+        return tokenizer_of(folder)
+    config = _read_json(folder / "config.json")
+    if "ssm_cfg" in config and config.get("vocab_size") == NEOX_TOKENS:
+        return load_tokenizer(NEOX)
+    if config.get("vocab_size") == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    raise ValueError(
+        f"{str(folder)!r} must hold {TOKENIZER}, as its model has a vocabulary of "
+        f"{config.get('vocab_size')} and not the 256 bytes, got none; copy the model's there"
+    )
 
 
 def load_published(
@@ -80,34 +99,20 @@ def load_published(
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    form = _format(config)
-    if form is None:
-        raise ValueError(
-            f"{folder / 'config.json'} must be of a Mamba-2 or Gated DeltaNet model, got "
-            f"model_type={config.get('model_type')!r}; see models/published.py for the formats"
-        )
-    arguments, entries = FORMATS[form]
+    arguments, entries = FORMATS[_format(config, folder)]
     try:
         model = LanguageModel(**arguments(config), norm_path=norm_path).to(dtype)
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error.args[0]!r}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} lacks {error.args[0]!r}; take the one of the checkpoint"
+        ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / 'config.json'} must have numbers for sizes ({error}); take the one of the "
+            "checkpoint"
+        ) from error
     _fill(model, _read_weights(folder), list(entries(model)), folder)
     return model
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The ``tokenizers.Tokenizer`` of a checkpoint, or None for a model of bytes.
-
-    ``encode(text).ids`` and ``decode(ids)`` are its two uses.
-    """
-    file = Path(folder) / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ValueError(f"{file} needs the package tokenizers; pip install tokenizers") from error
-    return Tokenizer.from_file(str(file))
 
 
 # ---- files ----
@@ -137,8 +142,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             return load_file(file)
         names = sorted(set(_read_json(file)["weight_map"].values()))
         return {key: value for name in names for key, value in load_file(folder / name).items()}
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (
+        OSError,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} cannot be read ({reason}); download it again") from error
 
 
@@ -180,11 +192,17 @@ def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry]
 # ---- formats ----
 
 
-def _format(config: dict) -> str | None:
+def _format(config: dict, folder: Path) -> str:
     if config.get("model_type") in ("mamba2", "gated_deltanet"):
         return config["model_type"]
     ssm = config.get("ssm_cfg")
-    return "state_spaces" if isinstance(ssm, dict) and ssm.get("layer") == "Mamba2" else None
+    if isinstance(ssm, dict) and ssm.get("layer") == "Mamba2":
+        return "state_spaces"
+    raise ValueError(
+        f"{folder / 'config.json'} must be of a Mamba-2 or Gated DeltaNet model, got "
+        f"model_type={config.get('model_type')!r}; the formats are those of transformers' Mamba2, "
+        "of state-spaces and of flash-linear-attention"
+    )
 
 
 def _require(config: dict, **allowed: tuple) -> None:

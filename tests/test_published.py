@@ -5,22 +5,22 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from models.generation import generate
-from models.published import is_published, load_published, load_tokenizer
+from models.published import load_published
 
 LIMIT = (0.0, 0.05)
 
 
-def mamba2(tie=False, **options):
+def mamba2(tie=False, vocab_size=64, **options):
     torch.manual_seed(0)
     config = Mamba2Config(
         num_heads=8,
         head_dim=8,
-        vocab_size=64,
+        vocab_size=vocab_size,
         hidden_size=32,
         state_size=16,
         num_hidden_layers=2,
@@ -125,10 +125,10 @@ def test_decoding_keeps_the_step_limit(tmp_path):
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "sharded"])
-def test_state_spaces_layout(file, tmp_path):
-    """The same weights under the names, the config and the padded vocabulary of state-spaces."""
-    theirs = mamba2(tie=True)
+def write_state_spaces(folder, vocab_size=59, file="model.safetensors"):
+    """Random weights under the names, the config and the padded vocabulary of state-spaces, and
+    the same model of transformers."""
+    theirs = mamba2(tie=True, vocab_size=-(-vocab_size // 16) * 16)
     weights = {
         name.replace("embeddings", "embedding"): value.clone()
         for name, value in theirs.state_dict().items()
@@ -138,25 +138,31 @@ def test_state_spaces_layout(file, tmp_path):
         "d_model": 32,
         "n_layer": 2,
         "d_intermediate": 0,
-        "vocab_size": 59,
+        "vocab_size": vocab_size,
         "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 8, "ngroups": 2},
         "attn_layer_idx": [],
         "rms_norm": True,
         "pad_vocab_size_multiple": 16,
         "tie_embeddings": True,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     if file == "pytorch_model.bin":
-        torch.save(weights, tmp_path / file)
+        torch.save(weights, folder / file)
     elif file == "sharded":
         shards = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(weights))}
         for shard in set(shards.values()):
             part = {name: weights[name] for name in weights if shards[name] == shard}
-            save_file(part, tmp_path / shard)
+            save_file(part, folder / shard)
         index = {"weight_map": shards}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
-        save_file(weights, tmp_path / file)
+        save_file(weights, folder / file)
+    return theirs
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "sharded"])
+def test_state_spaces_layout(file, tmp_path):
+    theirs = write_state_spaces(tmp_path, file=file)
     ours = load_published(tmp_path)
     tokens = torch.randint(0, 59, (2, 40))
     with torch.no_grad():
@@ -329,21 +335,3 @@ def test_damaged_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         load_published(tmp_path)
-
-
-def test_is_published(tmp_path):
-    assert not is_published(tmp_path)
-    assert is_published(write(tmp_path, FLA, fla_weights()))
-    assert load_file(tmp_path / "model.safetensors")
-
-
-def test_tokenizer(tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    assert load_tokenizer(tmp_path) is None
-    tokenizer = Tokenizer(WordLevel({"def": 0, "return": 1, "?": 2}, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).encode("return def x").ids == [1, 0, 2]
