@@ -7,6 +7,7 @@ raise `ConfigError`: one line that names the value, the rule and the remedy. Imp
 
 import difflib
 import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -147,12 +148,20 @@ class InferConfig:
     temperature: float = number(at_least=0)
     top_k: int | None = number(at_least=1)
     top_p: float | None = number(above=0, at_most=1)
+    prompts_file: str | None = MISSING
+    batch_size: int = number(at_least=1)
+    output: str = one_of("text", "json")
     seed: int = number(at_least=0, below=2**63)
     device: str = one_of("auto", "cpu", "cuda")
 
 
+    repetition_penalty: float = number(above=0)
+    stop: list[str] = MISSING
 def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
     """The typed and checked form of a composed train.yaml, with the values of the dotted keys in
+    compare: bool = MISSING
+    bench: bool = MISSING
+    bench_runs: int = number(at_least=1)
     `verbatim` instead of the composed ones. Raises ConfigError."""
     name = OmegaConf.select(composed, "model.name")
     _check_choice("model.name", name, tuple(MODELS))
@@ -178,7 +187,39 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
 
 def infer_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> InferConfig:
     """As `train_config`, for a composed infer.yaml."""
-    return _typed(InferConfig(), composed, verbatim)
+    config = _typed(InferConfig(), composed, verbatim)
+    if isinstance(config.stop, str):  # as it stood on the command line
+        config.stop = _stop_strings(config.stop)
+    if not all(config.stop):
+        raise ConfigError(
+            f"stop must be strings of at least one character, got {config.stop!r}; leave it out "
+            "for none"
+        )
+    for name, value in (("compare", config.compare), ("bench", config.bench)):
+        if value and config.prompts_file is not None:
+            raise ConfigError(
+                f"{name}=true takes one prompt, got prompts_file={config.prompts_file!r}; use "
+                "prompt or prompt_file"
+            )
+    if config.compare and config.bench:
+        raise ConfigError("compare and bench cannot both be true; leave one out")
+    return config
+
+
+def _stop_strings(text: str) -> list[str]:
+    """A JSON list where the text begins with a bracket, else the text as it stands."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(
+            "stop must be text, or a JSON list of strings if it begins with a bracket, got "
+            f'{text!r}; write for example stop=\'["[", "def "]\''
+        )
+    return value
 
 
 def nearest(word: str, choices: Any) -> str:

@@ -1,1 +1,30 @@
-"""Gated DeltaNet and Mamba-2 around gatednorm: two scans, two blocks, a small language model."""
+"""Gated DeltaNet and Mamba-2 around gatednorm: two scans, two blocks, a small language model.
+
+The way in, documented with examples in docs/inference.md::
+
+    from models import generate, load
+
+    loaded = load("checkpoints/mamba2")  # or a run, a published checkpoint, a hub id
+    print(generate(loaded, "import ", max_new_tokens=100, temperature=0).text)
+
+`load` is `models.checkpoint.load`; `generate` and `stream` are those of `models.inference`, for
+text. For tensors of tokens there is `models.generation.generate`.
+"""
+
+from importlib import import_module
+
+_WHERE = {
+    "load": "models.checkpoint",
+    "generate": "models.inference",
+    "stream": "models.inference",
+    "Options": "models.inference",
+    "Result": "models.inference",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str):
+    # On first use: the scans and blocks alone need neither Hydra's configs nor safetensors.
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """infer.py: which checkpoint, which text, and what it says when something is wrong."""
 
-import io
+import json
 import os
 import random
 import subprocess
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import run, write_checkpoint
+from test_tokenizer import byte_level
 
 import infer
 from configs.command import compose
 from configs.schema import ConfigError, InferConfig
+from models import generate, load
 from models.checkpoint import (
     CONFIG,
     SHIPPED,
@@ -23,32 +26,8 @@ from models.checkpoint import (
     save_config,
     save_weights,
 )
-from models.inference import Continuation
-
-SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
-
-
-def write_checkpoint(folder: Path, model: str, seed: int = 0) -> torch.nn.Module:
-    """An untrained model and its files."""
-    config = compose("train", [f"model={model}", *SMALL])
-    torch.manual_seed(seed)
-    language_model = build_model(config.model, "training").eval()
-    folder.mkdir(parents=True)
-    save_config(folder, config)
-    save_weights(folder, language_model.state_dict())
-    return language_model
-
-
-def run(arguments: list[str], monkeypatch, capfd, stdin: bytes = b"") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `python infer.py ...`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["infer.py", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    code = 0
-    try:
-        infer.main()
-    except SystemExit as left:
-        code = left.code
-    return code, *capfd.readouterr()
+from models.prompts import read_prompts
+from models.tokenizer import TextTokenizer
 
 
 @pytest.fixture
@@ -85,12 +64,115 @@ def test_any_prompt_survives(prompt, way, run_folder, monkeypatch, capfd):
     assert f"prefill {len(prompt.encode())} tokens" in err
 
 
+def prompts(**given) -> InferConfig:
+    return InferConfig(**{"prompt": None, "prompt_file": None, "prompts_file": None, **given})
+
+
 def test_a_prompt_that_is_not_utf8_is_read_byte_for_byte(run_folder):
     Path("p").write_bytes(b"\xff\r\n\0")
-    config = InferConfig(prompt=None, prompt_file="p")
-    assert infer.read_prompt(config) == b"\xff\r\n\0"
-    config = InferConfig(prompt=os.fsdecode(b"a\xff "), prompt_file=None)
-    assert infer.read_prompt(config) == b"a\xff "
+    assert read_prompts(prompts(prompt_file="p")) == [b"\xff\r\n\0"]
+    assert read_prompts(prompts(prompt=os.fsdecode(b"a\xff "))) == [b"a\xff "]
+
+
+def test_a_file_has_a_prompt_in_each_line_that_is_not_blank(tmp_path):
+    file = tmp_path / "p"
+    file.write_bytes(b"  one \r\n\n \t\r\ntwo\x0b\xff\rthree\nfour")
+    expected = [b"  one ", b"two\x0b\xff\rthree", b"four"]
+    assert read_prompts(prompts(prompts_file=str(file))) == expected
+
+
+LINES = b"import \n\ndef f(x):\n"
+
+
+def json_lines(arguments, monkeypatch, capfd, stdin=LINES):
+    code, out, err = run([*arguments, "output=json"], monkeypatch, capfd, stdin)
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_json_has_a_line_for_each_prompt_equal_to_the_library(
+    batch_size, run_folder, monkeypatch, capfd
+):
+    arguments = ["model=mamba2", "prompts_file=-", "max_new_tokens=9", f"batch_size={batch_size}"]
+    lines, err = json_lines(arguments, monkeypatch, capfd)
+    assert "2 prompts | prefill 16 tokens, " in err
+    results = generate(load(run_folder), ["import ", "def f(x):"], max_new_tokens=9)
+    for line, result in zip(lines, results, strict=True):
+        assert set(line) == set(result.__dataclass_fields__)
+        assert [line["prompt"], line["text"]] == [result.prompt, result.text]
+        assert [line["tokens"], line["finish"]] == [result.tokens, "length"]
+        assert line["log_probs"] == pytest.approx(result.log_probs, abs=1e-5)
+        assert line["prefill_s"] > 0
+        assert line["decode_s"] > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_several_texts_come_in_order_each_under_a_header(
+    batch_size, run_folder, monkeypatch, capfd
+):
+    given = [b"import ", b"def ", b"x"]
+    arguments = ["model=mamba2", "max_new_tokens=9", f"batch_size={batch_size}"]
+    code, out, err = run([*arguments, "prompts_file=-"], monkeypatch, capfd, b"\n".join(given))
+    assert code == 0, err
+    results = generate(load(run_folder), given, max_new_tokens=9)
+    texts = [
+        f"==> {number} of 3 <==\n{result.prompt}{result.text}\n"
+        for number, result in enumerate(results, 1)
+    ]
+    assert out == "\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("argument", "stop"),
+    [
+        ("stop=a", ["a"]),
+        ("stop=a b, c", ["a b, c"]),
+        ("stop=\n\n", ["\n\n"]),
+        ('stop=["\\n", "x y"]', ["\n", "x y"]),
+        ("stop='def '", ["def "]),
+        ("stop=]", ["]"]),
+        ("stop=[]", []),
+    ],
+)
+def test_stop_strings_are_taken_as_they_stand_or_as_json(
+    argument, stop, run_folder, monkeypatch, capfd
+):
+    taken = []
+    monkeypatch.setattr("models.output.print_texts", lambda *a: taken.append(a[-1].stop))
+    assert run([argument], monkeypatch, capfd)[0] == 0
+    assert taken == [stop]
+
+
+def test_a_model_of_words_counts_tokens(tmp_path, monkeypatch, capfd):
+    config = compose("train", ["model=mamba2", "model.hidden_size=32", "model.num_layers=1"])
+    tokenizer = TextTokenizer(byte_level(), eos=0)
+    config.model.vocab_size = tokenizer.vocab_size
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(folder, config)
+    save_weights(folder, build_model(config.model, "training").state_dict())
+    tokenizer.save(folder)
+    count = len(tokenizer.encode(b"import os"))
+    assert count < 9
+    arguments = [f"checkpoint={folder}", "prompt=import os", "max_new_tokens=4"]
+    (line,), err = json_lines(arguments, monkeypatch, capfd)
+    assert f"prefill {count} tokens" in err
+    assert line["prompt_tokens"] == count
+    assert line["text"] == tokenizer.decode(line["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"), [("compare=true", "differ in a bit"), ("bench=true", "median")]
+)
+def test_tables(argument, words, run_folder, monkeypatch, capfd):
+    arguments = [argument, "model=mamba2", "max_new_tokens=3", "bench_runs=2", "prompt=abc"]
+    code, out, err = run(arguments, monkeypatch, capfd)
+    assert code == 0, err
+    assert words in out
+    assert err.count("\n") == 1
+    (line,), _ = json_lines(arguments, monkeypatch, capfd)
+    assert line
 
 
 @pytest.mark.parametrize("model", ["fla", "mamba2"])
@@ -148,16 +230,6 @@ def test_a_saved_model_is_the_model(tmp_path):
     tokens = torch.arange(60)[None]
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     assert not loaded.training
-
-
-def test_text_waits_for_whole_characters(run_folder, monkeypatch):
-    text = "a\u00e9\U0001f600".encode() + b"\xff" + b"\xc3"
-    monkeypatch.setattr(
-        "models.inference.generate",
-        lambda model, prompt, count, **_: iter(torch.tensor([[byte] for byte in text])),
-    )
-    pieces = list(Continuation(load_model(run_folder), b"x", len(text)))
-    assert pieces == ["a", "\u00e9", "\U0001f600", "\ufffd", "\ufffd"]
 
 
 def damage(folder: Path, how: str) -> None:
@@ -232,7 +304,7 @@ BAD = [
     (["prompt=''"], "the prompt must have at least one character"),
     (["prompt_file=-"], "the prompt must have at least one character"),
     (["prompt_file=missing.txt"], "prompt_file must be a file that can be read, got 'missing.txt'"),
-    (["prompt=a", "prompt_file=b"], "prompt and prompt_file cannot both be set"),
+    (["prompt=a", "prompt_file=b"], "only one of prompt, prompt_file and prompts_file can be set"),
     (["checkpoint=missing"], "checkpoint must be a run folder"),
     (["checkpoint=broken.ckpt"], "checkpoint must be a run folder"),
     (["model=fla", "checkpoint=runs/a"], "must be of model=fla, got 'runs/a' of model=mamba2"),

@@ -1,0 +1,49 @@
+"""The prompts that infer.py continues: of the command line, of a file, of standard input."""
+
+import os
+import sys
+from pathlib import Path
+
+from configs.schema import ConfigError, InferConfig
+
+
+def read_prompts(config: InferConfig) -> list[bytes]:
+    """The bytes to continue, exactly as they were given; of a `prompts_file`, a prompt for each
+    line, without its line end (LF or CRLF), blank lines left out. Raises ConfigError."""
+    given = [
+        f"{name}={value!r}"
+        for name in ("prompt", "prompt_file", "prompts_file")
+        if (value := getattr(config, name)) is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(
+            "only one of prompt, prompt_file and prompts_file can be set, got "
+            f"{' and '.join(given)}; leave one out"
+        )
+    if config.prompts_file is not None:
+        lines = _read("prompts_file", config.prompts_file).split(b"\n")
+        prompts = [line.removesuffix(b"\r") for line in lines if line.strip()]
+        if not prompts:
+            raise ConfigError(
+                f"prompts_file must have a line that is not blank, got {config.prompts_file!r} "
+                "without one; write one prompt per line"
+            )
+        return prompts
+    if config.prompt_file is not None:
+        prompt = _read("prompt_file", config.prompt_file)
+    else:
+        prompt = os.fsencode("import " if config.prompt is None else config.prompt)
+    if not prompt:
+        raise ConfigError("the prompt must have at least one character, got none; give some text")
+    return [prompt]
+
+
+def _read(key: str, name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{key} must be a file that can be read, got {name!r} ({reason}); give another path, "
+            "or - for standard input"
+        ) from error
