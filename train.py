@@ -23,6 +23,7 @@ def train(config: TrainConfig) -> Summary:
     from models.corpus import load_corpus
     from models.data import TrainLoader, ValidationLoader
     from models.lit import LitLanguageModel
+    from models.parallel import prepare_blocks
     from models.plots import compressors, plot_loss
     from models.processes import find_processes
     from models.resume import continue_metrics, find_stopped
@@ -37,13 +38,20 @@ def train(config: TrainConfig) -> Summary:
     lightning.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.norm.path)
     corpus = load_corpus(data)
-    batches = TrainLoader(
-        corpus.train, optim.batch_size, data.sequence_length, optim.steps, config.seed, **share
+    parts = config.trainer.accumulate
+    rows, count = optim.batch_size // parts, optim.steps * parts
+    batches = TrainLoader(corpus.train, rows, data.sequence_length, count, config.seed, **share)
+    held_out = ValidationLoader(
+        corpus.val,
+        max(1, 8192 // data.sequence_length),
+        data.sequence_length,
+        data.val_tokens,
+        **share,
     )
-    held_out = ValidationLoader(corpus.val, 32, data.sequence_length, data.val_tokens, **share)
 
     run = stopped.run if stopped else create_run(config, processes.rank)
-    trainer, throughput = build_trainer(config, run, processes)
+    trainer, throughput = build_trainer(config, run, processes, model)
+    prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, optim)
     if stopped and stopped.checkpoint:
         before = continue_metrics(trainer.logger, stopped.rows)

@@ -117,8 +117,12 @@ class OptimConfig:
 class TrainerConfig:
     accelerator: str = one_of("auto", "cpu", "gpu")
     devices: int = number(at_least=1)
-    strategy: str = one_of("auto", "ddp")
+    strategy: str = one_of("auto", "ddp", "fsdp")
     precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
+    accumulate: int = number(at_least=1)
+    compile: bool = MISSING
+    activation_checkpointing: bool = MISSING
+    tensorboard: bool = MISSING
     checkpoint_every: int = number(at_least=1)
 
 
@@ -144,24 +148,24 @@ class InferConfig:
     runs_dir: str = MISSING
     prompt: str | None = MISSING
     prompt_file: str | None = MISSING
+    prompts_file: str | None = MISSING
+    batch_size: int = number(at_least=1)
+    output: str = one_of("text", "json")
     max_new_tokens: int = number(at_least=1)
     temperature: float = number(at_least=0)
     top_k: int | None = number(at_least=1)
     top_p: float | None = number(above=0, at_most=1)
-    prompts_file: str | None = MISSING
-    batch_size: int = number(at_least=1)
-    output: str = one_of("text", "json")
-    seed: int = number(at_least=0, below=2**63)
-    device: str = one_of("auto", "cpu", "cuda")
-
-
     repetition_penalty: float = number(above=0)
     stop: list[str] = MISSING
-def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The typed and checked form of a composed train.yaml, with the values of the dotted keys in
+    seed: int = number(at_least=0, below=2**63)
+    device: str = one_of("auto", "cpu", "cuda")
     compare: bool = MISSING
     bench: bool = MISSING
     bench_runs: int = number(at_least=1)
+
+
+def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The typed and checked form of a composed train.yaml, with the values of the dotted keys in
     `verbatim` instead of the composed ones. Raises ConfigError."""
     name = OmegaConf.select(composed, "model.name")
     _check_choice("model.name", name, tuple(MODELS))

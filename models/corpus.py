@@ -14,11 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 # Not in every Python, or not prose or code that a person wrote to be read.
@@ -105,9 +108,11 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     return folder, files
 
 
-def read_files(folder: Path, files: list[str]) -> datasets.Dataset:
+def read_files(folder: Path, files: list[str]) -> "datasets.Dataset":
     """A table with one row per file, `name` and `text` (bytes), from the cache of `datasets` when
     neither the files' names nor their sizes or times of change are new."""
+    import datasets
+
     state = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape"))
     for name in files:
         stat = (folder / name).stat()

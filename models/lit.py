@@ -1,6 +1,7 @@
 """The language model under Lightning: loss, optimiser, validation in bits per byte, throughput."""
 
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.progress import ProgressColumn
 
 from configs.schema import OptimConfig, RunError
-from models.checkpoint import LAST, save_weights, write_whole
+from models.checkpoint import LAST, save_weights
+from models.files import write_whole
 from models.language_model import LanguageModel
+from models.parallel import ShardedStrategy, shard
 
 
 class LitLanguageModel(L.LightningModule):
@@ -30,11 +33,25 @@ class LitLanguageModel(L.LightningModule):
     def __init__(self, model: LanguageModel, optim: OptimConfig) -> None:
         super().__init__()
         self.model, self.optim = model, optim
+        self._sharded = False
+        self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy) and not self._sharded:
+            shard(self.model, self.device_mesh["data_parallel"])
+            self._sharded = True
+
+    def on_before_batch_transfer(self, batch: torch.Tensor, dataloader_idx: int) -> torch.Tensor:
+        # A copy from pinned memory does not wait for the step before it.
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         loss = self.loss(batch)
-        several = self.trainer.world_size > 1
-        self.log("train_bpb", loss.detach() / math.log(2), sync_dist=several)
+        self._parts.append(loss.detach())
+        if len(self._parts) == self.trainer.accumulate_grad_batches:
+            bits = torch.stack(self._parts).mean() / math.log(2)
+            self._parts.clear()
+            self.log("train_bpb", bits, sync_dist=self.trainer.world_size > 1)
         return loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
@@ -83,8 +100,8 @@ def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
 class Throughput(Callback):
     """Counts tokens and the time from the first batch on, and logs `tokens_per_s`."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, tokens_per_batch: int) -> None:
+        self.tokens_per_batch = tokens_per_batch
         self.tokens, self.seconds = 0, 0.0
         self._began = 0.0
 
@@ -105,12 +122,17 @@ class Throughput(Callback):
         now = time.perf_counter()
         self.seconds += now - self._began
         self._began = now
-        self.tokens += self.tokens_per_step
+        self.tokens += self.tokens_per_batch
         module.log("tokens_per_s", self.tokens_per_s)
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with the loss in bits per byte and tokens/s, and nothing else."""
+    """Lightning's bar with the time left, the loss in bits per byte, tokens/s and the most memory
+    that was in use at once: of the GPU, or without one of the process."""
+
+    @property
+    def total_train_batches(self) -> int:
+        return int(self.trainer.num_training_batches)  # more than the steps where these accumulate
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training  "  # there is one epoch of `optim.steps` batches: its number says nothing
@@ -125,7 +147,21 @@ class ProgressBar(RichProgressBar):
             shown["loss"] = f"{metrics['train_bpb']:.2f}"
         if "tokens_per_s" in metrics:
             shown["tokens/s"] = f"{metrics['tokens_per_s']:,.0f}"
+        shown["GiB"] = f"{peak_memory(module.device) / 2**30:.1f}"
         return shown
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had in use at once, of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def stepped(trainer: L.Trainer, index: int) -> bool:
+    """Whether the optimiser's step came with batch `index`, which may be one of several parts."""
+    return (index + 1) % trainer.accumulate_grad_batches == 0
 
 
 class FiniteLoss(Callback):
@@ -146,7 +182,9 @@ class FiniteLoss(Callback):
     ) -> None:
         bad = ~outputs["loss"].isfinite() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, index, self.first_bad)
-        if module.device.type == "cuda" and trainer.global_step % self.every:
+        if module.device.type == "cuda" and (
+            trainer.global_step % self.every or not stepped(trainer, index)
+        ):
             return
         if self.first_bad >= 0:
             raise RunError(
@@ -163,8 +201,10 @@ class Checkpoints(Callback):
     def __init__(self, run: Path, every: int) -> None:
         self.run, self.every = run, every
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if stepped(trainer, index) and trainer.global_step % self.every == 0:
             self.on_train_end(trainer)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -184,15 +224,22 @@ class Checkpoints(Callback):
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes Lightning's checkpoint whole or not at all, with the weights for infer.py beside it,
-    and reads it without running code of it."""
+    and reads it without running code of it.
+
+    Args:
+        model: Whose weights they are. A state dict that FSDP gathered has tied ones twice.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.parameters = [name for name, _ in model.named_parameters()]
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(path)
-        prefix = "model."
-        weights = checkpoint["state_dict"].items()
-        weights = {name.removeprefix(prefix): value for name, value in weights}
+        state = checkpoint["state_dict"]
+        weights = {name: state[f"model.{name}"] for name in self.parameters}
         try:
             save_weights(path.parent, weights)
             write_whole(path, lambda part: torch.save(checkpoint, part))

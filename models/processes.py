@@ -34,12 +34,14 @@ def find_processes(config: TrainConfig) -> Processes:
         found = Processes(config.trainer.devices, 1, local_rank)
     if found.count > 1 and config.trainer.strategy == "auto":
         raise ConfigError(
-            f"trainer.strategy must be ddp for several processes, got auto for {found.count}; "
-            "use trainer=ddp"
+            f"trainer.strategy must be ddp or fsdp for several processes, got auto for "
+            f"{found.count}; use trainer=ddp"
         )
-    if config.optim.batch_size % found.count:
+    parts = config.trainer.accumulate
+    if config.optim.batch_size % (found.count * parts):
+        times = f" times trainer.accumulate={parts}" if parts > 1 else ""
         raise ConfigError(
-            f"optim.batch_size must be a multiple of the number of processes, got "
+            f"optim.batch_size must be a multiple of the number of processes{times}, got "
             f"{config.optim.batch_size} for {found.count}; change one of them"
         )
     return found

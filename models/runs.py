@@ -4,11 +4,12 @@ import logging
 import warnings
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import METRICS, save_config
 from models.language_model import LanguageModel
 from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCheckpoints
-from models.plots import plot_comparison
+from models.parallel import ShardedStrategy
 from models.processes import Processes
 from models.resume import RandomState
 
@@ -48,11 +49,17 @@ class Summary:
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raises ConfigError when this machine has not the devices that `config` asks for."""
+    """Raises ConfigError when this machine has not the devices or packages that `config` asks
+    for."""
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
             "use trainer=cpu or trainer=auto"
+        )
+    if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ConfigError(
+            "trainer.tensorboard needs the package tensorboard, got true without it; "
+            "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
         )
 
 
@@ -80,39 +87,50 @@ def create_run(config: TrainConfig, rank: int = 0) -> Path:
 
 
 def build_trainer(
-    config: TrainConfig, run: Path, processes: Processes
+    config: TrainConfig, run: Path, processes: Processes, model: LanguageModel
 ) -> tuple[L.Trainer, Throughput]:
-    """Lightning's trainer for `config`, writing metrics.csv and last.ckpt to `run`."""
+    """Lightning's trainer for `config` and `model`, writing metrics.csv and last.ckpt to `run`."""
     _quiet()
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     precision = config.trainer.precision
     if precision == "auto":
         precision = "bf16-mixed" if on_gpu else "32-true"
-    throughput = Throughput(config.optim.batch_size * config.data.sequence_length)
+    parts = config.trainer.accumulate
+    throughput = Throughput(config.optim.batch_size // parts * config.data.sequence_length)
+    strategy = config.trainer.strategy
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=processes.devices,
         num_nodes=processes.hosts,
-        strategy=config.trainer.strategy,
+        strategy=ShardedStrategy(processes.count) if strategy == "fsdp" else strategy,
+        accumulate_grad_batches=parts,
         precision=precision,
         max_steps=config.optim.steps,
         gradient_clip_val=config.optim.gradient_clip or None,
-        log_every_n_steps=max(1, config.optim.steps // 1000),
+        # Each line of the log waits for the GPU, which then waits for the next step.
+        log_every_n_steps=max(10 if on_gpu else 1, config.optim.steps // 1000),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        logger=CSVLogger(run, name="", version=""),
-        plugins=[WholeCheckpoints()],
+        logger=_loggers(config.trainer, run),
+        plugins=[WholeCheckpoints(model)],
         enable_checkpointing=False,  # Lightning's callback chooses among many; here the last counts
         callbacks=[
             throughput,
             RandomState(),
             FiniteLoss(config.trainer.checkpoint_every),
-            ProgressBar(),
+            ProgressBar(refresh_rate=10 if on_gpu else 1),
             Checkpoints(run, config.trainer.checkpoint_every),
         ],
     )
     return trainer, throughput
+
+
+def _loggers(config: TrainerConfig, run: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(run, name="", version="")]
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
+    return loggers
 
 
 @rank_zero_only
@@ -132,6 +150,8 @@ def print_summary(summary: Summary) -> None:
 def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
     """One table and one picture (`folder`/comparison.png) for the runs of a multirun, named by the
     overrides that tell them apart."""
+    from models.plots import plot_comparison  # matplotlib takes a second
+
     plot_comparison({name: s.run / METRICS for name, s in results}, folder / "comparison.png")
     table = Table(title="Runs", title_justify="left")
     for column in ("overrides", "parameters", "tokens/s", "before", "after", "run"):
@@ -152,7 +172,8 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
 
 def _quiet() -> None:
     """Silences what Lightning says about things that are as they should be."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.command import CONFIG_DIR, command, compose
 from configs.schema import MODELS, ConfigError, FlaConfig, Mamba2Config
+from models.checkpoint import build_model
 
 ROOT = CONFIG_DIR.parent
 
@@ -34,7 +36,7 @@ def test_every_option_composes(model, data, trainer):
     config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}"])
     assert type(config.model) is MODELS[model]
     assert config.data.name == data
-    assert config.trainer.accelerator == ("auto" if trainer == "ddp" else trainer)
+    assert config.trainer.accelerator == (trainer if trainer in ("cpu", "gpu") else "auto")
     assert config.norm.path == "training"
 
 
@@ -44,6 +46,16 @@ def test_every_experiment_composes(model, experiment):
     config = compose("train", [f"model={model}", f"experiment={experiment}"])
     assert config.model.name == model
     assert config != compose("train", [f"model={model}"])
+
+
+@pytest.mark.parametrize("size", options("size"))
+def test_every_size_fits_its_model(size):
+    model, _, _ = size.partition("_")
+    config = compose("train", [f"model={model}", f"size={size}"])
+    with torch.device("meta"):
+        parameters = build_model(config.model, "training").num_parameters()
+    expected = {"small": 0.5e6, "1m": 1.1e6, "170m": 170e6}[size.partition("_")[2]]
+    assert 0.9 < parameters / expected < 1.15
 
 
 @pytest.mark.parametrize("norm", options("norm"))

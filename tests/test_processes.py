@@ -85,7 +85,7 @@ def test_who_am_i(environment, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["trainer.devices=2"], "trainer.strategy must be ddp"),
+        (["trainer.devices=2"], "trainer.strategy must be ddp or fsdp"),
         (["trainer=ddp", "trainer.devices=3"], "optim.batch_size must be a multiple"),
     ],
 )

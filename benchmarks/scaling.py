@@ -1,0 +1,149 @@
+"""Weak scaling of training: tokens/s of one process and of several with the same rows for each.
+
+    python benchmarks/scaling.py                                # 1 and 2 GPUs, both models
+    python benchmarks/scaling.py --processes 1 2 4 8 --strategy fsdp
+    python benchmarks/scaling.py --models fla size=fla_small trainer.accelerator=cpu   # any override
+
+Everything is as in `train.py experiment=multi_gpu` (about 170M parameters, bf16, rows of 2048
+tokens), with random bytes for data and no validation; each run is started by torchrun, warms up,
+and then trains for `--seconds`. Writes benchmarks/results/scaling.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
+WARM_UP, LOOK_EVERY = 20, 10  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", default=["fla", "mamba2"])
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument("--rows", type=int, default=8, help="of 2048 tokens, per process and step")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="further key=value of train.py")
+    args = parser.parse_intermixed_args()
+    if args.worker:
+        work(args.overrides, args.seconds, args.worker)
+        return
+    rows = []
+    for model in args.models:
+        one = None
+        for count in args.processes:
+            row = measure(model, count, args)
+            one = one or row["tokens_per_s"] / count
+            row["times_one_process"] = f"{row['tokens_per_s'] / one:.3f}"
+            rows.append(row)
+            print(
+                f"{row['model']:8}{row['parameters'] / 1e6:7.1f}M  {row['strategy']}  "
+                f"{count} x {row['device']}  {row['tokens_per_s']:>12,.0f} tokens/s  "
+                f"{row['times_one_process']} times one  {row['gib']:.1f} GiB each",
+                flush=True,
+            )
+            args.out.parent.mkdir(exist_ok=True)
+            with args.out.open("w", newline="") as file:  # what there is, should the next one fail
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(
+                    {**row, "tokens_per_s": round(row["tokens_per_s"])} for row in rows
+                )
+
+
+def measure(model: str, count: int, args: argparse.Namespace) -> dict:
+    """One run of torchrun, and the row of the table that its first process made."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(count), __file__),
+            *("--worker", str(result), "--seconds", str(args.seconds)),
+            *("experiment=multi_gpu", f"model={model}", f"optim.batch_size={count * args.rows}"),
+            *(f"trainer.strategy={args.strategy}", f"runs_dir={folder}/runs", *args.overrides),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        return json.loads(result.read_text())
+
+
+def work(overrides: list[str], seconds: float, result: Path) -> None:
+    """Train as train.py does, in each of the processes; the first writes what it measured."""
+    import numpy as np
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    from configs.command import compose
+    from models.checkpoint import build_model
+    from models.corpus import Documents
+    from models.data import TrainLoader
+    from models.lit import LitLanguageModel, ProgressBar, peak_memory
+    from models.parallel import prepare_blocks
+    from models.processes import find_processes
+    from models.runs import build_trainer, create_run
+
+    class Window(Callback):
+        """The steps after the warm-up, until `seconds` are over."""
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == WARM_UP:
+                self.began = self.now(module)
+            elif trainer.global_step > WARM_UP and trainer.global_step % LOOK_EVERY == 0:
+                self.steps, self.took = trainer.global_step - WARM_UP, self.now(module) - self.began
+                trainer.should_stop = trainer.strategy.broadcast(self.took > seconds)
+
+        def now(self, module) -> float:
+            if module.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+    config = compose("train", ["optim.steps=100000", "trainer.checkpoint_every=100000", *overrides])
+    data, optim = config.data, config.optim
+    processes = find_processes(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, "training")
+    text = np.random.default_rng(0).integers(0, 256, 4_000_000).astype(np.uint8)
+    documents = Documents(text, np.array([0, text.size]))
+    batches = TrainLoader(
+        documents, optim.batch_size, data.sequence_length, optim.steps, config.seed,
+        processes.rank, processes.count,
+    )  # fmt: skip
+    trainer, _ = build_trainer(config, create_run(config, processes.rank), processes, model)
+    window = Window()
+    trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
+    prepare_blocks(model, config.trainer)
+    module = LitLanguageModel(model, optim)
+    trainer.fit(module, batches)
+    if processes.rank == 0:
+        tokens = optim.batch_size * data.sequence_length
+        on_gpu = module.device.type == "cuda"
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+            "torch": torch.__version__,
+            "model": config.model.name,
+            "parameters": model.num_parameters(),
+            "strategy": config.trainer.strategy,
+            "precision": trainer.precision,
+            "processes": processes.count,
+            "rows": optim.batch_size,
+            "tokens_per_row": data.sequence_length,
+            "steps": window.steps,
+            "gib": round(peak_memory(module.device) / 2**30, 1),
+            "tokens_per_s": window.steps * tokens / window.took,
+        }
+        result.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
