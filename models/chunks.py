@@ -229,6 +229,13 @@ def add_bmm(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     return total.add_(bmm_wide(a, b), alpha=alpha)
 
 
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``sum(a * b, -1)`` of two matrices."""
+    if a.device.type == "cpu":
+        return torch.bmm(a[:, None], b[..., None])[:, 0, 0]  # no product in memory
+    return (a * b).sum(-1)  # a GPU's library has no kernel for matrices of one row and column
+
+
 def decay_dtype(half: torch.dtype) -> torch.dtype:
     """What decays are summed and subtracted in, for chunk-parallel products that read ``half``.
 

@@ -36,6 +36,7 @@ from models.chunks import (
     check_state,
     decay_dtype,
     decay_matrix,
+    dot_rows,
     empty_chunks,
     gpu_kernels,
     operand_dtype,
@@ -223,7 +224,7 @@ def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     dq_in = bmm_wide(dout, start.mT)
     dk_out = bmm_wide(v_new, dend.mT)
     dattn = bmm_wide(dout, v_new.mT)
-    dlast = torch.bmm(dends.flatten(1)[:, None], states.flatten(1)[..., None]) * c.last
+    dlast = dot_rows(dends.flatten(1), states.flatten(1))[:, None, None] * c.last
 
     # The triangular system: [U | W] = (I + A)^-1 [beta v | beta e^G k].
     dv, dk_rhs = torch.bmm(c.solve.mT, dv_new), torch.bmm(c.solve.mT, dw)

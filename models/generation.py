@@ -43,8 +43,15 @@ def sample(
     probability = logits.softmax(dim=-1)
     if isinstance(generator, Sequence):
         rows = zip(probability.split(1), generator, strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=own)[0] for row, own in rows])
-    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+        return torch.cat([_draw(row, own) for row, own in rows])
+    return _draw(probability, generator)
+
+
+def _draw(probability: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One sample of each row, the one that ``torch.multinomial`` gives for the same generator, but
+    without its checks: they wait for a GPU, which then waits for the next launch."""
+    noise = torch.empty_like(probability).exponential_(generator=generator)
+    return (probability / noise).argmax(dim=-1)
 
 
 def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
@@ -222,26 +229,40 @@ class _GraphDecoder:
     """
 
     def __init__(self, model: LanguageModel, state: State):
+        self.model = model
         self.state = [tuple(tensor.clone() for tensor in layer) for layer in state]
-        rows = state[0][1].shape[0]
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=state[0][1].device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles the norm's kernels and fills the allocator's pools
-                model(self.token, self.state, output_state=True)
-        torch.cuda.current_stream().wait_stream(side)
+        rows, self.device = state[0][1].shape[0], state[0][1].device
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            logits, new = model(self.token, self.state, output_state=True)
-            for old_layer, new_layer in zip(self.state, new, strict=True):
-                for old, tensor in zip(old_layer, new_layer, strict=True):
-                    old.copy_(tensor)
-            self.logits = logits[:, 0]
+        # A weight that autocast cached would be freed with its context, under the graph's feet.
+        autocast = torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
+        with torch.cuda.device(self.device), autocast:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles kernels and makes the libraries' workspaces
+                    model(self.token, self.state, output_state=True)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = self._step()
+
+    def _step(self) -> Tensor:
+        logits, new = self.model(self.token, self.state, output_state=True)
+        for old_layer, new_layer in zip(self.state, new, strict=True):
+            for old, tensor in zip(old_layer, new_layer, strict=True):
+                old.copy_(tensor)
+        return logits[:, 0]
 
     def __call__(self, token: Tensor) -> Tensor:
+        """Logits that the next call overwrites."""
         self.token.copy_(token[:, None])
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return self.logits
 
 

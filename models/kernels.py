@@ -4,6 +4,8 @@ Shape letters: B batch, T tokens, D channels, W taps; N chunks, H heads (batch i
 size, K and V the head's dimensions.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -201,9 +203,11 @@ def delta_supports(chunk_size: int, dim_k: int) -> bool:
     return chunk_size in (16, 32, 64) and dim_k in (16, 32, 64, 128, 256)
 
 
+@functools.lru_cache(maxsize=64)  # every layer asks for the same ones
 def _bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets in chunks: sequence i has the chunks from bounds[i] up to bounds[i + 1]."""
     bounds = torch.tensor((0, *segments), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return bounds.to(device, non_blocking=True)
+    return bounds.to(device)
 
 
 def _columns(dim_k: int, dim_v: int) -> int:

@@ -126,4 +126,4 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     if x.device.type == "cpu":
         return _TapSum.apply(padded, weight, bias)
     y = F.conv1d(padded.mT, weight[:, None], bias, groups=weight.shape[0])
-    return F.silu(y).mT
+    return F.silu(y).mT.contiguous()  # channels side by side, as all that follows reads them

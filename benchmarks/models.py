@@ -1,0 +1,479 @@
+"""Whole models on an H200: forward and backward, a training step's profile, decoding.
+
+    python -m benchmarks.models                      # results/models.csv, models_profile.csv
+    python -m benchmarks.models --parts decode --models mamba2
+    python -m benchmarks.models --device cpu --tiny  # the same code on small sizes
+
+Gated DeltaNet with 185M parameters and Mamba-2 with 171M, in bf16, at batch 8 x 2048. Wall times
+are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. Every part
+runs with the plain PyTorch scans and with the models' own Triton kernels ("kernels"), which
+MODELS_TRITON=1 switches on. A part that fails prints why, and the others go on.
+
+The share of the norm: forward, all kernels launched inside a `record_function` around the norm;
+backward, all kernels of the autograd nodes that were made inside it, found by their sequence
+numbers. That holds for one fused node and for the dozen of the plain expression alike.
+"""
+
+import argparse
+import csv
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import gatednorm
+from models import chunks, gated_deltanet, generation
+from models.gated_delta_rule import chunk_gated_delta_rule
+from models.language_model import LanguageModel
+from models.ssd import chunk_ssd
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {
+    "gated_deltanet": {
+        "hidden_size": 1024,
+        "num_layers": 8,
+        "mlp_ratio": 4.0,
+        "mixer_args": {"num_heads": 6, "head_dim": 128, "expand_v": 2.0},
+    },
+    "mamba2": {
+        "hidden_size": 1024,
+        "num_layers": 16,
+        "mixer_args": {"d_state": 128, "head_dim": 64, "expand": 2},
+    },
+}
+TINY = {
+    "gated_deltanet": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "mlp_ratio": 4.0,
+        "mixer_args": {"num_heads": 2, "head_dim": 16, "expand_v": 2.0},
+    },
+    "mamba2": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "mixer_args": {"d_state": 16, "head_dim": 16, "expand": 2},
+    },
+}
+NORM_KERNELS = {
+    "forward_kernel",
+    "forward_sums_kernel",
+    "backward_kernel",
+    "backward_sums_kernel",
+    "reduce_kernel",
+}
+ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
+PARTS = ("check", "train", "profile", "decode", "scans")
+
+
+class Setup:
+    """What every part needs, and the rows that they make."""
+
+    def __init__(self, args):
+        self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
+        self.batch, self.tokens = (2, 128) if self.tiny else (8, 2048)
+        self.vocab = 128 if self.tiny else 32000
+        self.rows, self.profiles = [], []
+        self.kernels = "plain"
+
+    def add(self, part: str, model: str, norm: str, **quantities) -> None:
+        for quantity, value in quantities.items():
+            row = {"part": part, "model": model, "scan": self.kernels, "norm": norm}
+            self.rows.append(row | {"quantity": quantity, "value": f"{value:.5g}"})
+            print("  ", *self.rows[-1].values(), flush=True)
+
+    def use_kernels(self, on: bool) -> None:
+        """Switch the models' Triton kernels, which the models look for once."""
+        os.environ["MODELS_TRITON"] = "1" if on else "0"
+        chunks._kernels.cache_clear()
+        self.kernels = "kernels" if on else "plain"
+
+    def model(self, name: str) -> LanguageModel:
+        torch.manual_seed(0)
+        sizes = (TINY if self.tiny else MODELS)[name]
+        model = LanguageModel(name, vocab_size=self.vocab, tie_embeddings=False, **sizes)
+        return model.to(self.device, torch.bfloat16)
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.vocab, (self.batch, self.tokens + 1), generator=generator)
+        tokens = tokens.to(self.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def wall(self, function) -> float:
+        """Median wall ms of a call that ends with the GPU idle, after three that do not count."""
+        times = []
+        for repeat in range(3 + self.repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            function()
+            self.synchronize()
+            if repeat >= 3:
+                times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+
+
+def loss_of(model, tokens, targets) -> torch.Tensor:
+    """Mean cross entropy, in fp32 without an fp32 copy of the logits."""
+    logits = model(tokens)[0].flatten(0, 1)
+    return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets)
+
+
+# ---- profiles ----
+
+
+def record(setup: Setup, function, calls: int):
+    """The profiler's events of some calls."""
+    activities = [ProfilerActivity.CPU]
+    if setup.device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    function()
+    setup.synchronize()
+    with profile(activities=activities) as recorded:
+        for _ in range(calls):
+            function()
+        setup.synchronize()
+    return list(recorded.events())
+
+
+def kernel_times(setup: Setup, events, calls: int) -> dict[str, tuple[float, float]]:
+    """By kernel: launches and ms in one call. On a CPU: by operator."""
+    table: dict[str, list[float]] = {}
+    for event in events:
+        if event.name.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
+            continue  # on a GPU's timeline these span the kernels launched inside
+        on_gpu = event.device_type == DeviceType.CUDA
+        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        if on_gpu == (setup.device == "cuda"):
+            entry = table.setdefault(event.name, [0, 0.0])
+            entry[0] += 1
+            entry[1] += us / 1e3
+    return {name: (count / calls, ms / calls) for name, (count, ms) in table.items()}
+
+
+def norm_times(setup: Setup, events, calls: int) -> dict[str, float]:
+    """ms of one call inside the labelled norms: their ranges and the backward of their nodes."""
+
+    def ms(event):
+        us = event.device_time_total if setup.device == "cuda" else event.cpu_time_total
+        return us / 1e3 / calls
+
+    on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
+    times, label_of = {}, {}
+    ranges = sorted(
+        (e.time_range.start, e.time_range.end, e.thread, e.name)
+        for e in on_cpu
+        if e.name.startswith("norm.")
+    )
+    for event in on_cpu:
+        if event.name.startswith("norm."):
+            times[event.name] = times.get(event.name, 0.0) + ms(event)
+    # Which numbers belong to which range: walk both in the order of time.
+    inside = sorted(
+        (e for e in on_cpu if e.sequence_nr >= 0 and not e.name.startswith("norm.")),
+        key=lambda e: e.time_range.start,
+    )
+    position = 0
+    for start, end, thread, name in ranges:
+        while position < len(inside) and inside[position].time_range.start < start:
+            position += 1
+        while position < len(inside) and inside[position].time_range.start < end:
+            event = inside[position]
+            if event.thread == thread and "Backward" not in event.name:
+                label_of[event.sequence_nr] = name
+            position += 1
+    prefix = "autograd::engine::evaluate_function: "
+    for event in on_cpu:
+        if event.name.startswith(prefix) and event.sequence_nr in label_of:
+            name = label_of[event.sequence_nr]
+            times[name] += ms(event)
+    return times
+
+
+def label_norms(model: LanguageModel, plain: bool):
+    """Names for the profiler around every norm, and the plain expression in its place. Returns a
+    function that undoes the second half, which is not in the model."""
+
+    def labelled(name, function):
+        def call(*args, **options):
+            with record_function(name):
+                return function(*args, **options)
+
+        return call
+
+    def expression(module, x, z=None):
+        return gatednorm.rms_norm_ref(
+            x, module.weight, None, z, module.eps, module.group_size, module.norm_before_gate
+        )
+
+    for name, module in model.named_modules():
+        if isinstance(module, gatednorm.RMSNorm):
+            label = "norm.gated" if name.endswith("mixer.norm") else "norm.other"
+            function = functools.partial(expression, module) if plain else module.forward
+            module.forward = labelled(label, function)
+    ours = gated_deltanet.rmsnorm_fn
+    function = gatednorm.rms_norm_ref if plain else ours
+    gated_deltanet.rmsnorm_fn = labelled("norm.q_and_k", function)
+    return functools.partial(setattr, gated_deltanet, "rmsnorm_fn", ours)
+
+
+# ---- parts ----
+
+
+def check(setup: Setup, name: str) -> None:
+    """Loss and gradients in bf16 against the same model in fp32 with the plain scans: how far each
+    scan's gradient is, over all parameters."""
+    kernels = setup.kernels
+    tokens, targets = setup.data()
+    tokens, targets = tokens[:2], targets[: 2 * setup.tokens]
+    model = setup.model(name)
+
+    def gradients(model):
+        loss = loss_of(model, tokens, targets)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return loss.item(), torch.cat([g.flatten().float() for g in grads])
+
+    loss, grads = gradients(model)
+    setup.use_kernels(False)
+    try:
+        truth, expected = gradients(model.float())
+    finally:
+        setup.use_kernels(kernels == "kernels")
+    error = ((grads - expected).norm() / expected.norm()).item()
+    finite = float(grads.isfinite().all())
+    setup.add(
+        "check", name, "ours", loss=loss, loss_fp32=truth, gradient_error=error, finite=finite
+    )
+
+
+def train(setup: Setup, name: str) -> None:
+    """Forward plus backward, without an optimiser: wall ms, GPU ms, memory."""
+    model, (tokens, targets) = setup.model(name), setup.data()
+    setup.add("train", name, "ours", parameters_M=model.num_parameters() / 1e6)
+
+    def call():
+        model.zero_grad(set_to_none=True)
+        loss_of(model, tokens, targets).backward()
+
+    start = time.perf_counter()
+    call()
+    setup.synchronize()
+    setup.add("train", name, "ours", first_call_s=time.perf_counter() - start)
+    setup.add("train", name, "ours", wall_ms=setup.wall(call))
+    if setup.device == "cuda":
+        setup.add("train", name, "ours", peak_GiB=torch.cuda.max_memory_allocated() / 2**30)
+    with torch.no_grad():
+        forward = setup.wall(lambda: loss_of(model, tokens, targets))
+    setup.add("train", name, "ours", forward_wall_ms=forward)
+    table = kernel_times(setup, record(setup, call, 2), 2)
+    total, launches = (sum(entry[i] for entry in table.values()) for i in (1, 0))
+    setup.add("train", name, "ours", gpu_ms=total, launches=launches)
+    keep_profile(setup, "train", name, "ours", table, total)
+
+
+def step_profile(setup: Setup, name: str) -> None:
+    """A training step with AdamW: what the norms cost in it, ours and the plain expression."""
+    tokens, targets = setup.data()
+    for norm in ("ours", "plain"):
+        model = setup.model(name)
+        restore = label_norms(model, norm == "plain")
+        try:
+            fused = {"fused": True} if setup.device == "cuda" else {}
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused)
+
+            def call(model=model, optimizer=optimizer):
+                loss_of(model, tokens, targets).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            setup.add("step", name, norm, wall_ms=setup.wall(call))
+            events = record(setup, call, 2)
+            table = kernel_times(setup, events, 2)
+            total = sum(ms for _, ms in table.values())
+            norms = norm_times(setup, events, 2)
+            gated, every = norms.get("norm.gated", 0.0), sum(norms.values())
+            named = sum(ms for kernel, (_, ms) in table.items() if kernel in NORM_KERNELS)
+            setup.add("step", name, norm, gpu_ms=total, gated_norm_ms=gated, all_norms_ms=every)
+            setup.add("step", name, norm, all_norms_ms_by_kernel_name=named)
+            setup.add("step", name, norm, gated_norm_percent=100 * gated / total)
+            setup.add("step", name, norm, all_norms_percent=100 * every / total)
+            keep_profile(setup, "step", name, norm, table, total)
+        finally:
+            restore()
+
+
+def keep_profile(setup: Setup, part, model, norm, table, total, show=14, keep=40) -> None:
+    place = {"part": part, "model": model, "scan": setup.kernels, "norm": norm}
+    ranked = sorted(table.items(), key=lambda item: -item[1][1])[:keep]
+    for rank, (kernel, (calls, ms)) in enumerate(ranked, 1):
+        row = {"rank": rank, "calls": f"{calls:g}", "ms": f"{ms:.3f}"}
+        row |= {"percent": f"{100 * ms / total:.1f}", "kernel": kernel[:160]}
+        setup.profiles.append(place | row)
+        if rank <= show:
+            print(
+                f"   {ms:8.3f} ms {100 * ms / total:5.1f}% {calls:7g} x {kernel[:110]}", flush=True
+            )
+
+
+def decode(setup: Setup, name: str) -> None:
+    """64 tokens for each of 8 sequences after prompts of 512, greedy, with and without graph."""
+    prompt_length, count = (16, 8) if setup.tiny else (512, 64)
+    model = setup.model(name).eval()
+    model.set_norm_path("inference")
+    prompt = torch.randint(0, setup.vocab, (setup.batch, prompt_length), device=setup.device)
+    graph = generation._GraphDecoder
+    texts = {}
+    for mode in ("graph", "eager"):
+        if mode == "eager":
+            generation._GraphDecoder = generation._EagerDecoder
+        try:
+            prefill, steps, whole = [], [], []
+            for _ in range(2 + setup.repeats):
+                setup.synchronize()
+                times = [time.perf_counter()]
+                tokens = []
+                for token in generation.generate(model, prompt, count, temperature=0):
+                    tokens.append(token)
+                    if len(tokens) <= 2:  # the second one pays for the capture
+                        setup.synchronize()
+                        times.append(time.perf_counter())
+                setup.synchronize()
+                end = time.perf_counter()
+                prefill.append((times[1] - times[0]) * 1e3)
+                steps.append((end - times[2]) / (count - 2) * 1e3)
+                whole.append(end - times[0])
+            texts[mode] = torch.stack(tokens)
+            ms, seconds = statistics.median(steps[2:]), statistics.median(whole[2:])
+            place = ("decode", name, mode)
+            setup.add(*place, tokens_per_s=setup.batch * 1e3 / ms, ms_per_token=ms)
+            setup.add(*place, prefill_ms=statistics.median(prefill[2:]))
+            setup.add(*place, tokens_per_s_with_prefill=setup.batch * count / seconds)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            generation._GraphDecoder = graph
+    if len(texts) == 2:
+        same = (texts["graph"] == texts["eager"]).float().mean().item()
+        setup.add("decode", name, "graph", same_tokens_as_eager=same)
+
+
+def scans(setup: Setup, name: str) -> None:
+    """One layer's scan alone, forward plus backward, by chunk size."""
+    sizes = (TINY if setup.tiny else MODELS)[name]["mixer_args"]
+    batch, tokens, device = setup.batch, setup.tokens, setup.device
+
+    def randn(*shape, dtype=torch.bfloat16):
+        return torch.randn(batch, tokens, *shape, device=device).to(dtype).requires_grad_()
+
+    if name == "gated_deltanet":
+        heads, dim = sizes["num_heads"], sizes["head_dim"]
+        q, k, v = randn(heads, dim), randn(heads, dim), randn(heads, 2 * dim)
+        k = F.normalize(k.detach().float(), dim=-1).bfloat16().requires_grad_()
+        g = (-0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
+        beta = torch.rand(batch, tokens, heads, device=device).requires_grad_()
+        inputs, function = [q, k, v, g, beta], chunk_gated_delta_rule
+    else:
+        dim, state = sizes["head_dim"], sizes["d_state"]
+        heads = 2 * (TINY if setup.tiny else MODELS)[name]["hidden_size"] // dim
+        x, b, c = randn(heads, dim), randn(1, state), randn(1, state)
+        dt = (0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
+        a = (-torch.rand(heads, device=device)).requires_grad_()
+        inputs, function = [x, dt, a, b, c], chunk_ssd
+    for size in (32, 64, 128, 256)[: 2 if setup.tiny else 4]:
+
+        def call(size=size):
+            y, _ = function(*inputs, chunk_size=size)
+            torch.autograd.grad(y, inputs, y.detach())
+
+        setup.add("scans", name, f"chunk {size}", wall_ms=setup.wall(call))
+        table = kernel_times(setup, record(setup, call, 2), 2)
+        total = sum(ms for _, ms in table.values())
+        launches = sum(count for count, _ in table.values())
+        setup.add("scans", name, f"chunk {size}", gpu_ms=total, launches=launches)
+
+
+# ---- the run ----
+
+
+def about(device: str) -> dict[str, str]:
+    """What the figures depend on."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "unknown",
+        "date": datetime.datetime.now().date().isoformat(),
+    }
+
+
+def write(path: Path, rows: list[dict], run: dict) -> None:
+    if rows:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | run for row in rows)
+        print(f"written to {path}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--scan", nargs="+", default=["kernels", "plain"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    args = parser.parse_args()
+    setup, run = Setup(args), about(args.device)
+    print(run, flush=True)
+    functions = {
+        "check": check,
+        "train": train,
+        "profile": step_profile,
+        "decode": decode,
+        "scans": scans,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        for scan in args.scan:
+            setup.use_kernels(scan == "kernels")
+            for name in args.models:
+                start = time.perf_counter()
+                print(f"{part} {name} {scan}", flush=True)
+                try:
+                    functions[part](setup, name)
+                except Exception:
+                    traceback.print_exc()
+                print(f"   ({time.perf_counter() - start:.1f} s)", flush=True)
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+        # after every part, so that a run that is cut short leaves what it has
+        write(args.out / "models.csv", setup.rows, run)
+        write(args.out / "models_profile.csv", setup.profiles, run)
+
+
+if __name__ == "__main__":
+    main()
