@@ -1,0 +1,175 @@
+"""What only a GPU shows of the models: 16-bit products, whole blocks, graphs, moved states."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import gated_delta_rule, generation, short_conv, ssd
+from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from models.generation import generate
+from models.language_model import LanguageModel, state_to
+from models.ssd import chunk_ssd, recurrent_ssd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+ROUTES = [
+    "plain",
+    pytest.param(
+        "kernels",
+        marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
+    ),
+]
+MIXERS = {
+    "gated_deltanet": {"num_heads": 2, "head_dim": 32, "num_v_heads": 4},
+    "mamba2": {"d_state": 32, "head_dim": 32, "n_groups": 2},
+}
+
+
+def take_route(monkeypatch, route):
+    module = importlib.import_module("models.kernels") if route == "kernels" else None
+    for user in (gated_delta_rule, short_conv, ssd):
+        monkeypatch.setattr(user, "gpu_kernels", lambda x: module if x.is_cuda else None)
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    take_route(monkeypatch, request.param)
+    return request.param
+
+
+def delta_inputs(batch, tokens, heads, dim_k, dim_v):
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(batch, tokens, *shape, generator=g, device="cuda")
+
+    decay = -0.1 * torch.rand(batch, tokens, heads, generator=g, device="cuda")
+    beta = torch.rand(batch, tokens, heads, generator=g, device="cuda")
+    k = F.normalize(randn(heads, dim_k), dim=-1)
+    tensors = [t.bfloat16() for t in (randn(heads, dim_k), k, randn(heads, dim_v))]
+    return [*tensors, decay, beta]
+
+
+def ssd_inputs(batch, tokens, heads, dim, state):
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(batch, tokens, *shape, generator=g, device="cuda").bfloat16()
+
+    dt = 0.1 * torch.rand(batch, tokens, heads, generator=g, device="cuda")
+    a = -torch.rand(heads, generator=g, device="cuda")
+    return [randn(heads, dim), dt, a, randn(1, state), randn(1, state)]
+
+
+SCANS = {
+    "delta-H6-K128-V256": (
+        chunk_gated_delta_rule,
+        recurrent_gated_delta_rule,
+        delta_inputs,
+        (2, 700, 6, 128, 256),
+    ),
+    "delta-H2-K64-V64": (
+        chunk_gated_delta_rule,
+        recurrent_gated_delta_rule,
+        delta_inputs,
+        (2, 700, 2, 64, 64),
+    ),
+    "ssd-H32-P64-S128": (chunk_ssd, recurrent_ssd, ssd_inputs, (2, 700, 32, 64, 128)),
+}
+
+
+def outputs_and_gradients(function, inputs, dtype=None):
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    y, state = function(*inputs, output_final_state=True)
+    cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)
+    loss = (y * cotangent.to(y.dtype)).sum() + state.sum()
+    return [y, state, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("case", SCANS)
+def test_scan_in_bf16_at_the_sizes_of_a_model(case, route):
+    """Every output and gradient within bf16's rounding of the recurrence in float64."""
+    chunked, recurrent, make, shape = SCANS[case]
+    inputs = make(*shape)
+    truth = outputs_and_gradients(recurrent, inputs, torch.float64)
+    for index, (actual, expected) in enumerate(
+        zip(outputs_and_gradients(chunked, inputs), truth, strict=True)
+    ):
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 2e-2, (index, error.item())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_model_equals_the_cpu(mixer, dtype, route):
+    """Loss and gradients, for a batch and for packed sequences, against fp32 on the CPU."""
+    torch.manual_seed(0)
+    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer])
+    model = model.to(dtype).float()  # weights that both can hold
+    tokens = torch.randint(0, 64, (1, 301))
+    for offsets in (None, torch.tensor([0, 3, 3, 150, 300], dtype=torch.int32)):
+        results = []
+        for device in ("cpu", "cuda"):
+            moved = model.to(device, torch.float32 if device == "cpu" else dtype)
+            on = tokens.to(device)
+            logits, _ = moved(on[:, :-1], cu_seqlens=offsets)
+            loss = F.cross_entropy(logits[0].float(), on[0, 1:])
+            grads = torch.autograd.grad(loss, list(moved.parameters()))
+            results.append((loss.item(), torch.cat([g.flatten().float().cpu() for g in grads])))
+            model = model.to("cpu", torch.float32)
+        (loss, expected), (gpu_loss, actual) = results
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        assert abs(loss - gpu_loss) < tolerance
+        assert (actual - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_state_moves_between_devices(mixer, route):
+    torch.manual_seed(0)
+    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer])
+    tokens = torch.randint(0, 64, (2, 50))
+    with torch.inference_mode():
+        expected, _ = model(tokens)
+        _, state = model(tokens[:, :30], output_state=True)
+        with pytest.raises(ValueError, match="must be on the device of the input"):
+            model.cuda()(tokens[:, 30:].cuda(), state)
+        logits, state = model(tokens[:, 30:40].cuda(), state_to(state, "cuda"), True)
+        torch.testing.assert_close(logits.cpu(), expected[:, 30:40], rtol=1e-3, atol=1e-3)
+        logits, _ = model.cpu()(tokens[:, 40:], state_to(state, "cpu"))
+    torch.testing.assert_close(logits, expected[:, 40:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3, "top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_graph_equals_eager_steps(mixer, autocast, options, route, monkeypatch):
+    """The captured step gives the tokens of eager steps, in both of the 16-bit modes, and twice."""
+    torch.manual_seed(0)
+    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer]).cuda()
+    model = model if autocast else model.bfloat16()
+    prompts = [torch.randint(0, 64, (n,), device="cuda") for n in (3, 40, 9)]
+
+    def tokens():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return torch.stack(list(generate(model, prompts, 30, **options)))
+
+    first = tokens()
+    assert torch.equal(tokens(), first)
+    monkeypatch.setattr(generation, "_GraphDecoder", generation._EagerDecoder)
+    assert torch.equal(tokens(), first)
+
+
+def test_sampling_does_not_wait_for_the_gpu():
+    """A step that waited would cost the GPU its queue."""
+    logits = torch.randn(4, 100, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generation.sample(logits, 0.7, top_k=5, top_p=0.9, generator=generator)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
