@@ -6,6 +6,7 @@ answered with one line on standard error and exit code 2, before any work.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,9 @@ def command(
                     result = main(CHECKS[name](values, verbatim))
                 except ConfigError as error:
                     _fail(name, str(error))
+                except BrokenPipeError:  # `... | head`: nobody reads on
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    sys.exit(128 + signal.SIGPIPE)
                 results.append((list(hydra_config.overrides.task), result))
 
             hydra_main = hydra.main(
@@ -104,6 +108,8 @@ def explain(name: str, arguments: list[str]) -> str | None:
         for argument in sorted(arguments, key=lambda a: a.partition("=")[0] not in groups):
             if argument.startswith("-"):
                 continue
+            if "=" not in argument and not argument.startswith("~"):
+                return f"cannot read {argument!r} as key=value; write for example {argument}=1"
             try:
                 override = OverridesParser.create().parse_override(argument)
             except HydraException:

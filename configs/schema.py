@@ -292,5 +292,5 @@ def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
         "below": lambda bound: value < bound,
     }
     if not math.isfinite(value) or not all(holds[word](bound) for word, bound in bounds.items()):
-        rule = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+        rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
         raise ConfigError(f"{key} must be {rule}, got {value}; use a value in that range")

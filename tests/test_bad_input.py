@@ -1,0 +1,67 @@
+"""Every bad input is answered with one line, runs no code and leaves nothing; docs/bad-input.md."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bad_input import RUN, TABLE, Bad, answer, cases, table
+
+CASES = [case for group in cases().values() for case in group]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.what or 'value'}: {case.command}")
+def test_one_line_and_nothing_left(case):
+    found = answer(case)
+    assert found.code == 2
+    assert found.err.startswith(f"{case.script}.py: error: ")
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+    assert found.left == ()
+
+
+def test_there_are_enough_cases_and_none_is_there_twice():
+    assert len(CASES) >= 40
+    assert len({(case.what, case.command) for case in CASES}) == len(CASES)
+
+
+def test_the_table_is_what_the_commands_say():
+    written = TABLE.read_text(encoding="utf-8").splitlines()
+    for line, expected in zip(written, table().splitlines(), strict=False):
+        assert line == expected, "write it anew with: python tests/bad_input.py"
+    assert written == table().splitlines()
+
+
+def test_the_same_folder_is_good_without_the_mistake():
+    """So that each answer is about what its case did."""
+    assert answer(Bad("infer", (f"checkpoint={RUN}", "max_new_tokens=1"))).code == 0
+    resumed = answer(Bad("train", ("resume=runs/stopped",)))
+    assert resumed.code == 0
+    assert "runs/stopped/loss.png" in resumed.left
+
+
+COMMANDS = [
+    ("train", "modle=fla", b"there is no key 'modle'; did you mean model?"),
+    ("train", "model.num_heads=0", b"model.num_heads must be at least 1, got 0"),
+    ("infer", "prompt_file=-", b"the prompt must have at least one character"),
+    ("infer", "checkpoint=broken.ckpt", b"checkpoint must be a run folder"),
+]
+
+
+@pytest.mark.parametrize(("script", "argument", "says"), COMMANDS, ids=[c[1] for c in COMMANDS])
+def test_the_command_itself_says_the_same_line(script, argument, says, tmp_path):
+    (tmp_path / "broken.ckpt").write_bytes(b"broken")
+    file = Path(__file__).parent.parent / f"{script}.py"
+    done = subprocess.run(
+        [sys.executable, str(file), argument],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}.py: error: ".encode())
+    assert says in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert done.stdout == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.ckpt"]
