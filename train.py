@@ -19,40 +19,28 @@ def train(config: TrainConfig) -> Summary:
     # Imported here, so that --help and a misspelt key are answered at once.
     import lightning
 
-    from models.checkpoint import METRICS, PICTURE, build_model
-    from models.corpus import load_corpus
-    from models.data import TrainLoader, ValidationLoader
+    from models.checkpoint import METRICS, PICTURE
     from models.lit import LitLanguageModel
+    from models.loading import load_data
     from models.parallel import prepare_blocks
     from models.plots import compressors, plot_loss
     from models.processes import find_processes
     from models.resume import continue_metrics, find_stopped
     from models.runs import Summary, build_trainer, check_devices, create_run
+    from models.start import start_model
 
     stopped = find_stopped(config)
     config = stopped.config if stopped else config
-    data, optim = config.data, config.optim
     check_devices(config.trainer)
     processes = find_processes(config)
-    share = {"rank": processes.rank, "world_size": processes.count}
     lightning.seed_everything(config.seed, verbose=False)
-    model = build_model(config.model, config.norm.path)
-    corpus = load_corpus(data)
-    parts = config.trainer.accumulate
-    rows, count = optim.batch_size // parts, optim.steps * parts
-    batches = TrainLoader(corpus.train, rows, data.sequence_length, count, config.seed, **share)
-    held_out = ValidationLoader(
-        corpus.val,
-        max(1, 8192 // data.sequence_length),
-        data.sequence_length,
-        data.val_tokens,
-        **share,
-    )
+    config, model, tokenizer = start_model(config, stopped)
+    batches, held_out, bytes_per_token, val_text = load_data(config, tokenizer, processes)
 
-    run = stopped.run if stopped else create_run(config, processes.rank)
+    run = stopped.run if stopped else create_run(config, tokenizer, processes.rank)
     trainer, throughput = build_trainer(config, run, processes, model)
     prepare_blocks(model, config.trainer)
-    module = LitLanguageModel(model, optim)
+    module = LitLanguageModel(model, config.optim, bytes_per_token)
     if stopped and stopped.checkpoint:
         before = continue_metrics(trainer.logger, stopped.rows)
         trainer.fit(module, batches, ckpt_path=stopped.checkpoint)
@@ -64,13 +52,17 @@ def train(config: TrainConfig) -> Summary:
     scores = {"before": before["val_bpb"], "after": after["val_bpb"]}
     summary = Summary(run, model, throughput.tokens, throughput.tokens_per_s, **scores)
     if processes.rank == 0:
-        title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {data.name}"
-        yardsticks = compressors(corpus.val.tokens.tobytes())
-        plot_loss(run / METRICS, run / PICTURE, title, yardsticks)
+        text = config.data.name or config.data.source
+        title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {text}"
+        plot_loss(run / METRICS, run / PICTURE, title, compressors(val_text))
     return summary
 
 
-@command("train", names=("data.path", "runs_dir", "resume"), compare="models.runs.compare_runs")
+# Taken from the command line as they stand.
+NAMES = ("data.path", "data.name", "runs_dir", "resume", "checkpoint", "tokenizer")
+
+
+@command("train", names=NAMES, compare="models.runs.compare_runs")
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
     from models.runs import print_summary

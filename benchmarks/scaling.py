@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                                # 1 and 2 GPUs, both models
     python benchmarks/scaling.py --processes 1 2 4 8 --strategy fsdp
-    python benchmarks/scaling.py --models fla size=fla_small trainer.accelerator=cpu   # any override
+    python benchmarks/scaling.py --models fla size=fla_small trainer.accelerator=cpu  # an override
 
 Everything is as in `train.py experiment=multi_gpu` (about 170M parameters, bf16, rows of 2048
 tokens), with random bytes for data and no validation; each run is started by torchrun, warms up,
@@ -118,7 +118,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         documents, optim.batch_size, data.sequence_length, optim.steps, config.seed,
         processes.rank, processes.count,
     )  # fmt: skip
-    trainer, _ = build_trainer(config, create_run(config, processes.rank), processes, model)
+    trainer, _ = build_trainer(config, create_run(config, rank=processes.rank), processes, model)
     window = Window()
     trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
     prepare_blocks(model, config.trainer)

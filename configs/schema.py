@@ -71,6 +71,9 @@ class FlaConfig(ModelConfig):
     expand_v: float = number(above=0)
     num_v_heads: int | None = number(at_least=1)
     conv_size: int = number(at_least=1)
+    conv_bias: bool = False
+    use_gate: bool = True
+    allow_neg_eigval: bool = False
 
 
 @dataclass
@@ -81,6 +84,9 @@ class Mamba2Config(ModelConfig):
     n_groups: int = number(at_least=1)
     norm_groups: int | None = number(at_least=1)
     conv_size: int = number(at_least=1)
+    conv_bias: bool = True
+    bias: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
 
 
 MODELS = {"fla": FlaConfig, "mamba2": Mamba2Config}
@@ -94,11 +100,17 @@ class NormConfig:
 
 @dataclass
 class DataConfig:
-    name: str = one_of("stdlib", "text")
+    source: str = one_of("stdlib", "text", "hub")
     path: str | None = MISSING
+    name: str | None = MISSING
+    config: str | None = MISSING
+    split: str = MISSING
+    streaming: bool = MISSING
+    column: str = MISSING
     hold_out: int = number(at_least=2)
     val_tokens: int | None = number(at_least=1)
     sequence_length: int = number(at_least=1)
+    reset_state: bool = MISSING
 
 
 @dataclass
@@ -185,6 +197,12 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
         raise ConfigError(
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"
+        )
+    limits = getattr(config.model, "dt_limit", (0.0, 1.0))
+    if len(limits) != 2 or not 0 <= limits[0] < limits[1]:
+        raise ConfigError(
+            f"model.dt_limit must be two numbers from 0, the second above the first, got "
+            f"{list(limits)}; use for example [0,.inf]"
         )
     return config
 

@@ -2,16 +2,52 @@
 
 The whole run is one list of batches: batch `i` is a function of the seed and of `i` alone. So the
 position of the loader is one number, which goes into a checkpoint, and several processes read
-their own rows of each batch, nothing twice.
+their own rows of each batch, nothing twice. (A stream cannot be looked up: models/stream.py.)
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from models.corpus import Documents
+
+VALIDATION_TOKENS = 8192  # in a batch
+
+
+class Packed(NamedTuple):
+    """Rows of which each document begins with an empty state.
+
+    Attributes:
+        tokens (torch.Tensor): int64 [rows, tokens + 1].
+        offsets (numpy.ndarray): int32 [sequences + 1], `cu_seqlens` of the rows' inputs end to end.
+            On the host, where the model reads it.
+    """
+
+    tokens: torch.Tensor
+    offsets: np.ndarray
+
+
+Batch = torch.Tensor | Packed
+
+
+def make_batch(
+    documents: Documents, begins: np.ndarray, sequence_length: int, reset_state: bool
+) -> Batch:
+    """The rows that begin at these tokens; a row carries one token more, the target of its last."""
+    rows = [documents.tokens[begin : begin + sequence_length + 1] for begin in begins]
+    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+    if not reset_state:
+        return tokens
+    starts, offsets = documents.starts, [np.zeros(1, np.int64)]
+    for row, begin in enumerate(begins):
+        first = np.searchsorted(starts, begin, "right")
+        last = np.searchsorted(starts, begin + sequence_length, "left")
+        inside = np.append(starts[first:last] - begin, sequence_length)
+        offsets.append(np.unique(inside) + row * sequence_length)  # an empty document has no place
+    return Packed(tokens, np.concatenate(offsets).astype(np.int32))
 
 
 class TrainLoader:
@@ -27,8 +63,10 @@ class TrainLoader:
         steps: Number of batches.
         seed: Of the order.
         rank, world_size: This process and how many there are; `batch_size` must be a multiple.
+        reset_state: Whether a document begins with an empty state.
 
-    Yields int64 tensors [batch_size / world_size, sequence_length + 1].
+    Yields int64 tensors [batch_size / world_size, sequence_length + 1], in a `Packed` with
+    `reset_state`.
     """
 
     def __init__(
@@ -40,9 +78,10 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        reset_state: bool = False,
     ) -> None:
         assert batch_size % world_size == 0
-        self.tokens = documents.tokens
+        self.documents, self.reset_state = documents, reset_state
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.steps, self.seed = steps, seed
         self.rank, self.world_size = rank, world_size
@@ -52,7 +91,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         while self.position < self.steps:
             batch = self.batch(self.position)
             # Before the yield: a checkpoint taken while this batch trains counts it as read.
@@ -60,12 +99,12 @@ class TrainLoader:
             yield batch
         self.position = 0
 
-    def batch(self, index: int) -> torch.Tensor:
+    def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`."""
         share = self.batch_size // self.world_size
         first = index * self.batch_size + self.rank * share
-        rows = [self._row(row) for row in range(first, first + share)]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        begins = np.array([self._begin(row) for row in range(first, first + share)])
+        return make_batch(self.documents, begins, self.sequence_length, self.reset_state)
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
@@ -73,17 +112,16 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
 
-    def _row(self, row: int) -> np.ndarray:
+    def _begin(self, row: int) -> int:
         # Every epoch has the same number of rows, so that a row's epoch is a division.
-        per_epoch = max(1, (len(self.tokens) - 1) // self.sequence_length - 1)
+        per_epoch = max(1, (len(self.documents.tokens) - 1) // self.sequence_length - 1)
         epoch, place = divmod(row, per_epoch)
-        begin = self._begins(epoch, per_epoch)[place]
-        return self.tokens[begin : begin + self.sequence_length + 1]
+        return self._begins(epoch, per_epoch)[place]
 
     def _begins(self, epoch: int, per_epoch: int) -> np.ndarray:
         if self._epoch is None or self._epoch[0] != epoch:
             generator = np.random.default_rng([self.seed, epoch])
-            spare = len(self.tokens) - 1 - per_epoch * self.sequence_length
+            spare = len(self.documents.tokens) - 1 - per_epoch * self.sequence_length
             offset = generator.integers(min(spare, self.sequence_length) + 1)
             self._epoch = epoch, offset + self.sequence_length * generator.permutation(per_epoch)
         return self._epoch[1]
@@ -94,30 +132,33 @@ class ValidationLoader:
 
     Each of `world_size` processes gets its share of the rows, in as many batches as the others.
 
-    Yields int64 tensors [up to batch_size, sequence_length + 1].
+    Yields int64 tensors [up to batch_size, sequence_length + 1], in a `Packed` with `reset_state`.
     """
 
     def __init__(
         self,
         documents: Documents,
-        batch_size: int,
         sequence_length: int,
         max_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        reset_state: bool = False,
+        batch_size: int | None = None,
     ) -> None:
+        batch_size = batch_size or max(1, VALIDATION_TOKENS // sequence_length)
         begins = np.arange(0, len(documents.tokens) - sequence_length, sequence_length)
         if max_tokens is not None and max_tokens < len(begins) * sequence_length:
             keep = max(1, max_tokens // sequence_length)
             begins = begins[np.linspace(0, len(begins) - 1, keep).round().astype(int)]
-        rows = np.stack([documents.tokens[b : b + sequence_length + 1] for b in begins])
         # Processes that work in step need the same number of batches, if not of the same size.
-        count = math.ceil(math.ceil(len(rows) / world_size) / batch_size)
-        share = torch.from_numpy(rows).tensor_split(world_size)[rank]
-        self.batches = share.tensor_split(count)
+        count = math.ceil(math.ceil(len(begins) / world_size) / batch_size)
+        self.batches = np.array_split(np.array_split(begins, world_size)[rank], count)
+        self.documents, self.sequence_length = documents, sequence_length
+        self.reset_state = reset_state
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (batch.long() for batch in self.batches)
+    def __iter__(self) -> Iterator[Batch]:
+        for begins in self.batches:
+            yield make_batch(self.documents, begins, self.sequence_length, self.reset_state)

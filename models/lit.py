@@ -17,6 +17,7 @@ from rich.progress import ProgressColumn
 
 from configs.schema import OptimConfig, RunError
 from models.checkpoint import LAST, save_weights
+from models.data import Batch, Packed
 from models.files import write_whole
 from models.language_model import LanguageModel
 from models.parallel import ShardedStrategy, shard
@@ -26,13 +27,22 @@ class LitLanguageModel(L.LightningModule):
     """Next-token prediction with AdamW, linear warm-up and cosine decay.
 
     Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
-    per token, which is bits per byte for byte tokens: `train_bpb` each step, `val_bpb` over all of
-    a validation.
+    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation.
+
+    Args:
+        bytes_per_token: How much text a token stands for, in training and in validation.
     """
 
-    def __init__(self, model: LanguageModel, optim: OptimConfig) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        optim: OptimConfig,
+        bytes_per_token: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         super().__init__()
         self.model, self.optim = model, optim
+        # Nats per token to bits per byte.
+        self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
 
@@ -41,27 +51,37 @@ class LitLanguageModel(L.LightningModule):
             shard(self.model, self.device_mesh["data_parallel"])
             self._sharded = True
 
-    def on_before_batch_transfer(self, batch: torch.Tensor, dataloader_idx: int) -> torch.Tensor:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.device.type != "cuda":
+            return batch
         # A copy from pinned memory does not wait for the step before it.
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+        if isinstance(batch, Packed):
+            return batch._replace(tokens=batch.tokens.pin_memory())
+        return batch.pin_memory()
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.loss(batch)
         self._parts.append(loss.detach())
         if len(self._parts) == self.trainer.accumulate_grad_batches:
-            bits = torch.stack(self._parts).mean() / math.log(2)
+            bits = torch.stack(self._parts).mean() * self.train_scale
             self._parts.clear()
             self.log("train_bpb", bits, sync_dist=self.trainer.world_size > 1)
         return loss
 
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        bits = self.loss(batch) / math.log(2)
-        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=len(batch))
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        bits = self.loss(batch) * self.val_scale
+        rows = len(batch.tokens if isinstance(batch, Packed) else batch)
+        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=rows)
 
-    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
-        logits, _ = self.model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        if isinstance(batch, Packed):
+            tokens, offsets = batch.tokens, torch.from_numpy(batch.offsets)
+            logits, _ = self.model(tokens[:, :-1].reshape(1, -1), cu_seqlens=offsets)
+        else:
+            tokens = batch
+            logits, _ = self.model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.optim

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import zipfile
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
@@ -17,6 +19,10 @@ from yaml import YAMLError
 from configs.command import compose
 from configs.schema import ConfigError, TrainConfig, train_config
 from models.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
+
+
+# The key that says which file of a group was chosen.
+CHOICES = {"model": "name", "norm": "path", "data": "source"}
 
 
 @dataclass(frozen=True)
@@ -78,15 +84,26 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
         saved = train_config(OmegaConf.create((run / CONFIG).read_text(encoding="utf-8")))
     except (OSError, UnicodeError, YAMLError, ConfigError) as error:
         raise ConfigError(damaged(run / CONFIG, str(error).splitlines()[0])) from error
-    default = _flat(compose("train", [f"model={asked.model.name}"]))
     was = _flat(saved)
-    for key, value in _flat(asked).items():
-        if key not in ("resume", "runs_dir") and value not in (default[key], was.get(key)):
+    for key, value in asked_for(asked).items():
+        if key not in ("resume", "runs_dir") and value != was.get(key):
             raise ConfigError(
                 f"{key} must be as in the run that is resumed, {was.get(key)}, got {value}; "
                 "leave it out, or start another run"
             )
     return saved
+
+
+def asked_for(config: TrainConfig) -> dict[str, Any]:
+    """The values, by dotted key, that somebody chose: those that are not the default, and those
+    that stand on the command line."""
+    typed = set()
+    if HydraConfig.initialized():
+        typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+        typed |= {f"{group}.{key}" for group, key in CHOICES.items() if group in typed}
+    default = _flat(compose("train", [f"model={config.model.name}"]))
+    values = _flat(config)
+    return {key: v for key, v in values.items() if key in typed or v != default.get(key)}
 
 
 def checkpoint_step(run: Path) -> int:
@@ -96,6 +113,9 @@ def checkpoint_step(run: Path) -> int:
     if not file.exists():
         return 0
     try:
+        with zipfile.ZipFile(file) as records:  # torch.load does not look at their checksums
+            if (name := records.testzip()) is not None:
+                raise zipfile.BadZipFile(name)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:
         raise ConfigError(damaged(file, f"{type(error).__name__} while reading it")) from error

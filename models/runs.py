@@ -21,6 +21,7 @@ from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCh
 from models.parallel import ShardedStrategy
 from models.processes import Processes
 from models.resume import RandomState
+from models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def check_devices(config: TrainerConfig) -> None:
         )
 
 
-def create_run(config: TrainConfig, rank: int = 0) -> Path:
-    """A new folder `<time>_<model>` under `config.runs_dir` that holds the composed config. Of
-    several processes only the first makes one, and only that one writes to it."""
+def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: int = 0) -> Path:
+    """A new folder `<time>_<model>` under `config.runs_dir` that holds the composed config and the
+    tokenizer. Of several processes only the first makes one, and only that one writes to it."""
     if rank:
         return Path(config.runs_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.model.name}"
@@ -83,6 +84,8 @@ def create_run(config: TrainConfig, rank: int = 0) -> Path:
             ) from error
         else:
             save_config(run, config)
+            if tokenizer is not None:
+                tokenizer.save(run)
             return run
 
 

@@ -35,7 +35,7 @@ def run_command(name: str, arguments: list[str], monkeypatch, **keys) -> object:
 def test_every_option_composes(model, data, trainer):
     config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}"])
     assert type(config.model) is MODELS[model]
-    assert config.data.name == data
+    assert config.data.source == data
     assert config.trainer.accelerator == (trainer if trainer in ("cpu", "gpu") else "auto")
     assert config.norm.path == "training"
 
@@ -74,6 +74,9 @@ def test_types_are_those_of_the_schema():
         "expand_v": 2.0,
         "num_v_heads": 4,
         "conv_size": 4,
+        "conv_bias": False,
+        "use_gate": True,
+        "allow_neg_eigval": False,
     }
 
 
@@ -101,9 +104,11 @@ BAD = [
     ("optim.betas=[0.9]", "optim.betas must be two numbers"),
     ("optim.betas=[0.9,1.0]", "optim.betas must be two numbers"),
     ("optim.min_learning_rate=1", "optim.min_learning_rate must be at most"),
+    ("data.source=web", "data.source must be one of stdlib, text, hub, got 'web'"),
+    ("trainer.accumulate=0", "trainer.accumulate must be at least 1, got 0"),
     ("data.sequence_length=0", "data.sequence_length must be at least 1, got 0"),
     ("data.hold_out=1", "data.hold_out must be at least 2, got 1"),
-    ("data=stdlb", "data must be one of stdlib, text, got 'stdlb'; did you mean stdlib?"),
+    ("data=stdlb", "data must be one of hub, stdlib, text, got 'stdlb'; did you mean stdlib?"),
     ("trainer=tpu", "trainer must be one of"),
     ("trainer.precision=fp8", "trainer.precision must be one of"),
     ("seed=-1", "seed must be at least 0 and below"),

@@ -1,6 +1,7 @@
 """Which bytes become which batch, and which files are held out."""
 
 import zlib
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from configs.command import compose
 from configs.schema import ConfigError, DataConfig
-from models import corpus
+from models import sources
 from models.corpus import Documents, load_corpus
 from models.data import TrainLoader, ValidationLoader
 
@@ -30,8 +31,9 @@ def counting(tokens: int) -> Documents:
 
 
 def settings(path: Path | str, **values) -> DataConfig:
-    defaults = {"name": "text", "hold_out": 2, "val_tokens": None, "sequence_length": 4}
-    return DataConfig(path=str(path), **{**defaults, **values})
+    defaults = asdict(compose("train", ["data=text"]).data)
+    defaults |= {"hold_out": 2, "val_tokens": None, "sequence_length": 4, "path": str(path)}
+    return DataConfig(**{**defaults, **values})
 
 
 def rows(loader: TrainLoader, batches: range) -> list[tuple[int, ...]]:
@@ -98,7 +100,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
 
 def test_validation_rows_lie_end_to_end():
     documents = Documents(np.arange(100).astype(np.uint8), np.array([0, 100]))
-    batches = list(ValidationLoader(documents, 4, 9))
+    batches = list(ValidationLoader(documents, 9, batch_size=4))
     targets = torch.cat([batch[:, 1:].flatten() for batch in batches])
     assert targets.tolist() == list(range(1, 100))
     assert [len(batch) for batch in batches] == [4, 4, 3]
@@ -106,7 +108,7 @@ def test_validation_rows_lie_end_to_end():
 
 def test_a_part_of_the_validation_rows_is_spread_over_all_of_them():
     documents = Documents((np.arange(1001) // 10).astype(np.uint8), np.array([0, 1001]))
-    begins = torch.cat([batch[:, 0] for batch in ValidationLoader(documents, 3, 10, 50)])
+    begins = torch.cat([batch[:, 0] for batch in ValidationLoader(documents, 10, 50, batch_size=3)])
     assert begins.tolist() == [0, 25, 50, 74, 99]
 
 
@@ -115,7 +117,7 @@ def test_a_part_of_the_validation_rows_is_spread_over_all_of_them():
 
 def test_the_standard_library_is_split_by_whole_files():
     data = compose("train").data
-    folder, files = corpus.find_files(data)
+    folder, files = sources.find_files(data)
     assert not [name for name in files if "site-packages" in name or name.startswith("test/")]
     loaded = load_corpus(data)
     held_out = [name for name in files if zlib.crc32(name.encode()) % data.hold_out == 0]
@@ -187,10 +189,13 @@ def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(tmp_path, 
     for i in range(6):
         (folder / f"{i}.txt").write_bytes(b"abcdefgh")
     read = []
-    rows_of = corpus._rows
-    monkeypatch.setattr(
-        corpus, "_rows", lambda folder, files: (read.append(1), (yield from rows_of(folder, files)))
-    )
+    rows_of = sources._rows
+
+    def counted(**arguments):
+        read.append(1)
+        yield from rows_of(**arguments)
+
+    monkeypatch.setattr(sources, "_rows", counted)
     first = load_corpus(settings(folder))
     second = load_corpus(settings(folder))
     assert len(read) == 1
@@ -208,7 +213,7 @@ def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(tmp_path, 
         pytest.param({"path": "."}, "none there", id="empty-folder"),
         pytest.param({"path": "*.txt"}, "no such path", id="empty-glob"),
         pytest.param({"path": "short.rst"}, "sequence_length must be below", id="short-file"),
-        pytest.param({"name": "text", "path": None}, "needs data.path", id="no-path"),
+        pytest.param({"path": None}, "needs data.path", id="no-path"),
     ],
 )
 def test_bad_data_is_one_error(tmp_path, monkeypatch, values, says):

@@ -1,0 +1,181 @@
+"""Where text comes from: files, or the Hugging Face hub, read through `datasets` and its cache.
+
+A table of documents has a column `text` (bytes, or strings of UTF-8), and for files `name`, the
+path relative to the folder they were found under; it is empty for the rows of table files.
+"""
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import ConfigError, DataConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_SUFFIXES = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# Not in every Python, or not prose or code that a person wrote to be read.
+NOT_STDLIB = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"}
+    | {"lib2to3", "pydoc_data", "encodings", "turtledemo", "ensurepip", "distutils"}
+)
+
+
+def read_source(config: DataConfig) -> "datasets.Dataset":
+    """The table of all documents that `config` names. Raises ConfigError."""
+    if config.source == "hub":
+        return open_hub(config)
+    return read_files(*find_files(config), config.column)
+
+
+def find_files(config: DataConfig) -> tuple[Path, list[str]]:
+    """The folder, and the sorted paths of the documents relative to it."""
+    if config.source == "stdlib":
+        folder = Path(config.path or sysconfig.get_path("stdlib"))
+        suffixes, skip = (".py",), NOT_STDLIB
+    elif config.path is None:
+        raise ConfigError("data=text needs data.path, got none; name a file, a folder or a glob")
+    else:
+        folder, skip = Path(config.path), frozenset()
+        suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+    if folder.is_file():
+        return folder.parent, [folder.name]
+    if folder.is_dir():
+        found = [path for path in folder.rglob("*") if path.suffix in suffixes]
+    else:
+        found = [Path(path) for path in glob.glob(str(folder), recursive=True)]
+        folder = Path(*takewhile(lambda part: not glob.has_magic(part), folder.parts))
+    names = (path.relative_to(folder) for path in found if path.is_file())
+    files = sorted(name.as_posix() for name in names if not skip.intersection(name.parts))
+    if not files:
+        why = "none there" if Path(config.path or folder).exists() else "no such path"
+        raise ConfigError(
+            f"data.path must hold files that end in {', '.join(suffixes)}, got {config.path!r} "
+            f"({why}); give another path"
+        )
+    return folder, files
+
+
+def read_files(folder: Path, files: list[str], column: str) -> "datasets.Dataset":
+    """The documents of files, from the cache when neither their names nor their sizes or times of
+    change are new."""
+    state = hashlib.sha256(f"{column}\0".encode())
+    state.update(str(folder.resolve()).encode("utf-8", "surrogateescape"))
+    for name in files:
+        stat = (folder / name).stat()
+        row = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+        state.update(row.encode("utf-8", "surrogateescape"))
+    arguments = {"folder": folder, "files": tuple(files), "column": column}
+    return make_table(_rows, arguments, state.hexdigest()[:16])
+
+
+def make_table(
+    rows: Callable[..., Iterator[dict]], arguments: dict[str, Any], fingerprint: str
+) -> "datasets.Dataset":
+    """A table of what the generator `rows` yields, kept in the cache under `fingerprint`."""
+    import datasets
+
+    features = {"name": datasets.Value("string"), "text": datasets.Value("binary")}
+    was_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # it takes a second, and the run's own bar comes next
+    try:
+        return datasets.Dataset.from_generator(
+            rows,
+            gen_kwargs=arguments,
+            features=datasets.Features(features),
+            fingerprint=fingerprint,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()
+
+
+def open_hub(config: DataConfig) -> Any:
+    """The set that `config.name` means, or its stream, with its column named `text`."""
+    import datasets
+
+    if config.name is None:
+        raise ConfigError("data=hub needs data.name, got none; name a set such as owner/name")
+    try:
+        opened = datasets.load_dataset(
+            config.name, config.config, split=config.split, streaming=config.streaming
+        )
+        columns = opened.column_names or list(next(iter(opened)))
+    except Exception as error:  # of `datasets`, the hub, the network and the files: many kinds
+        raise ConfigError(
+            f"data.name must be a text set that `datasets` can load, got {config.name!r} with "
+            f"data.config={config.config} and data.split={config.split} ({_reason(error)}); "
+            "correct them, or look at the network"
+        ) from error
+    _check_column(config.column, columns, config.name)
+    kind = getattr((opened.features or {}).get(config.column), "dtype", "string")
+    if kind not in ("string", "large_string", "binary", "large_binary"):
+        raise ConfigError(
+            f"data.column must hold text, got {config.column!r} of {config.name!r}, which holds "
+            f"{kind}; use another one of {', '.join(columns)}"
+        )
+    opened = opened.select_columns(config.column)
+    return opened if config.column == "text" else opened.rename_column(config.column, "text")
+
+
+def as_bytes(text: Any) -> bytes:
+    """A document of any column: strings as UTF-8, and nothing where the row has none."""
+    if isinstance(text, bytes):
+        return text
+    return b"" if text is None else str(text).encode("utf-8", "surrogatepass")
+
+
+def _rows(folder: Path, files: tuple[str, ...], column: str) -> Iterator[dict[str, str | bytes]]:
+    for name in files:
+        suffix = Path(name).suffix
+        if suffix in TABLE_SUFFIXES:
+            for text in _table_rows(folder / name, TABLE_SUFFIXES[suffix], column):
+                yield {"name": "", "text": text}
+        else:
+            printable = name.encode("utf-8", "backslashreplace").decode()
+            yield {"name": printable, "text": (folder / name).read_bytes()}
+
+
+def _table_rows(file: Path, kind: str, column: str) -> Iterator[bytes]:
+    import datasets
+
+    try:
+        # An escaped name is not read as a pattern. Streaming stores no second copy.
+        files = glob.escape(str(file))
+        table = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        for row in table:
+            if column not in row:
+                _check_column(column, list(row), str(file))
+            if text := as_bytes(row[column]):
+                yield text
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"data.path must hold files that are what their names say, got {str(file)!r} "
+            f"({_reason(error)}); repair or leave out that file"
+        ) from error
+
+
+def _check_column(column: str, columns: list[str], where: str) -> None:
+    if column not in columns:
+        raise ConfigError(
+            f"data.column must be a column of {where!r}, got {column!r}; "
+            f"use one of {', '.join(columns)}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    while isinstance(error.__cause__, Exception):  # the first says most
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
