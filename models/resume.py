@@ -20,7 +20,6 @@ from configs.command import compose
 from configs.schema import ConfigError, TrainConfig, train_config
 from models.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
 
-
 # The key that says which file of a group was chosen.
 CHOICES = {"model": "name", "norm": "path", "data": "source"}
 
