@@ -22,6 +22,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 NVIDIA = tl.constexpr(
     not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 )
+
+
+def hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be called at every launch."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)  # older Tritons hold a function
+
+
 UNSPECIALIZED = [
     "n_rows", "size1", "size2", "n_workers", "x_s0", "x_s1", "x_s2", "z_s0", "z_s1", "z_s2",
     "y_s0", "y_s1", "y_s2", "dy_s0", "dy_s1", "dy_s2", "dx_s0", "dx_s1", "dx_s2",
@@ -42,29 +51,77 @@ def _overlap(PDL: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(
+def _warp_sums(
     v, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
 ):
-    """Sum `v` `[ROWS, BLOCK]` over its columns to `[ROWS]`, in an order fixed by column numbers.
+    """The first part of a row's sum: `v` `[ROWS, BLOCK]` to one sum a warp, `[ROWS, WARPS]`.
 
-    First the `REPEATS` passes that the threads of a tile make over a row (in registers), then
-    neighbours, pair by pair (registers, lanes, warps). Each step adds two numbers, and a sum of two
-    has one value, so the layout cannot change the result. `tl.sum` makes no such promise.
-    `WARPS` lie side by side in a row: there `tl.split` fetches all their sums at once, where a
-    reduction would meet at a barrier for each step.
+    The order is fixed by column numbers: first the `REPEATS` passes that the threads of a tile make
+    over a row (in registers), then neighbours, pair by pair (registers, lanes). Each step adds two
+    numbers, and a sum of two has one value, so the layout cannot change the result. `tl.sum` over
+    more than two makes no such promise.
     """
     for i in tl.static_range(24):
         if (REPEATS >> i) > 1:
             v = tl.sum(tl.reshape(v, [ROWS, 2, BLOCK >> (i + 1)]), axis=1)
     for i in tl.static_range(24):
-        if ((BLOCK // REPEATS) >> i) > 1:
-            v = tl.reshape(v, [ROWS, (BLOCK // REPEATS) >> (i + 1), 2])
-            if ((BLOCK // REPEATS) >> i) == WARPS:
-                left, right = tl.split(v)
-                v = left + right
-            else:
-                v = tl.sum(v, axis=2)
+        if ((BLOCK // REPEATS) >> i) > WARPS:
+            v = tl.sum(tl.reshape(v, [ROWS, (BLOCK // REPEATS) >> (i + 1), 2]), axis=2)
+    return tl.reshape(v, [ROWS, WARPS])
+
+
+@triton.jit
+def _across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """The rest of it, `[ROWS, WARPS]` to `[ROWS]`, pair by pair. `tl.split` fetches the sums of all
+    warps in one exchange, where a reduction would meet at a barrier for each step."""
+    if WARPS > 1:
+        left, right = tl.split(tl.reshape(v, [ROWS, WARPS // 2, 2]))
+        v = left + right
+    for i in tl.static_range(1, 6):
+        if (WARPS >> i) > 1:
+            v = tl.sum(tl.reshape(v, [ROWS, WARPS >> (i + 1), 2]), axis=2)
     return tl.reshape(v, [ROWS])
+
+
+@triton.jit
+def _sum_pieces(a, b, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+    """One number a row from the warps' sums of both pieces (`b` is unused where WARPS_B is 0)."""
+    if WARPS_B == WARPS_A:
+        a += b
+    total = _across_warps(a, ROWS, WARPS_A)
+    if WARPS_B > 0 and WARPS_B != WARPS_A:
+        total += _across_warps(b, ROWS, WARPS_B)
+    return total
+
+
+@triton.jit
+def _across_warps_twice(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """`[ROWS, WARPS, 2]` to `[ROWS, 2]`: two sums a row in one exchange."""
+    for i in tl.static_range(6):
+        if (WARPS >> i) > 1:
+            v = tl.trans(tl.reshape(v, [ROWS, WARPS >> (i + 1), 2, 2]), 0, 1, 3, 2)
+            left, right = tl.split(v)
+            v = left + right
+    return tl.reshape(v, [ROWS, 2])
+
+
+@triton.jit
+def _sum_pieces_twice(a, b, c, d, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+    """`_sum_pieces` of `a, b` and of `c, d` in one exchange."""
+    first = tl.join(a, c)
+    if WARPS_B == WARPS_A:
+        first += tl.join(b, d)
+    total = _across_warps_twice(first, ROWS, WARPS_A)
+    if WARPS_B > 0 and WARPS_B != WARPS_A:
+        total += _across_warps_twice(tl.join(b, d), ROWS, WARPS_B)
+    return tl.split(total)
+
+
+@triton.jit
+def _row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
+    """All of it for one row: `[1, BLOCK]` to `[1]`."""
+    v = _warp_sums(v, 1, BLOCK, REPEATS, WARPS)
+    return _sum_pieces(v, v, 1, WARPS, 0)
 
 
 @triton.jit
@@ -286,18 +343,21 @@ def forward_kernel(
             u_a -= tl.load(mean_ptr + stat, mask=live, other=0.0)[:, None]
     else:
         if not IS_RMS:
-            total = _row_sum(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_a = _warp_sums(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_b = sums_a
             if BLOCK_B > 0:
-                total += _row_sum(u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
-            mean = _mean(total, N)
+                sums_b = _warp_sums(u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+            mean = _mean(_sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B), N)
             u_a = _centre(u_a, mean, 0, N, BLOCK_A, FULL_A)
             if BLOCK_B > 0:
                 u_b = _centre(u_b, mean, BLOCK_A, N, BLOCK_B, FULL)
             if mean_ptr is not None:
                 tl.store(mean_ptr + stat, mean, mask=live)
-        total = _row_sum(u_a * u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+        sums_a = _warp_sums(u_a * u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+        sums_b = sums_a
         if BLOCK_B > 0:
-            total += _row_sum(u_b * u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+            sums_b = _warp_sums(u_b * u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+        total = _sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
         rstd = _rsqrt(_mean(total, N) + eps)
         if rstd_ptr is not None:
             tl.store(rstd_ptr + stat, rstd, mask=live)
@@ -490,15 +550,21 @@ def backward_kernel(
             if not IS_RMS:
                 c2 = tl.load(c2_ptr + stat, mask=live, other=0.0)
         else:
-            c1 = _row_sum(dxhat_a * xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_a = _warp_sums(dxhat_a * xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_b = sums_a
             if BLOCK_B > 0:
-                c1 += _row_sum(dxhat_b * xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
-            c1 = _mean(c1, N)
-            if not IS_RMS:
-                c2 = _row_sum(dxhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+                sums_b = _warp_sums(dxhat_b * xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+            if IS_RMS:
+                c1 = _sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
+            else:
+                plain_a = _warp_sums(dxhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+                plain_b = plain_a
                 if BLOCK_B > 0:
-                    c2 += _row_sum(dxhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+                    plain_b = _warp_sums(dxhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+                c1, c2 = _sum_pieces_twice(
+                    sums_a, sums_b, plain_a, plain_b, ROWS, WARPS_A, WARPS_B)  # fmt: skip
                 c2 = _mean(c2, N)
+            c1 = _mean(c1, N)
         if RELOAD:
             dy_a, x_a, z_a = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
                                    live, first, N, BLOCK_A, FULL_A, "evict_first")  # fmt: skip
@@ -567,7 +633,7 @@ def forward_sums_kernel(
             u, _ = _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
                                 GATE_FIRST, SIGMOID)  # fmt: skip
             total += u
-        mean = _mean(_row_sum(total, 1, BLOCK, REPEATS, WARPS), N)
+        mean = _mean(_row_sum(total, BLOCK, REPEATS, WARPS), N)
         tl.store(mean_ptr + pid + tl.arange(0, 1), mean)
     total = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
@@ -576,7 +642,7 @@ def forward_sums_kernel(
         if not IS_RMS:
             u = _centre(u, mean, first, N, BLOCK, FULL)
         total += u * u
-    total = _row_sum(total, 1, BLOCK, REPEATS, WARPS)
+    total = _row_sum(total, BLOCK, REPEATS, WARPS)
     rstd = _rsqrt(_mean(total, N) + eps)
     tl.store(rstd_ptr + pid + tl.arange(0, 1), rstd)
 
@@ -629,10 +695,10 @@ def backward_sums_kernel(
             BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip
         c1 += dxhat * xhat
         c2 += dxhat
-    c1 = _row_sum(c1, 1, BLOCK, REPEATS, WARPS)
+    c1 = _row_sum(c1, BLOCK, REPEATS, WARPS)
     tl.store(c1_ptr + pid + tl.arange(0, 1), _mean(c1, N))
     if not IS_RMS:
-        c2 = _row_sum(c2, 1, BLOCK, REPEATS, WARPS)
+        c2 = _row_sum(c2, BLOCK, REPEATS, WARPS)
         tl.store(c2_ptr + pid + tl.arange(0, 1), _mean(c2, N))
 
 

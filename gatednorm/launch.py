@@ -1,8 +1,8 @@
 """Tiles and launches: which program owns which rows, and how a compiled kernel is started.
 
 Tiles follow from the group's width and the options, never from the number of rows. A call's
-arguments to Triton are worked out once and kept with its Problem; then a launch is a few pointers
-and a call into the compiled kernel, past Triton's own binder, which costs more than the kernel.
+arguments are worked out once and kept with its Problem; then a launch is a few pointers and a call
+into the driver (`driver.py`), past Triton's own binder, which costs more than the kernel.
 """
 
 import functools
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels import INTERPRETED, NVIDIA, tl
+from .driver import direct_start
+from .kernels import INTERPRETED, NVIDIA, hooked, tl
 from .problem import Problem, rows_of
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -40,7 +41,8 @@ class Tile(NamedTuple):
         """How a row's sum runs: 8 columns a thread, 256 a warp, side by side, then repeated."""
         options = {}
         for piece, block in (("A", self.block_a), ("B", self.block_b)):
-            options[f"WARPS_{piece}"] = max(1, min(self.num_warps, block // 256))
+            warps = max(1, min(self.num_warps, block // 256))
+            options[f"WARPS_{piece}"] = warps if block else 0
             options[f"REPEATS_{piece}"] = max(1, block // (256 * self.num_warps))
         return options
 
@@ -70,11 +72,11 @@ def forward_tile(n: int) -> Tile:
         return Tile(1024 // a, a, b, 1, 2)
     if a < 8192:
         return Tile(1, a, b, 1, 4 if a < 4096 else 8)
-    return Tile(1, a, b, 1, a // 1024, hoist=False, maxnreg=64)
+    return Tile(1, a, b, 1, 8 if a + b == 8192 else 16, hoist=False, maxnreg=64)
 
 
 @functools.cache
-def backward_tile(n: int) -> Tile:
+def backward_tile(n: int, bias: bool = False) -> Tile:
     """The backward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
@@ -84,9 +86,10 @@ def backward_tile(n: int) -> Tile:
     if a < 1024:
         return Tile(512 // a, a, b, 1, 1, stages=3, workers_per_sm=8)
     if a < 2048:
-        return Tile(1, a, b, 1, 2, stages=3, workers_per_sm=4)
+        warps, workers = (4, 3) if b else (2, 4)
+        return Tile(1, a, b, 1, warps, stages=3, workers_per_sm=workers)
     if a < 4096:
-        return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=2)
+        return Tile(1, a, b, 1, 8 if b and bias else 4, stages=3, workers_per_sm=2)
     if a + b == 4096:
         return Tile(1, a, b, 1, 8, stages=1, workers_per_sm=2)
     if a + b <= 8192:
@@ -111,12 +114,12 @@ def _overlaps(device: torch.device) -> bool:
 class Launch:
     """One kernel with all that a call needs but its tensors.
 
-    The first call goes through Triton, which compiles; later ones start the compiled kernel with
-    the tensors' addresses. Addresses that are not divisible by 16, for which Triton compiles
-    another variant, and other vendors' GPUs always go through Triton.
+    The first call goes through Triton, which compiles; later ones hand the tensors' addresses to
+    the driver. Addresses that are not divisible by 16, for which Triton compiles another variant,
+    profilers that hook into Triton's launches, and other vendors' GPUs always go through Triton.
     """
 
-    __slots__ = ("device", "grid", "kernel", "options", "runner", "scalars", "static")
+    __slots__ = ("device", "grid", "kernel", "options", "scalars", "start")
 
     def __init__(self, kernel, device, grid: int, scalars: tuple, options: dict, tile: Tile | None):
         self.kernel = kernel
@@ -124,8 +127,7 @@ class Launch:
         self.grid = (grid, 1, 1)
         self.scalars = scalars
         self.options = options | {"PDL": not INTERPRETED and _overlaps(device)}
-        self.static = (*scalars, *self.options.values())
-        self.runner = None
+        self.start = None
         if not INTERPRETED:
             self.options |= {"num_warps": tile.num_warps if tile else 4, "enable_fp_fusion": False}
             if NVIDIA:
@@ -133,25 +135,23 @@ class Launch:
                 self.options |= {"maxnreg": tile.maxnreg if tile else None}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        runner = self.runner
-        if runner is None:
+        start = self.start
+        if start is None:
             return self._through_triton(tensors)
+        pointers = [t.data_ptr() for t in tensors if t is not None]
         bits = 0
-        pointers = []
-        for t in tensors:
-            if t is None:
-                pointers.append(None)
-            else:
-                pointer = t.data_ptr()
-                bits |= pointer
-                pointers.append(pointer)
-        if bits & 15:
+        for pointer in pointers:
+            bits |= pointer
+        if bits & 15 or hooked():
             return self._through_triton(tensors)
         index = self.device.index
-        if index != torch._C._cuda_getDevice():
+        if index == torch._C._cuda_getDevice():
+            started = start(pointers, torch._C._cuda_getCurrentRawStream(index))
+        else:
             with torch.cuda.device(index):
-                return runner(*pointers, *self.static)
-        return runner(*pointers, *self.static, stream=torch._C._cuda_getCurrentRawStream(index))
+                started = start(pointers, torch._C._cuda_getCurrentRawStream(index))
+        if not started:  # Triton repeats it: with a context of its own, or with a proper error
+            self._through_triton(tensors)
 
     def _through_triton(self, tensors: tuple) -> None:
         kernel = self.kernel[self.grid]
@@ -161,7 +161,7 @@ class Launch:
         with torch.get_device_module(self.device).device(self.device.index):
             compiled = kernel(*tensors, *self.scalars, **self.options)
             if NVIDIA and not any(t is not None and t.data_ptr() % 16 for t in tensors):
-                self.runner = compiled[self.grid]
+                self.start = direct_start(compiled, self.grid, self.scalars)
 
 
 def _pad(strides: tuple[int, ...]) -> tuple[int, int, int]:
@@ -256,7 +256,7 @@ def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> 
 
 
 def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
-    tile = backward_tile(p.group_size)
+    tile = backward_tile(p.group_size, bias is not None)
     inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
     wide = tile.chunks > 1
     norm = _norm_options(p, z)

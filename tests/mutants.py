@@ -4,12 +4,29 @@ K, L, C = "kernels.py", "launch.py", "cpu.py"
 
 MUTANTS = {
     # sums over a row
-    "row sum subtracts": (K, "v = left + right", "v = left - right"),
+    "row sum subtracts": (
+        K,
+        "2, 2]))\n        v = left + right",
+        "2, 2]))\n        v = left - right",
+    ),
+    "two row sums subtract": (K, "            v = left + right", "            v = left - right"),
     "mean of an odd width": (K, "tl.div_rn(total, N * 1.0)", "tl.div_rn(total, N + 1.0)"),
     "mean of a power of two": (K, "total * (1.0 / N)", "total * (2.0 / N)"),
     "newton step": (K, "r, r, 1.5)", "r, r, 1.4999)"),
-    "second piece of the variance": (K, "_row_sum(u_b * u_b", "_row_sum(u_b"),
-    "second piece of c1 replaces": (K, "c1 += _row_sum(dxhat_b", "c1 = _row_sum(dxhat_b"),
+    "second piece of the variance": (K, "_warp_sums(u_b * u_b", "_warp_sums(u_b"),
+    "second piece of c1": (K, "_warp_sums(dxhat_b * xhat_b", "_warp_sums(dxhat_b"),
+    "second piece replaces the first": (K, "        a += b\n", "        a = b\n"),
+    "second piece of other warps replaces the first": (
+        K,
+        "total += _across_warps(b, ",
+        "total = _across_warps(b, ",
+    ),
+    "second piece of two sums": (K, "first += tl.join(b, d)", "first += tl.join(b, b)"),
+    "second piece of two sums, other warps": (
+        K,
+        "total += _across_warps_twice(tl.join(b, d)",
+        "total += _across_warps_twice(tl.join(b, b)",
+    ),
     "c2 is a sum": (K, "c2 = _mean(c2, N)", "c2 = c2"),
     "eps inside the mean": (
         K,

@@ -127,8 +127,11 @@ def test_parameter_gradients_repeat(width):
     [(True, 1, 128), (True, 8, 1024), (False, 1, 2048), (True, 1, 5120), (True, 1, 20_000)],
 )
 def test_bf16_bits_of_the_reference(is_rms_norm, groups, width, norm_before_gate, numerics):
-    """At least 99.99% of two million elements; the rest one unit off (two where an early rounding
-    moved and the weight then carried it over a power of two).
+    """At least 99.99% of two million elements; the rest one unit off.
+
+    Where a value is rounded early, an error of fp32 can move that by one unit, and a product after
+    it makes two of one (1.0 times 1.99 has units half as large, relative to it): two for `mamba2`,
+    with the weight after the rounding, and four for `qwen3_next`, with weight and gate.
 
     Layer norm subtracts the mean: an element that lies next to it keeps the fp32 error of the mean,
     many units of its own last place, and is held to 4 fp32 units of its row's largest instead."""
@@ -153,7 +156,7 @@ def test_bf16_bits_of_the_reference(is_rms_norm, groups, width, norm_before_gate
         row_scale = want.double().abs().amax(-1, keepdim=True)
         judged &= (got.double() - want.double()).abs() > 2**-22 * row_scale
     off = torch.where(judged, off, 0)
-    assert int(off.max()) <= (1 if numerics == "fp32" else 2)
+    assert int(off.max()) <= {"fp32": 1, "mamba2": 2, "qwen3_next": 4}[numerics]
     share = float((off > 0).double().mean())
     assert share <= 1e-4, f"{share:.4%} differ"
 

@@ -133,8 +133,8 @@ def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_be
     chosen = launch.backward_tile
     names = ("hoist", "reload") if switches == "both" else (switches,)
 
-    def flipped(n):
-        tile = chosen(n)
+    def flipped(n, bias):
+        tile = chosen(n, bias)
         return tile._replace(**{name: not getattr(tile, name) for name in names})
 
     change_tiles(backward_tile=flipped)
@@ -146,13 +146,27 @@ def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_be
         check(case, kernels.device)
 
 
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+def test_sums_across_warps(kernels, change_tiles, is_rms_norm, warps):
+    """A row in two pieces, 1024 + 512: spread over as many warps (1, 2), or over fewer (4)."""
+    forward, backward = launch.forward_tile, launch.backward_tile
+    change_tiles(
+        forward_tile=lambda n: forward(n)._replace(num_warps=warps),
+        backward_tile=lambda n, bias: backward(n, bias)._replace(num_warps=warps),
+    )
+    sums = launch.forward_tile(1300).sums
+    assert (sums["WARPS_A"], sums["WARPS_B"]) == (warps, min(warps, 2))
+    check(Case((2,), 1300, 1, is_rms_norm, bias=True), kernels.device)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5, 150])
 def test_any_number_of_workers(kernels, change_tiles, workers):
     """Each worker walks over several row tiles; the last share is smaller than the others. Their
     sums are added up in several steps when there are many."""
     chosen = launch.backward_tile
     change_tiles(
-        backward_tile=lambda n: chosen(n)._replace(rows=2, workers_per_sm=workers),
+        backward_tile=lambda n, bias: chosen(n, bias)._replace(rows=2, workers_per_sm=workers),
         _multiprocessors=lambda device: 1,
     )
     for rows in (1, 2, 9, 23) if workers < 100 else (401,):

@@ -26,6 +26,7 @@ SUBSETS = {
     "kernels": [
         "tests/test_kernels.py::test_every_masked_load_says_what_lies_outside",
         "tests/test_kernels.py::test_backward_switches",
+        "tests/test_kernels.py::test_sums_across_warps",
         "tests/test_numerics.py::test_strides",
         "tests/test_numerics.py::test_every_combination_of_options",
         "tests/test_kernels.py::test_wide_schedule",
@@ -39,6 +40,8 @@ SUBSETS = {
 
 # Mutants whose name starts so are noticed soonest by this test.
 FIRST = {
+    "second piece": "tests/test_kernels.py::test_sums_across_warps",
+    "two row": "tests/test_kernels.py::test_sums_across_warps",
     "wide": "tests/test_kernels.py::test_wide_schedule",
     "mean of a power": "tests/test_kernels.py::test_wide_schedule",
     "offsets": "tests/test_kernels.py::test_offsets_beyond_32_bits",
