@@ -32,6 +32,7 @@ class GatedDeltaNet(nn.Module):
         conv_bias: whether the convolution has a bias.
         allow_neg_eigval: beta in (0, 2) instead of (0, 1).
         use_gate: whether the output norm is gated.
+        gate_activation: of that gate, "silu" or "sigmoid".
         chunk_size: tokens per chunk of the scan; None for the device's default.
         norm_eps: inside the root of the output norm.
         norm_path: "training" (autograd) or "inference".
@@ -51,6 +52,7 @@ class GatedDeltaNet(nn.Module):
         conv_bias: bool = False,
         allow_neg_eigval: bool = False,
         use_gate: bool = True,
+        gate_activation: str = "silu",
         chunk_size: int | None = None,
         norm_eps: float = 1e-5,
         norm_path: str = "training",
@@ -70,7 +72,13 @@ class GatedDeltaNet(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(self.conv_dim)) if conv_bias else None
         self.A_log = nn.Parameter(torch.empty(num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_v_heads))
-        self.norm = RMSNorm(self.v_head_dim, norm_eps, norm_before_gate=True, path=norm_path)
+        self.norm = RMSNorm(
+            self.v_head_dim,
+            norm_eps,
+            norm_before_gate=True,
+            activation=gate_activation,
+            path=norm_path,
+        )
         self.out_proj = nn.Linear(value_dim, hidden_size, bias=False)
         # rmsnorm(x) * K^-0.5 with eps / K is x / sqrt(sum(x^2) + eps)
         self.register_buffer("l2_scale", torch.full((head_dim,), head_dim**-0.5), persistent=False)

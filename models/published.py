@@ -299,6 +299,7 @@ def _gated_deltanet_arguments(c: dict) -> dict:
             "conv_size": c.get("conv_size", 4),
             "allow_neg_eigval": c.get("allow_neg_eigval", False),
             "use_gate": c.get("use_gate", True),
+            "gate_activation": c.get("output_gate_activation", "swish"),
         },
     }
 

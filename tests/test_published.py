@@ -1,6 +1,7 @@
 """Published checkpoints: transformers writes and runs the Mamba-2 ones, plain torch the others."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from models.generation import generate
-from models.published import load_published
+from models.language_model import LanguageModel
+from models.published import FORMATS, load_published
 
 LIMIT = (0.0, 0.05)
 
@@ -39,10 +41,11 @@ def mamba2(tie=False, vocab_size=64, **options):
     return model
 
 
-def train(model, steps):
-    """Plain SGD-like steps on a language with structure: each token follows from the last two."""
+def train(model, steps, parameters_of=None):
+    """AdamW on a language with structure: each token follows from the last two."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    trained = model if parameters_of is None else parameters_of
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
     for _ in range(steps):
         tokens = torch.randint(0, 64, (4, 48), generator=generator)
         for t in range(2, 48):
@@ -51,7 +54,7 @@ def train(model, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval()
+    return trained.eval()
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +242,12 @@ def fla_forward(w, tokens, c=FLA):
             qkv.append(y.unflatten(-1, (heads, -1)))
         a = F.linear(h, w[f"{p}attn.a_proj.weight"]) + w[f"{p}attn.dt_bias"]
         g = -w[f"{p}attn.A_log"].exp() * F.softplus(a)
-        beta = 2 * torch.sigmoid(F.linear(h, w[f"{p}attn.b_proj.weight"]))
+        beta = torch.sigmoid(F.linear(h, w[f"{p}attn.b_proj.weight"]))
+        beta = 2 * beta if c["allow_neg_eigval"] else beta
         o, _ = torch_recurrent_gated_delta_rule(*qkv, g, beta, use_qk_l2norm_in_kernel=True)
         gate = F.linear(h, w[f"{p}attn.g_proj.weight"]).unflatten(-1, (c["num_v_heads"], -1))
-        o = rms(o, w[f"{p}attn.o_norm.weight"]) * F.silu(gate)
+        act = torch.sigmoid if c.get("output_gate_activation") == "sigmoid" else F.silu
+        o = rms(o, w[f"{p}attn.o_norm.weight"]) * act(gate)
         x = x + F.linear(o.flatten(2), w[f"{p}attn.o_proj.weight"])
         h = rms(x, w[p + "mlp_norm.weight"])
         up = F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(
@@ -258,14 +263,51 @@ def write(folder, config, weights):
     return folder
 
 
-def test_gated_deltanet_in_the_layout_of_fla(tmp_path):
-    weights = fla_weights()
-    ours = load_published(write(tmp_path, FLA, weights))
+def fla_train(steps, c=FLA):
+    """A model of ours that learned the language of `train`, as weights with FLA's names."""
+    torch.manual_seed(0)
+    arguments, entries = FORMATS["gated_deltanet"]
+    model = LanguageModel(**arguments(c))
+    train(lambda input_ids, labels: _loss(model, input_ids), steps, model)
+    filled, weights = {}, {}
+    for source, target, rows in entries(model):
+        parameter = model.get_parameter(target).detach()
+        start = filled.get(target, 0)
+        filled[target] = start + (len(parameter) if rows is None else rows)
+        value = parameter[start : filled[target]].clone()
+        weights[source] = value[:, None] if "conv1d" in source else value
+    return weights
+
+
+def _loss(model, tokens):
+    logits = model(tokens)[0][:, 1:-1]
+    return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten()))
+
+
+FLA_CASES = {
+    "random-neg_eigval": (FLA, 0),
+    "random-sigmoid": ({**FLA, "output_gate_activation": "sigmoid"}, 0),
+    "trained200": ({**FLA, "vocab_size": 64, "allow_neg_eigval": False}, 200),
+}
+
+
+@pytest.mark.parametrize("case", FLA_CASES)
+def test_gated_deltanet_in_the_layout_of_fla(case, tmp_path):
+    """Logits and greedy text, against FLA's model in plain torch from the same tensors."""
+    config, steps = FLA_CASES[case]
+    weights = fla_train(steps, config) if steps else fla_weights(config)
+    ours = load_published(write(tmp_path, config, weights))
     tokens = torch.randint(0, 50, (2, 45))
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(tokens)[0], fla_forward(weights, tokens), rtol=1e-4, atol=1e-4
+            ours(tokens)[0], fla_forward(weights, tokens, config), rtol=1e-4, atol=1e-4
         )
+        text = tokens = torch.tensor([[5, 3, 7, 6, 2, 1, 0, 4]])
+        for _ in range(12):
+            logits = fla_forward(weights, text, config)
+            text = torch.cat((text, logits[:, -1:].argmax(-1)), dim=1)
+    continuation = torch.stack(list(generate(ours, tokens, 12, temperature=0)), dim=1)
+    assert torch.equal(continuation, text[:, 8:])
 
 
 def test_mlp_size_follows_flas_rule(tmp_path):
