@@ -9,13 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,9 +24,9 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.manual import CONFIG_DIR, manual
 from configs.schema import ConfigError, all_keys, infer_config, nearest, train_config
 
-CONFIG_DIR = Path(__file__).resolve().parent
 CHECKS = {"train": train_config, "infer": infer_config}
 
 
@@ -72,6 +71,9 @@ def command(
                 version_base="1.3", config_path=str(CONFIG_DIR), config_name=name
             )
             try:
+                if {"-h", "--help"} & set(sys.argv):
+                    print(_manual(name))
+                    return
                 if several:
                     for job in _jobs(sys.argv[1:]):
                         compose(name, job)
@@ -82,10 +84,12 @@ def command(
                 sys.exit(130)
             except ConfigError as error:
                 _fail(name, str(error))
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
                 jobs = _jobs(sys.argv[1:]) if several else [sys.argv[1:]]
-                found = (explain(name, job) for job in jobs)
-                _fail(name, next(filter(None, found), None) or _first_line(error))
+                found = _explain_first(name, jobs)
+                if found is None and type(error) is ValueError:  # not one that Hydra makes of a key
+                    raise
+                _fail(name, found or _first_line(error))
 
         return run
 
@@ -101,8 +105,7 @@ def compose(name: str, overrides: list[str] | None = None) -> Any:
 def explain(name: str, arguments: list[str]) -> str | None:
     """Which of the command line's overrides cannot be right, and what was probably meant."""
     with _hydra():
-        loader = GlobalHydra.instance().config_loader()
-        groups = _groups(loader)
+        groups = _groups(name)
         keys = all_keys(OmegaConf.to_container(hydra.compose(name)))
         # Groups first: what keys there are depends on them.
         for argument in sorted(arguments, key=lambda a: a.partition("=")[0] not in groups):
@@ -118,13 +121,29 @@ def explain(name: str, arguments: list[str]) -> str | None:
                     "for example \"data.path='a (copy).txt'\""
                 )
             key, value = override.key_or_group, override.value()
-            if key in groups and isinstance(value, str) and value not in groups[key]:
+            if override.is_sweep_override():
+                return f"{argument!r} has several values; give one, or add -m to try them all"
+            named = value if isinstance(value, list) else [value]
+            if key in groups and not all(name in groups[key] for name in named):
                 options = ", ".join(groups[key])
-                return f"{key} must be one of {options}, got {value!r}{nearest(value, groups[key])}"
+                hint = nearest(str(value), groups[key])
+                return f"{key} must be one of {options}, got {value!r}{hint}"
             if key in groups:
                 keys = all_keys(OmegaConf.to_container(hydra.compose(name, [argument])))
             elif key not in keys and not override.is_add():
                 return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
+    return None
+
+
+def _manual(name: str) -> str:
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    with _hydra():
+        return manual(name, overrides, _groups(name))
+
+
+def _explain_first(name: str, jobs: list[list[str]]) -> str | None:
+    with suppress(HydraException, OmegaConfBaseException):  # wrong in yet another way
+        return next(filter(None, (explain(name, job) for job in jobs)), None)
     return None
 
 
@@ -156,12 +175,12 @@ def _own(results: list[tuple[list[str], Any]]) -> list[tuple[str, Any]]:
     ]
 
 
-def _groups(loader: ConfigLoader, parent: str = "") -> dict[str, list[str]]:
-    return {
-        group: loader.get_group_options(group)
-        for group in loader.list_groups(parent)
-        if group not in ("hydra", "__pycache__")
-    }
+def _groups(name: str) -> dict[str, list[str]]:
+    """The options of each config group that `name`.py has."""
+    loader = GlobalHydra.instance().config_loader()
+    chosen = hydra.compose(name, return_hydra_config=True).hydra.runtime.choices
+    groups = sorted(group for group in chosen if group.partition("/")[0] != "hydra")
+    return {group: loader.get_group_options(group) for group in groups}
 
 
 def _take_verbatim(texts: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | None]:

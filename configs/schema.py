@@ -246,8 +246,9 @@ def _stop_strings(text: str) -> list[str]:
 
 def nearest(word: str, choices: Any) -> str:
     """'; did you mean ...?' for the choice that is spelt most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {str(choice).lower(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def all_keys(config: Any, prefix: str = "") -> list[str]:
