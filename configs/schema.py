@@ -86,7 +86,7 @@ class Mamba2Config(ModelConfig):
     conv_size: int = number(at_least=1)
     conv_bias: bool = True
     bias: bool = False
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_limit: list[float] = field(default_factory=lambda: [0.0, math.inf])
 
 
 MODELS = {"fla": FlaConfig, "mamba2": Mamba2Config}
@@ -198,7 +198,7 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"
         )
-    limits = getattr(config.model, "dt_limit", (0.0, 1.0))
+    limits = getattr(config.model, "dt_limit", [0.0, 1.0])
     if len(limits) != 2 or not 0 <= limits[0] < limits[1]:
         raise ConfigError(
             f"model.dt_limit must be two numbers from 0, the second above the first, got "

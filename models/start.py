@@ -72,7 +72,7 @@ def describe(model: LanguageModel) -> ModelConfig:
             n_groups=mixer.n_groups,
             norm_groups=None if groups == mixer.n_groups else groups,
             bias=mixer.in_proj.bias is not None,
-            dt_limit=tuple(mixer.dt_limit),
+            dt_limit=list(mixer.dt_limit),
             **shared,
         )
     else:
