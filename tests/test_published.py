@@ -265,10 +265,17 @@ def write(folder, config, weights):
 
 def fla_train(steps, c=FLA):
     """A model of ours that learned the language of `train`, as weights with FLA's names."""
+    return train_weights(
+        lambda model: train(lambda input_ids, labels: _loss(model, input_ids), steps, model), c
+    )
+
+
+def train_weights(learn, c=FLA):
+    """What `learn` makes of a new model of ours, as weights with FLA's names."""
     torch.manual_seed(0)
     arguments, entries = FORMATS["gated_deltanet"]
     model = LanguageModel(**arguments(c))
-    train(lambda input_ids, labels: _loss(model, input_ids), steps, model)
+    learn(model)
     filled, weights = {}, {}
     for source, target, rows in entries(model):
         parameter = model.get_parameter(target).detach()
