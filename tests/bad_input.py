@@ -219,6 +219,7 @@ CHECKPOINTS = [
     resume("no `config.yaml`", lambda folder: (folder / "runs/stopped/config.yaml").unlink()),
     resume("a run that is complete", write("runs/stopped/loss.png", b"")),
     resume("cut in half", edit(LAST, lambda data: data[: len(data) // 2])),
+    resume("a bit flipped", edit(LAST, lambda data: flip(data, len(data) // 2))),
     resume("a pickle that would run code", write(LAST, pickle.dumps(RunsCode(), 2))),
     resume("of another learning rate", nothing, "optim.learning_rate=1"),
 ]
