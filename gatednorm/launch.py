@@ -61,13 +61,13 @@ def _pieces(n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_tile(n: int) -> Tile:
+def forward_tile(n: int, bias: bool = False) -> Tile:
     """The forward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
     a, b = _pieces(n)
     if a < 256:
-        return Tile(min(128, 2048 // a), a, b, 1, 4)
+        return Tile(16, a, b, 1, 2) if bias and a >= 64 else Tile(min(128, 2048 // a), a, b, 1, 4)
     if a < 1024:
         return Tile(1024 // a, a, b, 1, 2)
     if a < 8192:
@@ -219,7 +219,7 @@ def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
 
 
 def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch | None]:
-    tile = forward_tile(p.group_size)
+    tile = forward_tile(p.group_size, bias is not None)
     inner, (sx, sz, sy), rows = _geometry(p, tile, [x, z, out])
     wide = tile.chunks > 1
     norm = _norm_options(p, z)

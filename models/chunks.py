@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -184,18 +184,33 @@ def sequence_ends(segments: tuple[int, ...]) -> tuple[dict[int, int], dict[int, 
 
 
 def gpu_kernels(x: Tensor) -> ModuleType | None:
-    """``models.kernels`` for a tensor on a GPU, with triton and MODELS_TRITON=1; else None."""
+    """``models.kernels`` for a tensor on a GPU, with triton, unless MODELS_TRITON=0; else None."""
     return _kernels() if x.device.type == "cuda" else None
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    # Right under Triton's interpreter, not yet checked on a GPU, where a like loop of another
-    # project is known to go wrong on Hopper with Triton 3.4 to 3.7.0. Until then, only when asked.
-    asked = os.environ.get("MODELS_TRITON") == "1"
+    # A like loop of another project goes wrong on Hopper with Triton 3.4 to 3.7.0; these were
+    # compared with float64 on an H200 with Triton 3.6 (docs/models.md).
+    asked = os.environ.get("MODELS_TRITON") != "0"
     if not asked or importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("models.kernels")
+
+
+def packed_projection(linear: nn.Linear, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """One product for several projections: x [B, T, D] to slices [B, T, width] of one tensor.
+
+    On a GPU its rows are padded to a multiple of 64 channels, 128 bytes in 16 bits: Hopper's fast
+    matrix kernels, and whole vectors in all that reads the slices, need rows that begin so. For a
+    few tokens the copy of the weight would cost more than that gains.
+    """
+    rest = -linear.out_features % 64
+    if x.device.type != "cuda" or rest == 0 or x.shape[0] * x.shape[1] < 256:
+        return linear(x).split(widths, dim=-1)
+    weight = F.pad(linear.weight, (0, 0, 0, rest))
+    bias = None if linear.bias is None else F.pad(linear.bias, (0, rest))
+    return F.linear(x, weight, bias).split([*widths, rest], dim=-1)[:-1]
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

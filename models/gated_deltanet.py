@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm, rmsnorm_fn
-from models.chunks import check_mixer_state, sequence_offsets
+from models.chunks import check_mixer_state, packed_projection, sequence_offsets
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.short_conv import short_conv
 
@@ -125,7 +125,7 @@ class GatedDeltaNet(nn.Module):
         offsets = sequence_offsets(cu_seqlens, batch, tokens)
         shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
         conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
-        qkv, z, b, a = self.in_proj(x).split(self.widths, dim=-1)
+        qkv, z, b, a = packed_projection(self.in_proj, x, self.widths)
         qkv, conv_state = short_conv(qkv, self.conv_weight, self.conv_bias, conv_state, offsets)
 
         qk, v = qkv.split(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.chunks import check_mixer_state, sequence_offsets, state_dtype
+from models.chunks import check_mixer_state, packed_projection, sequence_offsets, state_dtype
 from models.short_conv import short_conv
 from models.ssd import chunk_ssd, recurrent_ssd
 
@@ -122,7 +122,7 @@ class Mamba2(nn.Module):
         offsets = sequence_offsets(cu_seqlens, batch, tokens)
         shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
         conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
-        z, xbc, dt = self.in_proj(x).split(self.widths, dim=-1)
+        z, xbc, dt = packed_projection(self.in_proj, x, self.widths)
         xbc, conv_state = short_conv(xbc, self.conv_weight, self.conv_bias, conv_state, offsets)
 
         maps = self.n_groups * self.d_state

@@ -55,6 +55,7 @@ def print_texts(
                 print(piece, end="", flush=True)
             print("\n" if number < len(prompts) else "")
         speeds.add(batch.results)
+    print(file=sys.stderr)  # between the text and what is said about it
     return speeds
 
 

@@ -20,8 +20,12 @@ from configs.command import compose
 from configs.schema import ConfigError, TrainConfig, train_config
 from models.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
 
-# The key that says which file of a group was chosen.
-CHOICES = {"model": "name", "norm": "path", "data": "source"}
+# What somebody chose who chose a file of a group.
+CHOICES = {
+    "model": ["model.name"],
+    "data": ["data.source"],
+    "trainer": ["trainer.accelerator", "trainer.strategy"],
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,18 @@ def _newest_stopped(runs_dir: Path, model: str) -> Path | None:
 
 
 def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
-    """The config that `run` was started with. Raises ConfigError when `asked` wants another value
-    for anything, because a resumed run that is not the same run has no meaning."""
+    """The config that `run` was started with, on the devices that `asked` wants. Raises ConfigError
+    when it wants anything else to be different: that would not be the same run."""
     try:
         saved = train_config(OmegaConf.create((run / CONFIG).read_text(encoding="utf-8")))
     except (OSError, UnicodeError, YAMLError, ConfigError) as error:
         raise ConfigError(damaged(run / CONFIG, str(error).splitlines()[0])) from error
     was = _flat(saved)
     for key, value in asked_for(asked).items():
-        if key not in ("resume", "runs_dir") and value != was.get(key):
+        section, _, name = key.partition(".")
+        if section == "trainer" and name != "accumulate":  # whose parts the loader counts
+            setattr(saved.trainer, name, value)
+        elif key not in ("resume", "runs_dir") and value != was.get(key):
             raise ConfigError(
                 f"{key} must be as in the run that is resumed, {was.get(key)}, got {value}; "
                 "leave it out, or start another run"
@@ -99,7 +106,7 @@ def asked_for(config: TrainConfig) -> dict[str, Any]:
     typed = set()
     if HydraConfig.initialized():
         typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
-        typed |= {f"{group}.{key}" for group, key in CHOICES.items() if group in typed}
+        typed |= {key for group, keys in CHOICES.items() if group in typed for key in keys}
     default = _flat(compose("train", [f"model={config.model.name}"]))
     values = _flat(config)
     return {key: v for key, v in values.items() if key in typed or v != default.get(key)}

@@ -152,7 +152,7 @@ def test_sums_across_warps(kernels, change_tiles, is_rms_norm, warps):
     """A row in two pieces, 1024 + 512: spread over as many warps (1, 2), or over fewer (4)."""
     forward, backward = launch.forward_tile, launch.backward_tile
     change_tiles(
-        forward_tile=lambda n: forward(n)._replace(num_warps=warps),
+        forward_tile=lambda n, bias: forward(n, bias)._replace(num_warps=warps),
         backward_tile=lambda n, bias: backward(n, bias)._replace(num_warps=warps),
     )
     sums = launch.forward_tile(1300).sums
