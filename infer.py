@@ -29,15 +29,15 @@ def main(config: InferConfig) -> None:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     loaded.model.to("cuda" if on_gpu else "cpu")
 
-    where = f"norm path: {loaded.model.norm_path} | checkpoint: {readable(loaded.folder)}"
+    said = [f"checkpoint: {readable(loaded.folder)}"]
     if config.compare or config.bench:
         measure = compare if config.compare else bench
         show(measure(loaded, prompts[0], config.max_new_tokens, config.bench_runs), config.output)
     else:
         write = print_json if config.output == "json" else print_texts
         speeds = write(loaded, prompts, config.batch_size, Options.of(config))
-        where = f"{speeds} | {where}"
-    print(where, file=sys.stderr)
+        said = [str(speeds), f"norm path: {loaded.model.norm_path}", *said]
+    print(" | ".join(said), file=sys.stderr)
 
 
 if __name__ == "__main__":
