@@ -14,6 +14,7 @@ from configs.command import compose
 from configs.schema import ConfigError
 from models.checkpoint import load_model
 from models.processes import Processes, find_processes
+from models.resume import checkpoint_step
 
 SMALL = [
     "model=mamba2",
@@ -29,29 +30,86 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(
-    "launch",
-    [
-        pytest.param(["-m", "torch.distributed.run", "--nproc-per-node", "2"], id="torchrun"),
-        pytest.param([], id="lightning", marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_have_the_loss_curve_of_one(launch, tmp_path):
-    alone = train.train(compose("train", [*SMALL, "trainer=cpu", f"runs_dir={tmp_path / 'one'}"]))
-    script = str(Path(train.__file__))
-    overrides = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return train.train(compose("train", [*SMALL, "trainer=cpu", f"runs_dir={folder}"]))
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def launch(how: list[str], folder: Path, *overrides: str) -> str:
+    """Train in two processes; what they print."""
+    command = [sys.executable, *how, str(Path(train.__file__)), *SMALL]
     done = subprocess.run(
-        [sys.executable, *launch, script, *overrides, "runs_dir=a run (2)"],
-        cwd=tmp_path,
+        [*command, "trainer.accelerator=cpu", "trainer.devices=2", *overrides],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation after") == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("how", "strategy"),
+    [
+        pytest.param(TORCHRUN, "ddp", id="torchrun-ddp"),
+        pytest.param(TORCHRUN, "fsdp", id="torchrun-fsdp"),
+        pytest.param([], "ddp", id="lightning-ddp", marks=pytest.mark.slow),
+        pytest.param([], "fsdp", id="lightning-fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path):
+    out = launch(how, tmp_path, f"trainer={strategy}", "runs_dir=a run (2)")
+    assert out.count("validation after") == 1
     (run,) = (tmp_path / "a run (2)").iterdir()
     for column in ("train_bpb", "val_bpb"):
         assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
+    for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
+        torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+
+
+DIES = f"""
+import os, sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import train
+from models import lit
+
+step = lit.LitLanguageModel.training_step
+
+def dies(self, batch, index):
+    if self.global_step == int(os.environ["DIES_AT"]):
+        os._exit(9)
+    return step(self, batch, index)
+
+lit.LitLanguageModel.training_step = dies
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    overrides = [*SMALL, "trainer.accelerator=cpu", "trainer.checkpoint_every=4"]
+    for dies_at, more in ((6, []), (10, ["resume=auto"])):
+        done = subprocess.run(
+            [sys.executable, *TORCHRUN, str(script), *overrides, "trainer=fsdp", *more],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode
+        (run,) = (tmp_path / "runs").iterdir()
+        assert checkpoint_step(run) == dies_at // 4 * 4, done.stderr
+    resume = ["trainer=cpu", "trainer.strategy=auto", f"runs_dir={tmp_path / 'runs'}"]
+    config = compose("train", [*SMALL, "trainer.checkpoint_every=4", *resume, "resume=auto"])
+    assert train.train(config).run == run
+    assert curve(run, "train_bpb") == pytest.approx(curve(alone.run, "train_bpb"), abs=1e-4)
     for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
 
@@ -87,6 +145,7 @@ def test_who_am_i(environment, expected, monkeypatch):
     [
         (["trainer.devices=2"], "trainer.strategy must be ddp or fsdp"),
         (["trainer=ddp", "trainer.devices=3"], "optim.batch_size must be a multiple"),
+        (["trainer.accumulate=3"], "a multiple of the number of processes times trainer.accum"),
     ],
 )
 def test_processes_that_cannot_share(overrides, says):

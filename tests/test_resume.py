@@ -112,6 +112,59 @@ def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
     assert find_stopped(config).config.model.name == "mamba2"
 
 
+def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
+    tmp_path, monkeypatch, capsys
+):
+    run = train_until(5, monkeypatch, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for typed, says in (
+        ("model=fla", "model.name must be as in the run that is resumed, mamba2, got fla"),
+        ("data=stdlib optim.steps=330", "optim.steps must be as in the run that is resumed, 12"),
+        ("optim.batch_size=8", "optim.batch_size must be as in the run that is resumed, 2, got 8"),
+        ("trainer.accumulate=2", "trainer.accumulate must be as in the run that is resumed, 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"resume={run}", *typed.split()])
+        with pytest.raises(SystemExit):
+            train.main()
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
+    run = train_until(5, monkeypatch, tmp_path)
+    other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
+    config = compose("train", ["model=mamba2", *other])
+    config.resume = str(run)
+    trainer = find_stopped(config).config.trainer
+    assert (trainer.strategy, trainer.devices, trainer.checkpoint_every) == ("ddp", 2, 7)
+    assert trainer.accelerator == "cpu"
+
+
+def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path, monkeypatch):
+    run = train_until(5, monkeypatch, tmp_path)
+    file = run / "last.ckpt"
+    whole = file.read_bytes()
+    expected = torch.load(file, weights_only=True)["state_dict"]
+    places = random.Random(0).sample(range(len(whole)), 60)
+    found = 0
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            assert checkpoint_step(run) == 4
+        except ConfigError as error:
+            assert "last.ckpt" in str(error)
+            assert "\n" not in str(error)
+            found += 1
+        else:
+            state = torch.load(file, weights_only=True)["state_dict"]
+            assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert found > 40
+
+
 @pytest.mark.parametrize("how", ["missing", "finished", "truncated", "pickle", "config"])
 def test_a_run_that_cannot_be_resumed_is_one_error(how, tmp_path, monkeypatch):
     run = train_until(5, monkeypatch, tmp_path)
