@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, sum_kernels
 from .driver import direct_start
-from .kernels import INTERPRETED, NVIDIA, hooked, tl
 from .problem import Problem, rows_of
+from .row_kernels import INTERPRETED, NVIDIA, hooked, tl
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WIDEST = 16384  # a wider group goes in chunks
@@ -226,7 +226,7 @@ def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch |
     sums = None
     if wide:
         sums = Launch(
-            kernels.forward_sums_kernel, x.device, p.n_rows * p.n_groups,
+            sum_kernels.forward_sums_kernel, x.device, p.n_rows * p.n_groups,
             (p.n_rows, *inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm, tile,
         )  # fmt: skip
     tiles = -(-p.n_rows // tile.rows) * p.n_groups * tile.chunks
@@ -264,7 +264,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     sums = None
     if wide:
         sums = Launch(
-            kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
+            sum_kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
             (p.n_rows, *inner, *sdy, *sx, *sz),
             _sums_options(p, tile) | rows | norm | {"ADD": rounding["ADD"]}, tile,
         )  # fmt: skip
@@ -280,7 +280,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     )  # fmt: skip
     block = max(8, min(128, _power_of_2_above(p.width) // 64))
     reduce = Launch(
-        kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
+        sum_kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
         {"D": p.width, "ROWS": 1024 // block, "BLOCK": block}, None,
     )  # fmt: skip
     return main, sums, reduce, workers

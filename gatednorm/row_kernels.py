@@ -1,0 +1,302 @@
+"""What the kernels do with a piece of some rows: sums, loads and stores, gate, norm, affine.
+
+Every sum over a row is a tree fixed by column numbers (`_warp_sums`) and no multiply-add is fused
+behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on the layout that the
+compiler picks for aligned or unaligned, whole or partial tiles.
+
+Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; `u` is what is
+normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = triton.knobs.runtime.interpret
+NVIDIA = tl.constexpr(
+    not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
+)
+
+
+def hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be called at every launch."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)  # older Tritons hold a function
+
+
+UNSPECIALIZED = [
+    "n_rows", "size1", "size2", "n_workers", "x_s0", "x_s1", "x_s2", "z_s0", "z_s1", "z_s2",
+    "y_s0", "y_s1", "y_s2", "dy_s0", "dy_s1", "dy_s2", "dx_s0", "dx_s1", "dx_s2",
+    "dz_s0", "dz_s1", "dz_s2",
+]  # fmt: skip
+
+
+@triton.jit
+def _overlap(PDL: tl.constexpr):
+    """Let the next kernel be set up now, and wait until the one before has written its results.
+
+    Programmatic dependent launch (NVIDIA, from compute capability 9.0 on) hides the launch latency
+    of short kernels; nothing that another kernel writes may be read before this.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _warp_sums(
+    v, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
+):
+    """The first part of a row's sum: `v` `[ROWS, BLOCK]` to one sum a warp, `[ROWS, WARPS]`.
+
+    The order is fixed by column numbers: first the `REPEATS` passes that the threads of a tile make
+    over a row (in registers), then neighbours, pair by pair (registers, lanes). Each step adds two
+    numbers, and a sum of two has one value, so the layout cannot change the result. `tl.sum` over
+    more than two makes no such promise.
+    """
+    for i in tl.static_range(24):
+        if (REPEATS >> i) > 1:
+            v = tl.sum(tl.reshape(v, [ROWS, 2, BLOCK >> (i + 1)]), axis=1)
+    for i in tl.static_range(24):
+        if ((BLOCK // REPEATS) >> i) > WARPS:
+            v = tl.sum(tl.reshape(v, [ROWS, (BLOCK // REPEATS) >> (i + 1), 2]), axis=2)
+    return tl.reshape(v, [ROWS, WARPS])
+
+
+@triton.jit
+def _across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """The rest of it, `[ROWS, WARPS]` to `[ROWS]`, pair by pair. `tl.split` fetches the sums of all
+    warps in one exchange, where a reduction would meet at a barrier for each step."""
+    if WARPS > 1:
+        left, right = tl.split(tl.reshape(v, [ROWS, WARPS // 2, 2]))
+        v = left + right
+    for i in tl.static_range(1, 6):
+        if (WARPS >> i) > 1:
+            v = tl.sum(tl.reshape(v, [ROWS, WARPS >> (i + 1), 2]), axis=2)
+    return tl.reshape(v, [ROWS])
+
+
+@triton.jit
+def _sum_pieces(a, b, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+    """One number a row from the warps' sums of both pieces (`b` is unused where WARPS_B is 0)."""
+    if WARPS_B == WARPS_A:
+        a += b
+    total = _across_warps(a, ROWS, WARPS_A)
+    if WARPS_B > 0 and WARPS_B != WARPS_A:
+        total += _across_warps(b, ROWS, WARPS_B)
+    return total
+
+
+@triton.jit
+def _across_warps_twice(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """`[ROWS, WARPS, 2]` to `[ROWS, 2]`: two sums a row in one exchange."""
+    for i in tl.static_range(6):
+        if (WARPS >> i) > 1:
+            v = tl.trans(tl.reshape(v, [ROWS, WARPS >> (i + 1), 2, 2]), 0, 1, 3, 2)
+            left, right = tl.split(v)
+            v = left + right
+    return tl.reshape(v, [ROWS, 2])
+
+
+@triton.jit
+def _sum_pieces_twice(a, b, c, d, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+    """`_sum_pieces` of `a, b` and of `c, d` in one exchange."""
+    first = tl.join(a, c)
+    if WARPS_B == WARPS_A:
+        first += tl.join(b, d)
+    total = _across_warps_twice(first, ROWS, WARPS_A)
+    if WARPS_B > 0 and WARPS_B != WARPS_A:
+        total += _across_warps_twice(tl.join(b, d), ROWS, WARPS_B)
+    return tl.split(total)
+
+
+@triton.jit
+def _row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
+    """All of it for one row: `[1, BLOCK]` to `[1]`."""
+    v = _warp_sums(v, 1, BLOCK, REPEATS, WARPS)
+    return _sum_pieces(v, v, 1, WARPS, 0)
+
+
+@triton.jit
+def _mean(total, N: tl.constexpr):
+    """`total / N`, rounded once; a product does it where `1 / N` is exact."""
+    if N & (N - 1) == 0:
+        return total * (1.0 / N)
+    else:
+        return tl.div_rn(total, N * 1.0)
+
+
+@triton.jit
+def _rsqrt(v):
+    """`1 / sqrt(v)` to within an ulp: the hardware's estimate and one step of Newton's method."""
+    r = tl.rsqrt(v)
+    return tl.where((v > 0) & (v < float("inf")), r * tl.fma(-0.5 * v * r, r, 1.5), r)
+
+
+@triton.jit
+def _row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.constexpr):
+    """Offset in elements of each row; `ALIGN` divides every stride."""
+    if DIMS == 1:
+        offset = row.to(tl.int64) * s0
+    elif DIMS == 2:
+        offset = (row // size1).to(tl.int64) * s0 + (row % size1).to(tl.int64) * s1
+    else:
+        outer = row // size2
+        offset = (outer // size1).to(tl.int64) * s0 + (outer % size1).to(tl.int64) * s1
+        offset += (row % size2).to(tl.int64) * s2
+    return tl.multiple_of(offset, ALIGN)
+
+
+@triton.jit
+def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+          EVICT: tl.constexpr):  # fmt: skip
+    """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
+    col = first + tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if not FULL:
+        mask = mask & (col < N)[None, :]
+    ptr = ptr + offset[:, None] + col[None, :]
+    return tl.load(ptr, mask=mask, other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def _store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    col = first + tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if not FULL:
+        mask = mask & (col < N)[None, :]
+    tl.store(ptr + offset[:, None] + col[None, :], v.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """`[1, BLOCK]` of the weight, plus `ADD`, and of the bias, in fp32; 0 for an absent one."""
+    col = (first + tl.arange(0, BLOCK))[None, :]
+    w = 0.0
+    b = 0.0
+    if w_ptr is not None:
+        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+        if ADD != 0:
+            w = w + ADD
+    if b_ptr is not None:
+        b = tl.load(b_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+    return w, b
+
+
+@triton.jit
+def _sigmoid(z):
+    if NVIDIA:
+        # The portable form spends four times the instructions on results below 2^-126.
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .f32 t;
+                mul.f32 t, $1, 0fBFB8AA3B;
+                ex2.approx.ftz.f32 t, t;
+                add.f32 t, t, 0f3F800000;
+                rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _act(z, SIGMOID: tl.constexpr):
+    s = _sigmoid(z)
+    return s if SIGMOID else z * s
+
+
+@triton.jit
+def _act_slope(z, SIGMOID: tl.constexpr):
+    """`act(z)` and `d act / dz`."""
+    s = _sigmoid(z)
+    if SIGMOID:
+        act = s
+        slope = s * (1.0 - s)
+    else:
+        act = z * s
+        slope = tl.fma(act, 1.0 - s, s)
+    return act, slope
+
+
+@triton.jit
+def _centre(u, mean, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """`u - mean`, and 0 outside the group, where the sums must not see the mean."""
+    u = u - mean[:, None]
+    if not FULL:
+        u = tl.where((first + tl.arange(0, BLOCK) < N)[None, :], u, 0.0)
+    return u
+
+
+@triton.jit
+def _affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+            ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+    """`xhat` with its rounding point, and `xhat * w + b` with its own."""
+    if ROUND_NORM is not None:
+        xhat = xhat.to(ROUND_NORM).to(tl.float32)
+    h = xhat
+    if HAS_W:
+        h = h * w
+        if ROUND_WEIGHT is not None:
+            h = h.to(ROUND_WEIGHT).to(tl.float32)
+    if HAS_B:
+        h = h + b
+    return xhat, h
+
+
+@triton.jit
+def _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
+                 FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
+    """What is normalised, and the gate as loaded: `x` or `x * act(z)`, and `z`."""
+    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
+    z = u
+    if z_ptr is not None:
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
+    u = u.to(tl.float32)
+    if GATE_FIRST:
+        u = u * _act(z.to(tl.float32), SIGMOID)
+    return u, z
+
+
+@triton.jit
+def _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
+          BLOCK: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+    """`dy`, `x`, `z` of one piece as they lie in memory; without a gate `z` is `x`."""
+    dy = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT)
+    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT)
+    z = x
+    if z_ptr is not None:
+        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT)
+    return dy, x, z
+
+
+@triton.jit
+def _terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
+           HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+           IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
+           ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+    """One piece: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, and `dz`: the whole of it for a
+    gate that comes last, its factor `x * act'(z)` for a gate that comes first."""
+    g = dy.to(tl.float32)
+    u = x.to(tl.float32)
+    act = u
+    dz = u
+    if HAS_Z:
+        act, slope = _act_slope(z.to(tl.float32), SIGMOID)
+        if GATE_FIRST:
+            dz = u * slope
+            u = u * act
+    if not IS_RMS:
+        u = _centre(u, mean, first, N, BLOCK, FULL)
+    xhat = u * rstd[:, None]
+    rounded, h = _affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
+    if HAS_Z and not GATE_FIRST:
+        dz = g * h * slope
+        g = g * act
+    dxhat = g
+    if HAS_W:
+        dxhat = g * w
+    return xhat, rounded, g, dxhat, act, dz
