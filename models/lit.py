@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
 from rich.progress import ProgressColumn
 
 from configs.schema import OptimConfig, RunError
@@ -155,10 +156,12 @@ class ProgressBar(RichProgressBar):
         return int(self.trainer.num_training_batches)  # more than the steps where these accumulate
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "Training  "  # there is one epoch of `optim.steps` batches: its number says nothing
+        return "Training"  # there is one epoch of `optim.steps` batches: its number says nothing
 
     def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
-        return super().configure_columns(trainer)[:-1]  # without batches per second
+        columns = super().configure_columns(trainer)[:-1]  # without batches per second
+        columns[1].bar_width = max(10, min(40, Console().width - 70))  # room for what follows
+        return columns
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         metrics = trainer.callback_metrics
@@ -166,7 +169,7 @@ class ProgressBar(RichProgressBar):
         if "train_bpb" in metrics:
             shown["loss"] = f"{metrics['train_bpb']:.2f}"
         if "tokens_per_s" in metrics:
-            shown["tokens/s"] = f"{metrics['tokens_per_s']:,.0f}"
+            shown["tok/s"] = f"{metrics['tokens_per_s']:,.0f}"
         shown["GiB"] = f"{peak_memory(module.device) / 2**30:.1f}"
         return shown
 
