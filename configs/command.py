@@ -62,9 +62,8 @@ def command(
                     result = main(CHECKS[name](values, verbatim))
                 except ConfigError as error:
                     _fail(name, str(error))
-                except BrokenPipeError:  # `... | head`: nobody reads on
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                    sys.exit(128 + signal.SIGPIPE)
+                except BrokenPipeError:
+                    _leave_pipe()
                 results.append((list(hydra_config.overrides.task), result))
 
             hydra_main = hydra.main(
@@ -72,7 +71,7 @@ def command(
             )
             try:
                 if {"-h", "--help"} & set(sys.argv):
-                    print(_manual(name))
+                    print(_manual(name), flush=True)
                     return
                 if several:
                     for job in _jobs(sys.argv[1:]):
@@ -80,6 +79,8 @@ def command(
                 hydra_main(task)()
                 if several and compare is not None and results:
                     get_method(compare)(folders[0], _own(results))
+            except BrokenPipeError:
+                _leave_pipe()
             except KeyboardInterrupt:
                 sys.exit(130)
             except ConfigError as error:
@@ -205,6 +206,12 @@ def _unquote(text: str) -> str:
     except HydraException:
         return text
     return override.value() if isinstance(override._value, QuotedString) else text
+
+
+def _leave_pipe() -> None:
+    """`... | head`: nobody reads on, which is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,8 @@
 """--help: a manual made of the configs and of the comments in them."""
 
+import subprocess
+import sys
+
 import pytest
 from small_runs import run
 
@@ -60,3 +63,10 @@ def test_what_infer_takes_is_explained():
     values = [line for line in lines if line[:1].isalpha() and not line.startswith("defaults")]
     unexplained = {line.split(":")[0] for line in values if " # " not in line}
     assert unexplained == {"max_new_tokens"}
+
+
+def test_a_reader_of_the_manual_may_leave():
+    command = [sys.executable, str(CONFIG_DIR.parent / "infer.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
