@@ -91,6 +91,8 @@ class LitLanguageModel(L.LightningModule):
         optim = self.optim
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         others = [p for p in self.parameters() if p.ndim < 2]
+        # Lightning does not clip the gradients of a fused optimizer under mixed precision.
+        mixed = self._trainer is not None and "mixed" in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": optim.weight_decay},
@@ -98,7 +100,7 @@ class LitLanguageModel(L.LightningModule):
             ],
             lr=optim.learning_rate,
             betas=tuple(optim.betas),
-            fused=True,
+            fused=not mixed,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim))
         return {
