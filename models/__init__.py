@@ -7,8 +7,8 @@ The way in, documented with examples in docs/inference.md::
     loaded = load("checkpoints/mamba2")  # or a run, a published checkpoint, a hub id
     print(generate(loaded, "import ", max_new_tokens=100, temperature=0).text)
 
-`load` is `models.checkpoint.load`; `generate` and `stream` are those of `models.inference`, for
-text. For tensors of tokens there is `models.generation.generate`.
+`load` is `models.checkpoint.load`; `generate` and `stream_text` are those of `models.inference`,
+for text. For tensors of tokens there is `models.generation.generate`.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ from importlib import import_module
 _WHERE = {
     "load": "models.checkpoint",
     "generate": "models.inference",
-    "stream": "models.inference",
+    "stream_text": "models.inference",
     "Options": "models.inference",
     "Result": "models.inference",
 }

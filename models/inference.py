@@ -113,7 +113,7 @@ def generate(
     return results[0] if one else results
 
 
-def stream(loaded: "Loaded", prompt: str | bytes, **options: Any) -> Iterator[str]:
+def stream_text(loaded: "Loaded", prompt: str | bytes, **options: Any) -> Iterator[str]:
     """The continuation of one prompt, piece by piece; arguments and errors as for `generate`."""
     return (text for _, text in Batch(loaded, [prompt], Options(**options)))
 

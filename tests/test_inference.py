@@ -1,4 +1,4 @@
-"""From prompts to texts: what `models.generate` and `models.stream` promise."""
+"""From prompts to texts: what `models.generate` and `models.stream_text` promise."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from small_runs import write_checkpoint
 
 import models
 from configs.command import compose
-from models import Options, generate, inference, load, stream
+from models import Options, generate, inference, load, stream_text
 from models.checkpoint import Loaded
 from models.tokenizer import ByteTokenizer, TextTokenizer
 
@@ -82,20 +82,20 @@ def test_a_seed_gives_one_text_and_no_seed_another_each_time(loaded):
 
 def test_stream_is_the_text_of_generate(loaded):
     options = {"max_new_tokens": 40, "temperature": 1.5}
-    pieces = list(stream(loaded, "import ", **options))
+    pieces = list(stream_text(loaded, "import ", **options))
     assert len(pieces) > 1
     assert "".join(pieces) == generate(loaded, "import ", **options).text
 
 
 def test_text_waits_for_whole_characters(says):
     text = "a\u00e9\U0001f600".encode() + b"\xff" + b"\xc3"
-    pieces = list(stream(says(text), "x", max_new_tokens=len(text)))
+    pieces = list(stream_text(says(text), "x", max_new_tokens=len(text)))
     assert pieces == ["a", "\u00e9", "\U0001f600", "\ufffd", "\ufffd"]
 
 
 def test_text_waits_for_what_may_be_a_stop_string_and_ends_before_it(says):
     loaded = says(b"ab\ncd\n\nef")
-    assert list(stream(loaded, "x", stop=["\n\n"])) == ["a", "b", "\nc", "d"]
+    assert list(stream_text(loaded, "x", stop=["\n\n"])) == ["a", "b", "\nc", "d"]
     result = generate(loaded, "x", stop="\n\n")
     assert (result.text, result.finish) == ("ab\ncd", "stop")
     assert bytes(result.tokens) == b"ab\ncd\n\n"
@@ -153,9 +153,9 @@ def test_bad_options_are_refused(loaded, prompts, options, says):
 
 def test_a_stream_refuses_at_once(loaded):
     with pytest.raises(ValueError, match="top_p must be in"):
-        stream(loaded, "a", top_p=2)
+        stream_text(loaded, "a", top_p=2)
     with pytest.raises(TypeError, match="temprature"):
-        stream(loaded, "a", temprature=2)
+        stream_text(loaded, "a", temprature=2)
 
 
 def test_the_defaults_are_those_of_the_command():
@@ -169,10 +169,12 @@ def test_the_public_names_are_there_and_no_others():
     assert {name: getattr(models, name).__module__ for name in models.__all__} == {
         "load": "models.checkpoint",
         "generate": "models.inference",
-        "stream": "models.inference",
+        "stream_text": "models.inference",
         "Options": "models.inference",
         "Result": "models.inference",
     }
+    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")}
+    assert not files & set(models.__all__)  # a module, once imported, would hide the name
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         models.lod  # noqa: B018
 
