@@ -36,7 +36,8 @@ def alone(tmp_path_factory):
     return train.train(compose("train", [*SMALL, "trainer=cpu", f"runs_dir={folder}"]))
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# Standalone: any free port, so that tests on one machine do not meet.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def launch(how: list[str], folder: Path, *overrides: str) -> str:
