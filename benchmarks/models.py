@@ -6,8 +6,9 @@
 
 Gated DeltaNet with 185M parameters and Mamba-2 with 171M, in bf16, at batch 8 x 2048. Wall times
 are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. Every part
-runs with the plain PyTorch scans and with the models' own Triton kernels ("kernels"), which
-MODELS_TRITON=1 switches on. A part that fails prints why, and the others go on.
+runs with the plain PyTorch scans (MODELS_TRITON=0), with the models' own Triton kernels ("kernels",
+1) and with those of models/ssd_kernels.py too ("fused"). A part that fails prints why, and the
+others go on.
 
 The share of the norm: forward, all kernels launched inside a `record_function` around the norm;
 backward, all kernels of the autograd nodes that were made inside it, found by their sequence
@@ -73,6 +74,7 @@ NORM_KERNELS = {
     "reduce_kernel",
 }
 ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
+SCANS = {"kernels": "1", "fused": "fused", "plain": "0"}
 PARTS = ("check", "train", "profile", "decode", "scans")
 
 
@@ -92,11 +94,11 @@ class Setup:
             self.rows.append(row | {"quantity": quantity, "value": f"{value:.5g}"})
             print("  ", *self.rows[-1].values(), flush=True)
 
-    def use_kernels(self, on: bool) -> None:
+    def use_kernels(self, scan: str) -> None:
         """Switch the models' Triton kernels, which the models look for once."""
-        os.environ["MODELS_TRITON"] = "1" if on else "0"
+        os.environ["MODELS_TRITON"] = SCANS[scan]
         chunks._kernels.cache_clear()
-        self.kernels = "kernels" if on else "plain"
+        self.kernels = scan
 
     def model(self, name: str) -> LanguageModel:
         torch.manual_seed(0)
@@ -248,11 +250,11 @@ def check(setup: Setup, name: str) -> None:
         return loss.item(), torch.cat([g.flatten().float() for g in grads])
 
     loss, grads = gradients(model)
-    setup.use_kernels(False)
+    setup.use_kernels("plain")
     try:
         truth, expected = gradients(model.float())
     finally:
-        setup.use_kernels(kernels == "kernels")
+        setup.use_kernels(kernels)
     error = ((grads - expected).norm() / expected.norm()).item()
     finite = float(grads.isfinite().all())
     setup.add(
@@ -441,7 +443,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--scan", nargs="+", default=["kernels", "plain"])
+    parser.add_argument("--scan", nargs="+", default=list(SCANS), choices=list(SCANS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -458,7 +460,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for scan in args.scan:
-            setup.use_kernels(scan == "kernels")
+            setup.use_kernels(scan)
             for name in args.models:
                 start = time.perf_counter()
                 print(f"{part} {name} {scan}", flush=True)

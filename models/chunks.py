@@ -188,6 +188,15 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
     return _kernels() if x.device.type == "cuda" else None
 
 
+def fused_kernels(x: Tensor) -> ModuleType | None:
+    """``models.ssd_kernels`` for chunks x [B, N, C, H, P] that it takes, with MODELS_TRITON=fused;
+    else None."""
+    if gpu_kernels(x) is None or os.environ.get("MODELS_TRITON") != "fused":
+        return None
+    kernels = importlib.import_module("models.ssd_kernels")
+    return kernels if kernels.supports(x) else None
+
+
 @functools.cache
 def _kernels() -> ModuleType | None:
     # A like loop of another project goes wrong on Hopper with Triton 3.4 to 3.7.0; these were

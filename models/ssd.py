@@ -34,6 +34,7 @@ from models.chunks import (
     check_state,
     decay_dtype,
     decay_matrix,
+    fused_kernels,
     gpu_kernels,
     operand_dtype,
     sequence_ends,
@@ -100,6 +101,12 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, g, b, c, skip, initial, segments):
+        ctx.segments, ctx.fused = segments, fused_kernels(x)
+        if ctx.fused is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                y, final, states = ctx.fused.forward(x, dt, g, b, c, skip, initial, segments)
+            ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
+            return y, final
         final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
         states = initial.new_empty(x.shape[0], x.shape[1], *initial.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
@@ -115,15 +122,18 @@ class _ChunkScan(torch.autograd.Function):
                 if skip is not None:
                     out.addcmul_(p.x, skip[:, None])
         ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
-        ctx.segments = segments
         return y, final
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
+        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
+        if ctx.fused is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)
+                return (*ctx.fused.backward(*parts), None)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
         dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
-        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         with torch.autocast(x.device.type, enabled=False):
             for lo, hi in reversed(block_ranges(x, 1)):

@@ -99,6 +99,88 @@ def test_ssd_kernel_equals_the_recurrence(offsets, groups, monkeypatch):
     assert_close(actual, results(recurrent_ssd, wide, **options), 1e-5 if not GPU else 1e-3)
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """The route of models/ssd_kernels.py, and how often it was taken."""
+    from models import ssd_kernels
+
+    calls = []
+
+    def take(x):
+        calls.append(ssd_kernels.supports(x))
+        return ssd_kernels if calls[-1] else None
+
+    monkeypatch.setattr(ssd, "fused_kernels", take)
+    return calls
+
+
+def ssd_results(function, tensors, **options):
+    """As scan_checks.results, with D after the five tensors of the scan, from a packed projection:
+    x is a slice of it with tokens far apart."""
+    packed, dt, a, b, c, d, state = tensors
+    x = packed[..., 3 : 3 + d.shape[0] * 16].unflatten(-1, (d.shape[0], 16))
+    y, final = function(
+        x, dt, a, b, c, D=d, initial_state=state, output_final_state=True, **options
+    )
+    g = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(t.shape, generator=g).to(t) for t in (y, final)]
+    return (y, final, *torch.autograd.grad((y, final), tensors, cotangents))
+
+
+@pytest.mark.parametrize("chunk_size", [12, 16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+def test_fused_ssd_equals_the_recurrence(offsets, groups, chunk_size, fused):
+    """Outputs, final states and all gradients, D and decays too; chunks that are no power of 2."""
+    g = torch.Generator().manual_seed(0)
+    batch = 2 if offsets is None else 1
+    shapes = {"packed": (batch, 60, 77), "dt": (batch, 60, 4), "A": (4,)}
+    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12), "D": (4,)}
+    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].abs()
+    tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
+    options = {"dt_softplus": True, "chunk_size": chunk_size}
+    options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
+    actual = ssd_results(chunk_ssd, tensors, **options)
+    assert fused == [True]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = ssd_results(recurrent_ssd, wide, **options)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+def test_fused_ssd_in_chunks_of_one_token(fused):
+    g = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 3, 40, generator=g).to(DEVICE)
+    dt, a = torch.rand(2, 3, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -0.1]).to(DEVICE)
+    b, c = (torch.randn(2, 3, 1, 8, generator=g).to(DEVICE) for _ in range(2))
+    inputs = (packed[..., 5:37].unflatten(-1, (2, 16)), dt, a, b, c)
+    y, _ = chunk_ssd(*inputs, chunk_size=1)
+    assert fused == [True]
+    torch.testing.assert_close(y, recurrent_ssd(*inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fused_ssd_without_a_skip_and_for_large_decays(fused):
+    """Decays whose inverse overflows; no D; a chunk that does not fit takes the other route."""
+    g = torch.Generator().manual_seed(0)
+    x, b, c = (torch.randn(1, 40, n, 16, generator=g).to(DEVICE) for n in (2, 1, 1))
+    dt, a = torch.rand(1, 40, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -200.0]).to(DEVICE)
+    tensors = [t.requires_grad_() for t in (x, dt, a, b, c)]
+
+    def gradients(function, inputs, **options):
+        y, _ = function(*inputs, **options)
+        cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)
+        return (y, *torch.autograd.grad(y, inputs, cotangent.to(y.dtype)))
+
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = gradients(recurrent_ssd, wide)
+    for size, taken in ((32, True), (128, False)):
+        fused.clear()
+        actual = gradients(chunk_ssd, tensors, chunk_size=size)
+        assert fused == [taken]
+        assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 45])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])

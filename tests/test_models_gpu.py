@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import gated_delta_rule, generation, short_conv, ssd
+from models import chunks, generation
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.generation import generate
 from models.language_model import LanguageModel, state_to
@@ -16,13 +16,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-ROUTES = [
-    "plain",
-    pytest.param(
-        "kernels",
-        marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    ),
-]
+TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+ROUTES = ["plain", pytest.param("kernels", marks=TRITON), pytest.param("fused", marks=TRITON)]
 MIXERS = {
     "gated_deltanet": {"num_heads": 2, "head_dim": 32, "num_v_heads": 4},
     "mamba2": {"d_state": 32, "head_dim": 32, "n_groups": 2},
@@ -30,15 +25,15 @@ MIXERS = {
 
 
 def take_route(monkeypatch, route):
-    module = importlib.import_module("models.kernels") if route == "kernels" else None
-    for user in (gated_delta_rule, short_conv, ssd):
-        monkeypatch.setattr(user, "gpu_kernels", lambda x: module if x.is_cuda else None)
+    monkeypatch.setenv("MODELS_TRITON", {"plain": "0", "kernels": "1", "fused": "fused"}[route])
+    chunks._kernels.cache_clear()
 
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
     take_route(monkeypatch, request.param)
-    return request.param
+    yield request.param
+    chunks._kernels.cache_clear()
 
 
 def delta_inputs(batch, tokens, heads, dim_k, dim_v):
