@@ -99,7 +99,7 @@ def _scores_backward(dattn, total, scores, dscores, dtotal, R, C, BC: tl.constex
     place = i[:, None] * C + i[None, :]
     score = tl.load(scores + group * C * C + place, mask=there, other=0.0)
     sums = tl.zeros((BC, BC), tl.float32)
-    for r in range(R):
+    for r in tl.range(0, R, num_stages=3):  # loads of the next heads while this one is summed
         head = group * R + r
         t = tl.load(total + head * C + i, mask=i < C, other=0.0)
         lower = (t[:, None] - t[None, :]).to(tl.float32)
@@ -267,7 +267,7 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
     dscores = x.new_empty(scores.shape)
     dtotal = torch.empty_like(total)
     _scores_backward[(scores.shape[0],)](
-        dattn, total, scores, dscores, dtotal, z.ratio, z.size, BC=z.tile["BC"]
+        dattn, total, scores, dscores, dtotal, z.ratio, z.size, BC=z.tile["BC"], num_warps=8
     )
     dc += bmm_wide(dscores, b)
     db += bmm_wide(dscores.mT, c)
