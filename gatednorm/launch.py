@@ -38,10 +38,13 @@ class Tile(NamedTuple):
 
     @property
     def sums(self) -> dict[str, int]:
-        """How a row's sum runs: 8 columns a thread, 256 a warp, side by side, then repeated."""
+        """How a row's sum runs: 8 columns a thread, warps side by side, then repeated.
+
+        A row that has the tile to itself is spread over all warps, if need be with fewer columns.
+        """
         options = {}
         for piece, block in (("A", self.block_a), ("B", self.block_b)):
-            warps = max(1, min(self.num_warps, block // 256))
+            warps = max(1, min(self.num_warps, block // (32 if self.rows == 1 else 256)))
             options[f"WARPS_{piece}"] = warps if block else 0
             options[f"REPEATS_{piece}"] = max(1, block // (256 * self.num_warps))
         return options
@@ -117,11 +120,16 @@ class Launch:
     The first call goes through Triton, which compiles; later ones hand the tensors' addresses to
     the driver. Addresses that are not divisible by 16, for which Triton compiles another variant,
     profilers that hook into Triton's launches, and other vendors' GPUs always go through Triton.
+
+    `early` lets it be set up while the kernel before it still runs, where the device can do that.
     """
 
     __slots__ = ("device", "grid", "kernel", "options", "scalars", "start")
 
-    def __init__(self, kernel, device, grid: int, scalars: tuple, options: dict, tile: Tile | None):
+    def __init__(
+        self, kernel, device, grid: int, scalars: tuple, options: dict, tile: Tile | None,
+        early: bool = True,
+    ):  # fmt: skip
         self.kernel = kernel
         self.device = device
         self.grid = (grid, 1, 1)
@@ -131,7 +139,7 @@ class Launch:
         if not INTERPRETED:
             self.options |= {"num_warps": tile.num_warps if tile else 4, "enable_fp_fusion": False}
             if NVIDIA:
-                self.options |= {"launch_pdl": self.options["PDL"]}
+                self.options |= {"launch_pdl": early and self.options["PDL"]}
                 self.options |= {"maxnreg": tile.maxnreg if tile else None}
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -277,6 +285,9 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         _tile_options(p, tile) | rows | norm | rounding
         | {"SUMS_GIVEN": wide, "STAGES": tile.stages, "HOIST": tile.hoist, "RELOAD": tile.reload},
         tile,
+        # Its workers have equal shares. Started while the kernel before still fills some of the
+        # multiprocessors, they would crowd on the others.
+        early=False,
     )  # fmt: skip
     block = max(8, min(128, _power_of_2_above(p.width) // 64))
     reduce = Launch(

@@ -146,18 +146,25 @@ def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_be
         check(case, kernels.device)
 
 
-@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("width", "rows", "warps", "spread"),
+    [
+        pytest.param(1300, 1, 1, (1, 1), id="n1300-1_warp"),
+        pytest.param(1300, 1, 4, (4, 4), id="n1300-4_warps"),
+        pytest.param(600, 2, 2, (2, 1), id="n600-2_warps_and_1"),
+    ],
+)
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
-def test_sums_across_warps(kernels, change_tiles, is_rms_norm, warps):
-    """A row in two pieces, 1024 + 512: spread over as many warps (1, 2), or over fewer (4)."""
+def test_sums_across_warps(kernels, change_tiles, is_rms_norm, width, rows, warps, spread):
+    """A row in two pieces, each spread over as many warps as the other, or over fewer."""
     forward, backward = launch.forward_tile, launch.backward_tile
     change_tiles(
-        forward_tile=lambda n, bias: forward(n, bias)._replace(num_warps=warps),
-        backward_tile=lambda n, bias: backward(n, bias)._replace(num_warps=warps),
+        forward_tile=lambda *args: forward(*args)._replace(rows=rows, num_warps=warps),
+        backward_tile=lambda *args: backward(*args)._replace(rows=rows, num_warps=warps),
     )
-    sums = launch.forward_tile(1300, True).sums
-    assert (sums["WARPS_A"], sums["WARPS_B"]) == (warps, min(warps, 2))
-    check(Case((2,), 1300, 1, is_rms_norm, bias=True), kernels.device)
+    for tile in (launch.forward_tile(width, True), launch.backward_tile(width, True)):
+        assert (tile.sums["WARPS_A"], tile.sums["WARPS_B"]) == spread
+    check(Case((3,), width, 1, is_rms_norm, bias=True), kernels.device)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 150])
