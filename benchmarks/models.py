@@ -8,17 +8,12 @@ Gated DeltaNet with 185M parameters and Mamba-2 with 171M, in bf16, at batch 8 x
 are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. Every part
 runs with the plain PyTorch scans (MODELS_TRITON=0), with the models' own Triton kernels ("kernels",
 1) and with those of models/ssd_kernels.py too ("fused"). A part that fails prints why, and the
-others go on.
-
-The share of the norm: forward, all kernels launched inside a `record_function` around the norm;
-backward, all kernels of the autograd nodes that were made inside it, found by their sequence
-numbers. That holds for one fused node and for the dozen of the plain expression alike.
+others go on. benchmarks/profiles.py says how the norms' share is found.
 """
 
 import argparse
 import csv
 import datetime
-import functools
 import importlib.metadata
 import os
 import platform
@@ -30,11 +25,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
 
-import gatednorm
-from models import chunks, gated_deltanet, generation
+from benchmarks.profiles import (
+    NORM_KERNELS,
+    kernel_times,
+    label_norms,
+    norm_times,
+    record,
+    synchronize,
+)
+from models import chunks, generation
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.language_model import LanguageModel
 from models.ssd import chunk_ssd
@@ -66,14 +66,6 @@ TINY = {
         "mixer_args": {"d_state": 16, "head_dim": 16, "expand": 2},
     },
 }
-NORM_KERNELS = {
-    "forward_kernel",
-    "forward_sums_kernel",
-    "backward_kernel",
-    "backward_sums_kernel",
-    "reduce_kernel",
-}
-ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
 SCANS = {"kernels": "1", "fused": "fused", "plain": "0"}
 PARTS = ("check", "train", "profile", "decode", "scans")
 
@@ -113,8 +105,7 @@ class Setup:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
 
     def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def wall(self, function) -> float:
         """Median wall ms of a call that ends with the GPU idle, after three that do not count."""
@@ -133,104 +124,6 @@ def loss_of(model, tokens, targets) -> torch.Tensor:
     """Mean cross entropy, in fp32 without an fp32 copy of the logits."""
     logits = model(tokens)[0].flatten(0, 1)
     return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets)
-
-
-# ---- profiles ----
-
-
-def record(setup: Setup, function, calls: int):
-    """The profiler's events of some calls."""
-    activities = [ProfilerActivity.CPU]
-    if setup.device == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    function()
-    setup.synchronize()
-    with profile(activities=activities) as recorded:
-        for _ in range(calls):
-            function()
-        setup.synchronize()
-    return list(recorded.events())
-
-
-def kernel_times(setup: Setup, events, calls: int) -> dict[str, tuple[float, float]]:
-    """By kernel: launches and ms in one call. On a CPU: by operator."""
-    table: dict[str, list[float]] = {}
-    for event in events:
-        if event.name.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
-            continue  # on a GPU's timeline these span the kernels launched inside
-        on_gpu = event.device_type == DeviceType.CUDA
-        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        if on_gpu == (setup.device == "cuda"):
-            entry = table.setdefault(event.name, [0, 0.0])
-            entry[0] += 1
-            entry[1] += us / 1e3
-    return {name: (count / calls, ms / calls) for name, (count, ms) in table.items()}
-
-
-def norm_times(setup: Setup, events, calls: int) -> dict[str, float]:
-    """ms of one call inside the labelled norms: their ranges and the backward of their nodes."""
-
-    def ms(event):
-        us = event.device_time_total if setup.device == "cuda" else event.cpu_time_total
-        return us / 1e3 / calls
-
-    on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
-    times, label_of = {}, {}
-    ranges = sorted(
-        (e.time_range.start, e.time_range.end, e.thread, e.name)
-        for e in on_cpu
-        if e.name.startswith("norm.")
-    )
-    for event in on_cpu:
-        if event.name.startswith("norm."):
-            times[event.name] = times.get(event.name, 0.0) + ms(event)
-    # Which numbers belong to which range: walk both in the order of time.
-    inside = sorted(
-        (e for e in on_cpu if e.sequence_nr >= 0 and not e.name.startswith("norm.")),
-        key=lambda e: e.time_range.start,
-    )
-    position = 0
-    for start, end, thread, name in ranges:
-        while position < len(inside) and inside[position].time_range.start < start:
-            position += 1
-        while position < len(inside) and inside[position].time_range.start < end:
-            event = inside[position]
-            if event.thread == thread and "Backward" not in event.name:
-                label_of[event.sequence_nr] = name
-            position += 1
-    prefix = "autograd::engine::evaluate_function: "
-    for event in on_cpu:
-        if event.name.startswith(prefix) and event.sequence_nr in label_of:
-            name = label_of[event.sequence_nr]
-            times[name] += ms(event)
-    return times
-
-
-def label_norms(model: LanguageModel, plain: bool):
-    """Names for the profiler around every norm, and the plain expression in its place. Returns a
-    function that undoes the second half, which is not in the model."""
-
-    def labelled(name, function):
-        def call(*args, **options):
-            with record_function(name):
-                return function(*args, **options)
-
-        return call
-
-    def expression(module, x, z=None):
-        return gatednorm.rms_norm_ref(
-            x, module.weight, None, z, module.eps, module.group_size, module.norm_before_gate
-        )
-
-    for name, module in model.named_modules():
-        if isinstance(module, gatednorm.RMSNorm):
-            label = "norm.gated" if name.endswith("mixer.norm") else "norm.other"
-            function = functools.partial(expression, module) if plain else module.forward
-            module.forward = labelled(label, function)
-    ours = gated_deltanet.rmsnorm_fn
-    function = gatednorm.rms_norm_ref if plain else ours
-    gated_deltanet.rmsnorm_fn = labelled("norm.q_and_k", function)
-    return functools.partial(setattr, gated_deltanet, "rmsnorm_fn", ours)
 
 
 # ---- parts ----
@@ -281,7 +174,7 @@ def train(setup: Setup, name: str) -> None:
     with torch.no_grad():
         forward = setup.wall(lambda: loss_of(model, tokens, targets))
     setup.add("train", name, "ours", forward_wall_ms=forward)
-    table = kernel_times(setup, record(setup, call, 2), 2)
+    table = kernel_times(setup.device, record(setup.device, call, 2), 2)
     total, launches = (sum(entry[i] for entry in table.values()) for i in (1, 0))
     setup.add("train", name, "ours", gpu_ms=total, launches=launches)
     keep_profile(setup, "train", name, "ours", table, total)
@@ -303,10 +196,10 @@ def step_profile(setup: Setup, name: str) -> None:
                 optimizer.zero_grad(set_to_none=True)
 
             setup.add("step", name, norm, wall_ms=setup.wall(call))
-            events = record(setup, call, 2)
-            table = kernel_times(setup, events, 2)
+            events = record(setup.device, call, 2)
+            table = kernel_times(setup.device, events, 2)
             total = sum(ms for _, ms in table.values())
-            norms = norm_times(setup, events, 2)
+            norms = norm_times(setup.device, events, 2)
             gated, every = norms.get("norm.gated", 0.0), sum(norms.values())
             named = sum(ms for kernel, (_, ms) in table.items() if kernel in NORM_KERNELS)
             setup.add("step", name, norm, gpu_ms=total, gated_norm_ms=gated, all_norms_ms=every)
@@ -402,7 +295,7 @@ def scans(setup: Setup, name: str) -> None:
             torch.autograd.grad(y, inputs, y.detach())
 
         setup.add("scans", name, f"chunk {size}", wall_ms=setup.wall(call))
-        table = kernel_times(setup, record(setup, call, 2), 2)
+        table = kernel_times(setup.device, record(setup.device, call, 2), 2)
         total = sum(ms for _, ms in table.values())
         launches = sum(count for count, _ in table.values())
         setup.add("scans", name, f"chunk {size}", gpu_ms=total, launches=launches)

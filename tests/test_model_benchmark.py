@@ -8,6 +8,7 @@ import torch
 
 import gatednorm
 from benchmarks import models as benchmark
+from benchmarks import profiles
 from models import chunks
 from models.language_model import LanguageModel
 
@@ -48,7 +49,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
-def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain, monkeypatch):
+def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain):
     """Every backward node that the norms made counts, and no other: all the others together and
     the norms are the whole backward."""
     torch.manual_seed(0)
@@ -56,15 +57,13 @@ def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain, monkeypatch):
     model = LanguageModel(
         "gated_deltanet", vocab_size=16, hidden_size=32, num_layers=2, mixer_args=args
     )
-    restore = benchmark.label_norms(model, plain)
-    monkeypatch.setattr(sys, "argv", ["models"])
-    setup = benchmark.Setup(type("Arguments", (), {"device": "cpu", "tiny": True, "repeats": 1}))
+    restore = profiles.label_norms(model, plain)
     tokens = torch.randint(0, 16, (2, 40))
     try:
-        events = benchmark.record(setup, lambda: model(tokens)[0].sum().backward(), 1)
+        events = profiles.record("cpu", lambda: model(tokens)[0].sum().backward(), 1)
     finally:
         restore()
-    times = benchmark.norm_times(setup, events, 1)
+    times = profiles.norm_times("cpu", events, 1)
     assert set(times) == {"norm.gated", "norm.other", "norm.q_and_k"}
     forward = sum(e.cpu_time_total for e in events if e.name.startswith("norm.")) / 1e3
     names = ("Pow", "Rsqrt", "Mean") if plain else ("LayerNormFn",)
@@ -79,4 +78,4 @@ def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain, monkeypatch):
         assert total > forward + backward / 1e3
     else:
         assert total == pytest.approx(forward + backward / 1e3)
-    assert benchmark.gated_deltanet.rmsnorm_fn is gatednorm.rmsnorm_fn
+    assert profiles.gated_deltanet.rmsnorm_fn is gatednorm.rmsnorm_fn

@@ -1,0 +1,125 @@
+"""Where a model's GPU time goes: kernels by name, and the share of its norms.
+
+The share of the norm: forward, all kernels launched inside a `record_function` around the norm;
+backward, all kernels of the autograd nodes that were made inside it, found by their sequence
+numbers. That holds for one fused node and for the dozen of the plain expression alike.
+"""
+
+import functools
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import gatednorm
+from models import gated_deltanet
+from models.language_model import LanguageModel
+
+NORM_KERNELS = {
+    "forward_kernel",
+    "forward_sums_kernel",
+    "backward_kernel",
+    "backward_sums_kernel",
+    "reduce_kernel",
+}
+ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def record(device: str, function, calls: int) -> list:
+    """The profiler's events of some calls."""
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    function()
+    synchronize(device)
+    with profile(activities=activities) as recorded:
+        for _ in range(calls):
+            function()
+        synchronize(device)
+    return list(recorded.events())
+
+
+def kernel_times(device: str, events: list, calls: int) -> dict[str, tuple[float, float]]:
+    """By kernel: launches and ms in one call. On a CPU: by operator."""
+    table: dict[str, list[float]] = {}
+    for event in events:
+        if event.name.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
+            continue  # on a GPU's timeline these span the kernels launched inside
+        on_gpu = event.device_type == DeviceType.CUDA
+        us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        if on_gpu == (device == "cuda"):
+            entry = table.setdefault(event.name, [0, 0.0])
+            entry[0] += 1
+            entry[1] += us / 1e3
+    return {name: (count / calls, ms / calls) for name, (count, ms) in table.items()}
+
+
+def norm_times(device: str, events: list, calls: int) -> dict[str, float]:
+    """ms of one call inside the labelled norms: their ranges and the backward of their nodes."""
+
+    def ms(event):
+        us = event.device_time_total if device == "cuda" else event.cpu_time_total
+        return us / 1e3 / calls
+
+    on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
+    times, label_of = {}, {}
+    ranges = sorted(
+        (e.time_range.start, e.time_range.end, e.thread, e.name)
+        for e in on_cpu
+        if e.name.startswith("norm.")
+    )
+    for event in on_cpu:
+        if event.name.startswith("norm."):
+            times[event.name] = times.get(event.name, 0.0) + ms(event)
+    # Which numbers belong to which range: walk both in the order of time.
+    inside = sorted(
+        (e for e in on_cpu if e.sequence_nr >= 0 and not e.name.startswith("norm.")),
+        key=lambda e: e.time_range.start,
+    )
+    position = 0
+    for start, end, thread, name in ranges:
+        while position < len(inside) and inside[position].time_range.start < start:
+            position += 1
+        while position < len(inside) and inside[position].time_range.start < end:
+            event = inside[position]
+            if event.thread == thread and "Backward" not in event.name:
+                label_of[event.sequence_nr] = name
+            position += 1
+    prefix = "autograd::engine::evaluate_function: "
+    for event in on_cpu:
+        if event.name.startswith(prefix) and event.sequence_nr in label_of:
+            name = label_of[event.sequence_nr]
+            times[name] += ms(event)
+    return times
+
+
+def label_norms(model: LanguageModel, plain: bool):
+    """Names for the profiler around every norm, and the plain expression in its place. Returns a
+    function that undoes the second half, which is not in the model."""
+
+    def labelled(name, function):
+        def call(*args, **options):
+            with record_function(name):
+                return function(*args, **options)
+
+        return call
+
+    def expression(module, x, z=None):
+        return gatednorm.rms_norm_ref(
+            x, module.weight, None, z, module.eps, module.group_size, module.norm_before_gate
+        )
+
+    for name, module in model.named_modules():
+        if isinstance(module, gatednorm.RMSNorm):
+            label = "norm.gated" if name.endswith("mixer.norm") else "norm.other"
+            function = functools.partial(expression, module) if plain else module.forward
+            module.forward = labelled(label, function)
+    ours = gated_deltanet.rmsnorm_fn
+    function = gatednorm.rms_norm_ref if plain else ours
+    gated_deltanet.rmsnorm_fn = labelled("norm.q_and_k", function)
+    return functools.partial(setattr, gated_deltanet, "rmsnorm_fn", ours)
