@@ -86,8 +86,7 @@ def command(
             except ConfigError as error:
                 _fail(name, str(error))
             except (HydraException, OmegaConfBaseException, ValueError) as error:
-                jobs = _jobs(sys.argv[1:]) if several else [sys.argv[1:]]
-                found = _explain_first(name, jobs)
+                found = _explain_first(name, sys.argv[1:], several)
                 if found is None and type(error) is ValueError:  # not one that Hydra makes of a key
                     raise
                 _fail(name, found or _first_line(error))
@@ -131,7 +130,7 @@ def explain(name: str, arguments: list[str]) -> str | None:
                 return f"{key} must be one of {options}, got {value!r}{hint}"
             if key in groups:
                 keys = all_keys(OmegaConf.to_container(hydra.compose(name, [argument])))
-            elif key not in keys and not override.is_add():
+            elif key not in keys and key.partition(".")[0] != "hydra":
                 return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
     return None
 
@@ -142,7 +141,12 @@ def _manual(name: str) -> str:
         return manual(name, overrides, _groups(name))
 
 
-def _explain_first(name: str, jobs: list[list[str]]) -> str | None:
+def _explain_first(name: str, arguments: list[str], several: bool) -> str | None:
+    """What `explain` has to say, of a multirun about the first job that it has."""
+    try:
+        jobs = _jobs(arguments) if several else [arguments]
+    except HydraException:  # cannot be read
+        jobs = [arguments]
     with suppress(HydraException, OmegaConfBaseException):  # wrong in yet another way
         return next(filter(None, (explain(name, job) for job in jobs)), None)
     return None

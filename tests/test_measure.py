@@ -7,7 +7,7 @@ import torch
 from small_runs import write_checkpoint
 
 from gatednorm import RMSNorm
-from models import load
+from models import generate, load
 from models.measure import Spread, _seconds, bench, compare, peak_memory, show
 
 
@@ -95,3 +95,16 @@ def test_tables_and_json_say_the_same(loaded, capsys):
         table = capsys.readouterr().out
         assert "prefill" in table
         assert max(len(line) for line in table.splitlines()) <= 80
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_paths_are_the_same_to_the_bit_too(loaded):
+    model = loaded.model.to("cuda")
+    try:
+        found = compare(loaded, b"import os", 12, 2)
+        assert (found.difference, found.other_bits, found.equal_tokens) == (0, 0, 12)
+        assert all(peak > 0 for peak in found.peak_bytes.values())
+        texts = [generate(loaded, "import ", max_new_tokens=30, seed=seed).text for seed in (1, 1)]
+        assert texts[0] == texts[1]
+    finally:
+        model.to("cpu")
