@@ -198,6 +198,16 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"
         )
+    data = config.data
+    if data.source == "hub":
+        strange = ["path"] if data.path is not None else []
+    else:
+        strange = [key for key in ("name", "config", "streaming") if getattr(data, key)]
+    for key in strange:
+        raise ConfigError(
+            f"data.{key} must be left out with data={data.source}, got {getattr(data, key)!r}; "
+            f"leave it out, or use data={'text' if key == 'path' else 'hub'}"
+        )
     limits = getattr(config.model, "dt_limit", [0.0, 1.0])
     if len(limits) != 2 or not 0 <= limits[0] < limits[1]:
         raise ConfigError(

@@ -44,6 +44,7 @@ class LitLanguageModel(L.LightningModule):
         self.model, self.optim = model, optim
         # Nats per token to bits per byte.
         self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
+        self.step_loss = torch.zeros(())  # of the last step, over all processes
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
 
@@ -69,6 +70,7 @@ class LitLanguageModel(L.LightningModule):
             if self.trainer.world_size > 1:  # Lightning's own way begins with a barrier
                 torch.distributed.all_reduce(bits)
                 bits /= self.trainer.world_size
+            self.step_loss = bits
             self.log("train_bpb", bits)
         return loss
 
@@ -193,7 +195,8 @@ def stepped(trainer: L.Trainer, index: int) -> bool:
 
 
 class FiniteLoss(Callback):
-    """Stops the run, before a checkpoint is written, when the loss is not a number.
+    """Stops the run, before a checkpoint is written, when the loss is not a number; all processes
+    of it at once, whichever of them the bad batch was for.
 
     On a GPU it looks every `every` steps only, because looking waits for the device; it still says
     which step was the first.
@@ -208,15 +211,15 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        bad = ~outputs["loss"].isfinite() & (self.first_bad < 0)
+        if not stepped(trainer, index):
+            return
+        bad = ~module.step_loss.isfinite() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, index, self.first_bad)
-        if module.device.type == "cuda" and (
-            trainer.global_step % self.every or not stepped(trainer, index)
-        ):
+        if module.device.type == "cuda" and trainer.global_step % self.every:
             return
         if self.first_bad >= 0:
             raise RunError(
-                f"the loss must be finite, got {outputs['loss'].item()} after step "
+                f"the loss must be finite, got {module.step_loss.item()} after step "
                 f"{trainer.global_step} (first at batch {self.first_bad.item()}); the last good "
                 "checkpoint is kept: lower optim.learning_rate, or look at the data"
             )

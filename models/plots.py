@@ -75,6 +75,9 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
         )
     low = min([*losses, *val_losses, *yardsticks.values()], default=0.0)
     high = max([*losses, *val_losses], default=8.0)
+    yardsticks = {
+        name: bits for name, bits in yardsticks.items() if bits < high
+    }  # else off the axes
     previous = 0.0
     for name, bits in sorted(yardsticks.items(), key=lambda item: item[1]):
         crowded = bits < previous * 1.04
@@ -96,6 +99,7 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eceff4", zorder=0)
+    title = title if len(title) <= 80 else f"{title[:40]} ... {title[-35:]}"
     axes.set_title(title, loc="left", color=INK, size=11)
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(target)

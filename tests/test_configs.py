@@ -105,6 +105,8 @@ BAD = [
     ("optim.betas=[0.9,1.0]", "optim.betas must be two numbers"),
     ("optim.min_learning_rate=1", "optim.min_learning_rate must be at most"),
     ("data.source=web", "data.source must be one of stdlib, text, hub, got 'web'"),
+    ("data.name=a/b", "data.name must be left out with data=stdlib, got 'a/b'"),
+    ("data.streaming=true", "data.streaming must be left out with data=stdlib"),
     ("trainer.accumulate=0", "trainer.accumulate must be at least 1, got 0"),
     ("data.sequence_length=0", "data.sequence_length must be at least 1, got 0"),
     ("data.hold_out=1", "data.hold_out must be at least 2, got 1"),

@@ -73,12 +73,23 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
 
 
-DIES = f"""
+PATCHED = f"""
 import os, sys
 sys.path.insert(0, {str(Path(train.__file__).parent)!r})
 import train
 from models import lit
+"""
+BAD_LOSS = f"""{PATCHED}
+loss = lit.LitLanguageModel.loss
 
+def breaks(self, batch):
+    bad = self.global_step == 5 and self.global_rank == 1
+    return loss(self, batch) * (float("nan") if bad else 1)
+
+lit.LitLanguageModel.loss = breaks
+train.main()
+"""
+DIES = f"""{PATCHED}
 step = lit.LitLanguageModel.training_step
 
 def dies(self, batch, index):
@@ -113,6 +124,24 @@ def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, tmp_path)
     assert curve(run, "train_bpb") == pytest.approx(curve(alone.run, "train_bpb"), abs=1e-4)
     for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
+    script = tmp_path / "bad.py"
+    script.write_text(BAD_LOSS)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), *SMALL, "trainer=ddp", "trainer.accelerator=cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode
+    assert (
+        done.stderr.count("the loss must be finite, got nan after step 6 (first at batch 5)") == 1
+    )
 
 
 def curve(run: Path, column: str) -> list[float]:

@@ -359,3 +359,32 @@ def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
     config.data.val_tokens = None
     with pytest.raises(ConfigError, match=r"data\.val_tokens must be a number"):
         load_data(config, ByteTokenizer(), Processes(1, 1, 0))
+
+
+def test_a_run_on_a_stream_goes_on_to_the_same_bits(hub, words, tmp_path, monkeypatch):
+    def config(folder, *more):
+        overrides = ("data.streaming=true", "data.val_tokens=100", "trainer.checkpoint_every=4")
+        made = settings("data=hub", *overrides, *TINY, *more, "optim.steps=12", name=hub)
+        made.runs_dir, made.tokenizer = str(tmp_path / folder), str(words)
+        return made
+
+    class Stop(Exception):
+        """Stands for the plug being pulled."""
+
+    whole = train.train(config("whole"))
+    step = LitLanguageModel.training_step
+
+    def dies(self, batch, index):
+        if index == 7:
+            raise Stop
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLanguageModel, "training_step", dies)
+        with pytest.raises(Stop):
+            train.train(config("stopped"))
+    again = train.train(config("stopped", "resume=auto"))
+    assert again.after == whole.after
+    expected = load(whole.run).model.state_dict()
+    for name, tensor in load(again.run).model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
