@@ -4,7 +4,8 @@
 
 Forward plus backward at batch 8, 4 heads of 64, 1024 tokens, fp32; for SSD one group, state 64,
 and transformers at whichever of three chunk sizes is its fastest. Rounds alternate between the
-two, and the fastest round of each counts: on a shared machine noise only adds.
+two, and the fastest round of each counts: on a shared machine noise only adds. Where other programs
+use the cores, `--threads 1` is steadier: threads wait for each other at every operator.
 """
 
 import argparse
@@ -79,8 +80,11 @@ def measure(make_inputs, functions, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, help="of torch; by default all cores")
     parser.add_argument("--out", type=Path, default=RESULTS / "scans_cpu.csv")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     rows = []
     for scan, (make_inputs, functions) in CASES.items():
         times = measure(make_inputs, functions, args.rounds)
