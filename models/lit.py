@@ -89,12 +89,22 @@ class LitLanguageModel(L.LightningModule):
             logits, _ = self.model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own refuses a fused optimizer under any mixed precision.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.optim
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         others = [p for p in self.parameters() if p.ndim < 2]
-        # Lightning does not clip the gradients of a fused optimizer under mixed precision.
-        mixed = self._trainer is not None and "mixed" in str(self.trainer.precision)
+        # A fused optimizer takes scaled gradients, which are not to be clipped.
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
         optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": optim.weight_decay},
@@ -102,7 +112,7 @@ class LitLanguageModel(L.LightningModule):
             ],
             lr=optim.learning_rate,
             betas=tuple(optim.betas),
-            fused=not mixed,
+            fused=not scaled,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim))
         return {

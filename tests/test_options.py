@@ -63,6 +63,27 @@ def test_an_option_leaves_the_loss_curve_as_it_is(option, plain, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=1e-3)
 
 
+def test_mixed_precision_trains_nearly_the_same(plain, tmp_path):
+    summary = run(tmp_path, "trainer.precision=bf16-mixed")
+    assert curve(summary.run) == pytest.approx(curve(plain.run), abs=0.15)
+    assert curve(summary.run) != pytest.approx(curve(plain.run), abs=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0, 0.01])
+def test_gradients_are_clipped_to_a_norm(clip, monkeypatch, tmp_path):
+    norms = []
+    clip_gradients = lit.LitLanguageModel.configure_gradient_clipping
+
+    def look(self, *args, **kwargs):
+        clip_gradients(self, *args, **kwargs)
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]).item())
+
+    monkeypatch.setattr(lit.LitLanguageModel, "configure_gradient_clipping", look)
+    run(tmp_path, f"optim.gradient_clip={clip}", "optim.steps=3")
+    assert len(norms) == 3
+    assert all(norm == pytest.approx(0.01, rel=1e-3) if clip else norm > 0.1 for norm in norms)
+
+
 def test_accumulation_works_through_parts_of_the_batch(monkeypatch, tmp_path):
     rows = []
     loss = lit.LitLanguageModel.loss
