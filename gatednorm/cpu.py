@@ -86,17 +86,15 @@ def _act(p: Problem, z: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.silu.out(z, out=out)
 
 
-def _act_backward(p: Problem, grad: Tensor, z: Tensor, act: Tensor, target: Tensor) -> None:
-    """`target` `[..., D]` = `grad * act'(z)`; `grad` is spent."""
-    direct = target.dtype == grad.dtype
-    shape = target.shape
-    to = target if direct else grad.view(shape)
+def _act_and_slope(p: Problem, z: Tensor, act: Tensor, slope: Tensor) -> None:
+    """`act(z)` and its derivative, `s + act * (1 - s)` for SiLU, from one sigmoid `s`."""
     if p.activation == "sigmoid":
-        torch.ops.aten.sigmoid_backward.grad_input(grad.view(shape), act.view(shape), grad_input=to)
+        torch.sigmoid(z, out=act)
+        torch.addcmul(act, act, act, value=-1, out=slope)
     else:
-        torch.ops.aten.silu_backward.grad_input(grad.view(shape), z.view(shape), grad_input=to)
-    if not direct:
-        target.copy_(to)
+        torch.sigmoid(z, out=slope)
+        torch.mul(z, slope, out=act)
+        torch.lerp(act, act.new_ones(()), slope, out=slope)
 
 
 def _parameters(p: Problem, weight, bias) -> tuple[Tensor | None, Tensor | None]:
@@ -186,8 +184,7 @@ def backward(
         g, xg = _grouped(p, dyb), _grouped(p, xb)
         act, xhat, one, two = workspace.of(g)
         if zb is not None:
-            zg = _grouped(p, zb)
-            _act(p, zg, act)
+            _act_and_slope(p, _grouped(p, zb), act, two)
         u = torch.mul(xg, act, out=xhat) if gate_first else xg
         if not p.is_rms_norm:
             u = torch.sub(u, mean[rows].unsqueeze(-1), out=xhat)
@@ -196,7 +193,7 @@ def backward(
         rounded = _round(p, xhat, p.round_norm, x.dtype)
         if gate_last:
             h = _affine(p, rounded, w, b, x, weight, one)
-            _act_backward(p, torch.mul(g, h, out=one), zg, act, dzb)
+            _product_into(dzb, torch.mul(g, h, out=one), two)
             g = torch.mul(g, act, out=two)
         # One product serves dw, a sum over the rows, and c1, a sum over the columns.
         product = torch.mul(g, xhat, out=one)
@@ -206,13 +203,13 @@ def backward(
             db += g.sum(0)
         product = product if w is None else product.mul_(w)
         c1 = product.sum(-1, keepdim=True).div_(-p.group_size)
-        du = torch.mul(g, 1.0 if w is None else w, out=two)
+        du = torch.mul(g, 1.0 if w is None else w, out=one)
         if not p.is_rms_norm:
             du -= du.mean(-1, keepdim=True)
         du.addcmul_(xhat, c1)
         if gate_first:
             du *= r
-            _act_backward(p, torch.mul(du, xg, out=one), zg, act, dzb)
+            _product_into(dzb, torch.mul(du, xg, out=xhat), two)
             _product_into(dxb, du, act)
         else:
             _product_into(dxb, du, r)

@@ -197,13 +197,13 @@ MUTANTS = {
     ),
     "cpu: gradient of the sigmoid at z": (
         C,
-        "sigmoid_backward.grad_input(grad.view(shape), act.view(shape)",
-        "sigmoid_backward.grad_input(grad.view(shape), z.view(shape)",
+        "torch.addcmul(act, act, act, value=-1, out=slope)",
+        "torch.addcmul(act, act, z, value=-1, out=slope)",
     ),
     "cpu: gradient of silu at act": (
         C,
-        "silu_backward.grad_input(grad.view(shape), z.view(shape)",
-        "silu_backward.grad_input(grad.view(shape), act.view(shape)",
+        "torch.lerp(act, act.new_ones(()), slope, out=slope)",
+        "torch.lerp(act, act.new_zeros(()), slope, out=slope)",
     ),
     "cpu: never silu": (
         C,
@@ -238,8 +238,8 @@ MUTANTS = {
     ),
     "cpu: dz of the value without weight": (
         C,
-        "_act_backward(p, torch.mul(g, h, out=one)",
-        "_act_backward(p, torch.mul(g, rounded, out=one)",
+        "_product_into(dzb, torch.mul(g, h, out=one)",
+        "_product_into(dzb, torch.mul(g, rounded, out=one)",
     ),
     "cpu: g without the gate": (
         C,
@@ -249,10 +249,14 @@ MUTANTS = {
     "cpu: dw of the last block": (C, "dw += (g", "dw = (g"),
     "cpu: db of the last block": (C, "db += g.sum(0)", "db = g.sum(0)"),
     "cpu: sign of c2": (C, "du -= du.mean", "du += du.mean"),
-    "cpu: dxhat without the weight": (C, "1.0 if w is None else w, out=two", "1.0, out=two"),
+    "cpu: dxhat without the weight": (C, "1.0 if w is None else w, out=one", "1.0, out=one"),
     "cpu: dx without rstd": (C, "_product_into(dxb, du, r)", "_product_into(dxb, du, r * 0 + 1)"),
     "cpu: dz without rstd": (C, "du *= r\n", "du *= 1\n"),
-    "cpu: dz of the gated value": (C, "torch.mul(du, xg, out=one)", "torch.mul(du, xhat, out=one)"),
+    "cpu: dz of the gated value": (
+        C,
+        "torch.mul(du, xg, out=xhat)",
+        "torch.mul(du, xhat, out=xhat)",
+    ),
     "cpu: dx without the gate": (
         C,
         "_product_into(dxb, du, act)",
