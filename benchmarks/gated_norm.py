@@ -2,7 +2,7 @@
 
     python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
     python -m benchmarks.gated_norm --only gatednorm --cases 4
-    python -m benchmarks.gated_norm --replot           # the plots again from the CSV, no GPU
+    python -m benchmarks.gated_norm --replot           # plots and README table from the CSV, no GPU
 
 Each provider is compared with float64 before it is timed. Times on the GPU are medians in
 microseconds of `triton.testing.do_bench`, which writes 256 MB between two runs, so that no input
@@ -330,6 +330,27 @@ def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
     console.print(table)
 
 
+def markdown(sheet: Sheet, names, console: Console) -> None:
+    """The README's table."""
+    console.print("| rows x width | | ceiling | gatednorm | ratio | best peer | ratio |")
+    console.print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        label = case.name
+        for quantity in ("forward", "backward"):
+            values = sheet.get(case, quantity)
+            ceiling, ours = values["ceiling"], values["gatednorm"]
+            peer, best = min(
+                ((n, v) for n, v in values.items() if n in names and n != "gatednorm"),
+                key=lambda pair: pair[1],
+            )
+            console.print(
+                f"| {label} | {quantity} | {ceiling:.1f} | {ours:.1f} | {ours / ceiling:.2f} "
+                f"| {peer} {best:.1f} | {best / ceiling:.2f} |",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            label = ""
+
+
 def plot(sheet: Sheet, names, folder: Path) -> None:
     """Bandwidth over width, and forward time over rows."""
     import matplotlib
@@ -380,11 +401,15 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=list(PROVIDERS))
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
     parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--replot", action="store_true", help="only draw the CSV again; no GPU")
+    parser.add_argument(
+        "--replot", action="store_true", help="draw the CSV again, print the README's table; no GPU"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.replot:
-        plot(Sheet.read(args.out / "gated_norm.csv"), list(PROVIDERS), args.out)
+        sheet = Sheet.read(args.out / "gated_norm.csv")
+        plot(sheet, list(PROVIDERS), args.out)
+        markdown(sheet, list(PROVIDERS), Console())
         return
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
