@@ -22,7 +22,6 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from configs.manual import CONFIG_DIR, manual
 from configs.schema import ConfigError, all_keys, infer_config, nearest, train_config
@@ -56,10 +55,11 @@ def command(
             def task(values: DictConfig) -> None:
                 sys.argv = arguments  # for processes that Lightning starts with the same ones
                 hydra_config = HydraConfig.get()
-                folders.append(Path(hydra_config.sweep.dir))
                 # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
-                    result = main(CHECKS[name](values, verbatim))
+                    config = CHECKS[name](values, verbatim)
+                    folders.append(Path(hydra_config.sweep.dir))
+                    result = main(config)
                 except ConfigError as error:
                     _fail(name, str(error))
                 except BrokenPipeError:
@@ -85,10 +85,10 @@ def command(
                 sys.exit(130)
             except ConfigError as error:
                 _fail(name, str(error))
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                found = _explain_first(name, sys.argv[1:], several)
-                if found is None and type(error) is ValueError:  # not one that Hydra makes of a key
+            except Exception as error:  # of Hydra and OmegaConf, which raise all kinds
+                if folders:  # a job had begun: it is not about the arguments
                     raise
+                found = _explain_first(name, sys.argv[1:], several)
                 _fail(name, found or _first_line(error))
 
         return run
@@ -147,7 +147,7 @@ def _explain_first(name: str, arguments: list[str], several: bool) -> str | None
         jobs = _jobs(arguments) if several else [arguments]
     except HydraException:  # cannot be read
         jobs = [arguments]
-    with suppress(HydraException, OmegaConfBaseException):  # wrong in yet another way
+    with suppress(Exception):  # wrong in yet another way: the first error has to do
         return next(filter(None, (explain(name, job) for job in jobs)), None)
     return None
 

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from bad_input import RUN, TABLE, Bad, answer, cases, table
+
+from configs.command import command
 
 CASES = [case for group in cases().values() for case in group]
 
@@ -65,3 +68,38 @@ def test_the_command_itself_says_the_same_line(script, argument, says, tmp_path)
     assert done.stderr.count(b"\n") == 1
     assert done.stdout == b""
     assert [path.name for path in tmp_path.iterdir()] == ["broken.ckpt"]
+
+
+KEYS = [
+    "seed", "model", "norm", "norm.path", "max_new_tokens", "top_k", "optim.betas", "data", "size"
+]  # fmt: skip
+VALUES = (
+    "", "null", "1", "-1", "1.5", "nan", "inf", "1e999", "true", "[]", "{}", "[1,2]", "{a: 1}",
+    "a,b", "'", "'a b'", "a b", "${x}", "${seed}", "???", "fla", "x=y", "a:b", "\\", "(", "}",
+    "range(1,3)", "@", "$", "~", "\n", "\u00e9", "\0", "--", "9" * 30,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_any_command_line_is_taken_or_answered_with_one_line(seed, tmp_path, monkeypatch, capsys):
+    """Hydra's composition alone: nothing is trained or generated."""
+    monkeypatch.chdir(tmp_path)
+    random = Random(seed)
+    for _ in range(100):
+        script = random.choice(["train", "infer"])
+        arguments = ["-m"] * (random.random() < 0.2)
+        for _ in range(random.randint(1, 2)):
+            prefix = random.choice(["", "", "", "+", "++", "~"])
+            arguments.append(f"{prefix}{random.choice(KEYS)}={random.choice(VALUES)}")
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        code = 0
+        try:
+            command(script, texts=("prompt",))(lambda config: None)()
+        except SystemExit as left:
+            code = left.code
+        out, err = capsys.readouterr()
+        if code:
+            assert (code, out) == (2, ""), arguments
+            assert err.startswith(f"{script}.py: error: "), arguments
+            assert err.count("\n") == 1, arguments
