@@ -1,6 +1,7 @@
 """Every file in configs/ composes, and every mistake is answered with one line before any work."""
 
 import itertools
+import shlex
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from configs.command import CONFIG_DIR, command, compose
 from configs.schema import MODELS, ConfigError, FlaConfig, Mamba2Config
 from models.checkpoint import build_model
@@ -172,6 +174,25 @@ def test_a_prompt_is_taken_as_it_stands(given, taken, monkeypatch):
 def test_a_path_is_taken_as_it_stands(path, monkeypatch):
     config = run_command("train", [f"data.path={path}"], monkeypatch, names=("data.path",))
     assert config.data.path == {"null": None, "'null'": "null"}.get(path, path)
+
+
+def written_commands() -> list[str]:
+    """What the manual says to type after train.py, but for several runs at once."""
+    texts = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md")
+    ]
+    blocks = [text for whole in texts for text in whole.split("```sh\n")[1:]]
+    lines = "\n".join(block.partition("```")[0] for block in blocks).replace("\\\n", " ")
+    lines = [line for line in lines.splitlines() if "train.py" in line and "infer.py" not in line]
+    found = [line.partition("train.py")[2].strip() for line in lines]
+    return [arguments for arguments in found if arguments[:2] != "-m" and "&&" not in arguments]
+
+
+@pytest.mark.parametrize("arguments", written_commands())
+def test_what_the_manual_says_composes(arguments, monkeypatch):
+    typed = shlex.split(arguments, comments=True)
+    if "--help" not in typed:
+        assert run_command("train", typed, monkeypatch, names=train.NAMES).seed == 1
 
 
 @pytest.mark.parametrize("script", ["train", "infer"])
