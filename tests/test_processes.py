@@ -144,6 +144,27 @@ def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_scaling_writes_its_table(tmp_path):
+    script = Path(train.__file__).parent / "benchmarks" / "scaling.py"
+    small = ["size=mamba2_small", "trainer.accelerator=cpu", "data.sequence_length=32"]
+    short = ["--models", "mamba2", "--seconds", "0.1", "--rows", "1", "--out", "scaling.csv"]
+    subprocess.run(
+        [sys.executable, str(script), *short, *small],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    with (tmp_path / "scaling.csv").open() as file:
+        one, two = csv.DictReader(file)
+    assert (one["processes"], two["processes"]) == ("1", "2")
+    assert (one["rows"], two["rows"]) == ("1", "2")
+    assert int(two["tokens_per_s"]) > 0
+    ratio = int(two["tokens_per_s"]) / int(one["tokens_per_s"])
+    assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
+
+
 def curve(run: Path, column: str) -> list[float]:
     with (run / "metrics.csv").open() as file:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
