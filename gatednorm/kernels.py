@@ -16,6 +16,7 @@ from .row_kernels import (
     _affine,
     _centre,
     _gated_input,
+    _load,
     _load_parameters,
     _mean,
     _overlap,
@@ -134,6 +135,16 @@ def forward_kernel(
             w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
         _finish(u_b, z_b, rstd, w_b, b_b, y_ptr, y_off, live, BLOCK_A, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+
+
+@triton.jit
+def _xhat(x_ptr, x_off, live, mean, rstd, first, N: tl.constexpr, BLOCK: tl.constexpr,
+          FULL: tl.constexpr, IS_RMS: tl.constexpr):  # fmt: skip
+    """One piece's `xhat` from memory once more, for a gate that comes last."""
+    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "evict_first").to(tl.float32)
+    if not IS_RMS:
+        u = _centre(u, mean, first, N, BLOCK, FULL)
+    return u * rstd[:, None]
 
 
 @triton.jit
@@ -288,7 +299,10 @@ def backward_kernel(
                     sums_a, sums_b, plain_a, plain_b, ROWS, WARPS_A, WARPS_B)  # fmt: skip
                 c2 = _mean(c2, N)
             c1 = _mean(c1, N)
-        if RELOAD:
+        if RELOAD and not GATE_FIRST:
+            xhat_a = _xhat(x_ptr, x_off + zero, live, mean, rstd, first, N, BLOCK_A, FULL_A,
+                           IS_RMS)  # fmt: skip
+        if RELOAD and GATE_FIRST:
             dy_a, x_a, z_a = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
                                    live, first, N, BLOCK_A, FULL_A, "evict_first")  # fmt: skip
             if not HOIST:
@@ -299,7 +313,10 @@ def backward_kernel(
         _tail(xhat_a, dxhat_a, act_a, dz_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
               first, N, BLOCK_A, FULL_A, IS_RMS, GATE_FIRST)  # fmt: skip
         if BLOCK_B > 0:
-            if RELOAD:
+            if RELOAD and not GATE_FIRST:
+                xhat_b = _xhat(x_ptr, x_off + zero, live, mean, rstd, BLOCK_A, N, BLOCK_B, FULL,
+                               IS_RMS)  # fmt: skip
+            if RELOAD and GATE_FIRST:
                 dy_b, x_b, z_b = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr,
                                        z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL,
                                        "evict_first")  # fmt: skip

@@ -43,6 +43,12 @@ MUTANTS = {
     "wide: squares of the last chunk": (S, "        total += u * u\n", "        total = u * u\n"),
     "wide: c1 of the last chunk": (S, "c1 += dxhat * xhat", "c1 = dxhat * xhat"),
     "wide: c2 of the last chunk": (S, "c2 += dxhat\n", "c2 = dxhat\n"),
+    "reload: xhat of another piece": (
+        K,
+        "_xhat(x_ptr, x_off + zero, live, mean, rstd, BLOCK_A,",
+        "_xhat(x_ptr, x_off + zero, live, mean, rstd, 0,",
+    ),
+    "reload: xhat without rstd": (K, "    return u * rstd[:, None]\n", "    return u\n"),
     # where things lie
     "two outer strides swapped": (
         R,
