@@ -99,19 +99,30 @@ def load_published(
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    arguments, entries = FORMATS[_format(config, folder)]
+    format_arguments, entries = FORMATS[_format(config, folder)]
     try:
-        model = LanguageModel(**arguments(config), norm_path=norm_path).to(dtype)
+        arguments = {**format_arguments(config), "norm_path": norm_path}
+        weights = _read_weights(folder)
+        if arguments["num_layers"] > len(weights):
+            raise ValueError(
+                f"{folder} must hold weights for each of the {arguments['num_layers']} layers of "
+                f"its config.json, got {len(weights)} weights in all; take the config.json of the "
+                "checkpoint"
+            )
+        with torch.device("meta"):  # sizes that no machine could hold need no memory there
+            shapes = LanguageModel(**arguments)
     except KeyError as error:
         raise ValueError(
             f"{folder / 'config.json'} lacks {error.args[0]!r}; take the one of the checkpoint"
         ) from error
-    except TypeError as error:
+    except (TypeError, ArithmeticError, RuntimeError) as error:  # the last two for absurd sizes
         raise ValueError(
-            f"{folder / 'config.json'} must have numbers for sizes ({error}); take the one of the "
-            "checkpoint"
+            f"{folder / 'config.json'} must have numbers for sizes ({_first_line(error)}); take "
+            "the one of the checkpoint"
         ) from error
-    _fill(model, _read_weights(folder), list(entries(model)), folder)
+    _fill(shapes, dict(weights), list(entries(shapes)), folder)
+    model = LanguageModel(**arguments).to(dtype)
+    _fill(model, weights, list(entries(model)), folder)
     return model
 
 
@@ -121,7 +132,7 @@ def load_published(
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
@@ -135,23 +146,48 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if file is None:
         raise ValueError(f"{folder} must hold one of {', '.join(WEIGHT_FILES)}, got none of them")
+    if file.suffix == ".bin":
+        return _read_pickle(file)
     try:
-        if file.suffix == ".bin":
-            return torch.load(file, map_location="cpu", weights_only=True)
         if file.suffix == ".safetensors":
             return load_file(file)
-        names = sorted(set(_read_json(file)["weight_map"].values()))
+        parts = _read_json(file).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(v, str) for v in parts.values()):
+            raise ValueError(f"{file} must name a file for each weight; download it again")
+        names = sorted(set(parts.values()))
         return {key: value for name in names for key, value in load_file(folder / name).items()}
-    except (
-        OSError,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file} cannot be read ({reason}); download it again") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({_first_line(error)}); download it again"
+        ) from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """What torch.save wrote, without running code of it. torch's own reasons are left out: they
+    advise to read the file again and run its code."""
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (PermissionError, IsADirectoryError) as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} must be a pickle of nothing but tensors, and is damaged or holds other "
+            "objects, whose code was not run; use a checkpoint in safetensors, or download it again"
+        ) from error
+    except Exception as error:  # of any kind: it depends on which bytes are wrong
+        raise ValueError(f"{file} is cut short or damaged; download it again") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    ):
+        raise ValueError(
+            f"{file} must hold tensors by their names, and nothing else; take the weights of the "
+            "model alone, not those of its training"
+        )
+    return weights
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry], folder: Path):
