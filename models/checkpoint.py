@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -159,10 +159,19 @@ def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: 
         raise ConfigError(f"checkpoint: {error}") from error
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
+            if not path.exists():
+                why = ", which does not exist"
+            elif folder == path:
+                why = f" without {needed}"
+            elif path.name in (WEIGHTS, CONFIG):
+                why = f" without {needed} beside it"
+            else:
+                why = ", a file that lies in no such folder"
             raise ConfigError(
-                f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, a published model's "
-                f"with config.json, or a hub id, got {str(checkpoint)!r} without {needed}; name a "
-                f"folder under {runs_dir}/, or leave checkpoint out"
+                f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, a file in one, a "
+                "published model's folder with config.json, or a hub id, got "
+                f"{str(checkpoint)!r}{why}; name a folder under {runs_dir}/, or leave checkpoint "
+                "out"
             )
     _check_name(checkpoint, model, read_model_config(folder).name)
     return folder
@@ -172,24 +181,36 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
     """The model of a checkpoint, on the CPU, in eval mode, its weights without gradients. Raises
     ConfigError."""
     config = read_model_config(folder)
-    model = build_model(config, norm_path)
     file = folder / WEIGHTS
     try:
         with safe_open(file, framework="pt") as weights:
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            names = list(weights.keys())
+            if not _fits(config, {name: weights.get_slice(name).get_shape() for name in names}):
+                why = f"its tensors are not those of the {CONFIG} beside it"
+                raise ConfigError(damaged(file, why))
+            tensors = {name: weights.get_tensor(name) for name in names}
             checksum = (weights.metadata() or {}).get("crc32")
     except (SafetensorError, OSError) as error:
-        raise ConfigError(damaged(file, str(error).splitlines()[0])) from error
+        reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
+        raise ConfigError(damaged(file, f"it cannot be read ({reason})")) from error
     if checksum != _checksum(tensors):
         raise ConfigError(damaged(file, "its checksum is wrong"))
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
-    }
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ConfigError(damaged(file, f"its tensors are not those of the {CONFIG} beside it"))
-    model.load_state_dict(tensors, strict=not tied)
+    model = build_model(config, norm_path)
+    model.load_state_dict(tensors, strict=not config.tie_embeddings)
     return model.eval().requires_grad_(False)
+
+
+def _fits(config: ModelConfig, shapes: dict[str, list[int]]) -> bool:
+    """Whether a model of `config` has tensors of these names and shapes. Nothing is allocated to
+    find out: a damaged config.yaml may ask for more than the machine has. Raises ConfigError."""
+    if config.num_layers > len(shapes):
+        return False
+    try:
+        with torch.device("meta"):
+            model = build_model(config, "inference")
+    except (RuntimeError, ArithmeticError, TypeError):  # numbers too large even to count with
+        return False
+    return shapes == {name: list(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -199,10 +220,38 @@ def read_model_config(folder: Path) -> ModelConfig:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
         schema = OmegaConf.structured(MODELS[values["name"]])
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
-    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(damaged(file, f"{type(error).__name__} while reading it")) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(damaged(file, str(error).splitlines()[0])) from error
+    except (
+        OSError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise ConfigError(damaged(file, _in_words(error))) from error
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong with a config.yaml, without the names of Python's classes."""
+    if isinstance(error, OSError):
+        return f"it cannot be read ({error.strerror})"
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        where = "it" if mark is None else f"its line {mark.line + 1}"
+        if isinstance(error, yaml.constructor.ConstructorError):
+            return f"{where} asks for more than plain values, which are all that is read"
+        return f"{where} is not YAML, or what it begins has no end"
+    if isinstance(error, MissingMandatoryValue):
+        return f"it lacks model.{error.full_key or error.key}"
+    if isinstance(error, ConfigKeyError):
+        return f"there is no key 'model.{error.full_key or error.key}'"
+    if isinstance(error, OmegaConfBaseException):
+        reason = str(error).splitlines()[0]
+        return f"its model{'.' * bool(error.full_key)}{error.full_key or ''} is wrong: {reason}"
+    return f"it has no model section whose name is one of {', '.join(MODELS)}"
 
 
 def is_of(folder: Path, model: str) -> bool:

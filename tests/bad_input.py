@@ -194,6 +194,27 @@ CHECKPOINTS = [
         edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 64")),
     ),
     checkpoint(
+        "a config of a size that no machine has the memory for",
+        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 2000000")),
+    ),
+    checkpoint(
+        "a config of a size that no number has the digits for",
+        edit(CONFIG, lambda data: data.replace(b"d_state: ", b"d_state: 9" + b"9" * 30)),
+    ),
+    checkpoint(
+        "a config of a billion layers",
+        edit(CONFIG, lambda data: data.replace(b"num_layers: 2", b"num_layers: 1000000000")),
+    ),
+    checkpoint(
+        "a config that lacks a size",
+        edit(CONFIG, lambda data: data.replace(b"  hidden_size: 32\n", b"")),
+    ),
+    checkpoint(
+        "a config of an unknown size",
+        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 32\n  depth: 3")),
+    ),
+    checkpoint("a config that is a list", write(CONFIG, "- model\n")),
+    checkpoint(
         "a config of a word for a size",
         edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: wide")),
     ),
@@ -206,6 +227,14 @@ CHECKPOINTS = [
     checkpoint("a `config.json` cut short", write("published/config.json", "{"), "published"),
     checkpoint("published, without weights", published(), "published"),
     checkpoint(
+        "published, of a size that no machine has the memory for",
+        several(
+            published(hidden_size=2_000_000, num_heads=250_000),
+            lambda folder: shutil.copy(folder / WEIGHTS, folder / "published"),
+        ),
+        "published",
+    ),
+    checkpoint(
         "published, its weights cut short",
         several(published(), write("published/model.safetensors", b"\x10")),
         "published",
@@ -214,6 +243,16 @@ CHECKPOINTS = [
         "published, its weights a pickle that would run code",
         several(published(), write("published/pytorch_model.bin", pickle.dumps(RunsCode(), 2))),
         "published",
+    ),
+    checkpoint(
+        "published, its weights no pickle",
+        several(published(), write("published/pytorch_model.bin", "bytes")),
+        "published",
+    ),
+    checkpoint(
+        "weights alone",
+        lambda folder: shutil.copy(folder / WEIGHTS, folder / "model.safetensors"),
+        "model.safetensors",
     ),
     resume("a run that is not there", lambda folder: shutil.rmtree(folder / "runs/stopped")),
     resume("no `config.yaml`", lambda folder: (folder / "runs/stopped/config.yaml").unlink()),

@@ -1,17 +1,20 @@
 """checkpoint.load: a run, what ships, a published folder, a hub id; each with its tokenizer."""
 
+import re
 import shutil
 
 import pytest
 import torch
+import yaml
 from test_published import FLA, fla_weights, mamba2, train, write
 from test_tokenizer import byte_level
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from configs.command import compose
 from configs.schema import ConfigError
-from models.checkpoint import SHIPPED, WEIGHTS, build_model, load, save_config, save_weights
+from models.checkpoint import CONFIG, SHIPPED, WEIGHTS, build_model, load, save_config, save_weights
 from models.generation import generate
+from models.language_model import LanguageModel
 from models.tokenizer import ByteTokenizer, TextTokenizer
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
@@ -143,7 +146,10 @@ def text(name, content):
 BAD = {
     "truncated": (truncated, r"model\.safetensors cannot be read"),
     "no_weights": (without(WEIGHTS), r"must hold one of model\.safetensors"),
-    "no_config": (without("config.json"), r"a published model's with config\.json, or a hub id"),
+    "no_config": (
+        without("config.json"),
+        r"a published model's folder with config\.json, or a hub id",
+    ),
     "not_json": (text("config.json", "{"), "cannot be read as JSON"),
     "other_model": (text("config.json", '{"model_type": "llama"}'), "got model_type='llama'"),
     "no_sizes": (text("config.json", '{"model_type": "mamba2"}'), "lacks 'num_heads'"),
@@ -184,6 +190,73 @@ def test_a_tokenizer_with_more_tokens_than_the_model(published, tmp_path):
     TextTokenizer(byte_level()).save(tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"at most the model's 256 tokens, got 2\d\d"):
         load(tmp_path / "copy")
+
+
+WRONG_CONFIGS = {
+    "tag": ("model: !!python/name:os.mkdir x", "its line 1 asks for more than plain values"),
+    "cut": ("seed: 1\nmodel: {name: fla", "its line 2 is not YAML, or what it begins has no end"),
+    "control": ("model: \0", "it is not YAML"),
+    "date": ("2020-99-99", "it has no model section whose name is one of fla, mamba2"),
+    "nested": ("[" * 5000, "it has no model section"),
+    "empty": ("", "it has no model section"),
+    "other": ("model: {name: rwkv}", "it has no model section"),
+    "lacks": ("model: {name: fla}", "it lacks model.hidden_size"),
+    "unknown": ("model: {name: fla, depth: 2}", "there is no key 'model.depth'"),
+    "word": ("model: {name: fla, hidden_size: wide}", "its model.hidden_size is wrong: Value"),
+    "interpolated": ("model: {name: fla, hidden_size: '${x}'}", "its model.hidden_size is wrong"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_a_config_that_is_wrong_says_so_without_pythons_words(case, tmp_path):
+    text, message = WRONG_CONFIGS[case]
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / CONFIG).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"wrote it, but {message}")) as error:
+        load(tmp_path / "run")
+    assert re.search("Error|Exception|Config|`", str(error.value)) is None
+    assert "\n" not in str(error.value)
+
+
+ABSURD = {
+    "hidden_size": 2_000_000,
+    "vocab_size": 10**12,
+    "d_state": 10**30,
+    "num_layers": 10**9,
+    "expand": 10**18,
+    "mlp_ratio": 1e300,
+    "tie_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
+    name, tmp_path, monkeypatch
+):
+    """No model is built where it would need memory."""
+    write_run(tmp_path / "run")
+    file = tmp_path / "run" / CONFIG
+    config = yaml.safe_load(file.read_text())
+    config["model"][name] = ABSURD[name]
+    file.write_text(yaml.safe_dump(config))
+    devices = []
+
+    def watched(*arguments, **keys):
+        devices.append(torch.get_default_device().type)
+        return LanguageModel(*arguments, **keys)
+
+    monkeypatch.setattr("models.checkpoint.LanguageModel", watched)
+    with pytest.raises(ConfigError, match=r"its tensors are not those of the config\.yaml"):
+        load(tmp_path / "run")
+    assert set(devices) <= {"meta"}
+
+
+@pytest.mark.parametrize("name", ["broken.ckpt", "weights.pt"])
+def test_a_file_that_is_no_checkpoint(name, tmp_path):
+    (tmp_path / name).write_bytes(b"broken")
+    message = rf"a run folder with .*, got '.*{name}', a file that lies in no such folder; name"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["missing", "runs/missing", "a/b/c"])
