@@ -9,6 +9,9 @@ import ctypes
 from collections.abc import Sequence
 
 SIZES = {"i64": 8, "fp32": 4}
+# Triton appends pointers to scratch memory, unused here, two of them today: zeros. The driver reads
+# as many arguments as the code has.
+MORE_ARGUMENTS = 8
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID: programmatic dependent launch
 
 
@@ -109,11 +112,8 @@ def _direct_start(compiled, grid, scalars) -> Start | None:
     if not all(t.startswith("*") for t in pointers) or not all(t in SIZES for t in rest):
         return None
     cuda = ctypes.PyDLL("libcuda.so.1")  # keeps Python's lock: the call lasts about a microsecond
-    # What the compiled code itself says; Triton appends pointers to scratch memory, unused here.
-    sizes = _argument_sizes(cuda, compiled.function)
     expected = [8] * n_pointers + [SIZES[t] for t in rest]
-    scratch = len(sizes) - len(expected)
-    if not 0 <= scratch <= 2 or sizes != expected + [8] * scratch:
+    if _argument_sizes(cuda, compiled.function, len(expected)) != expected:
         return None
     call = cuda.cuLaunchKernelEx
     call.argtypes = [ctypes.c_void_p] * 4
@@ -122,14 +122,20 @@ def _direct_start(compiled, grid, scalars) -> Start | None:
         (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(32 * meta.num_warps, 1, 1), meta.shared,
         None, ctypes.pointer(attribute), int(meta.launch_pdl),
     )  # fmt: skip
-    return Start(call, compiled.function, config, attribute, len(sizes), tuple(scalars), n_pointers)
+    n_arguments = len(expected) + MORE_ARGUMENTS
+    return Start(
+        call, compiled.function, config, attribute, n_arguments, tuple(scalars), n_pointers
+    )
 
 
-def _argument_sizes(cuda, function: int) -> list[int]:
+def _argument_sizes(cuda, function: int, count: int) -> list[int]:
+    """Bytes of the first `count` arguments, as the compiled code itself says."""
     query = cuda.cuFuncGetParamInfo
     query.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
-    sizes = []
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    while query(function, len(sizes), ctypes.byref(offset), ctypes.byref(size)) == 0:
+    sizes = []
+    for i in range(count):
+        if query(function, i, ctypes.byref(offset), ctypes.byref(size)) != 0:
+            break
         sizes.append(size.value)
     return sizes

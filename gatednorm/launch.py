@@ -99,7 +99,7 @@ def backward_tile(n: int, bias: bool = False) -> Tile:
         return Tile(1, a, b, 1, 8 if b == 1024 else 16, stages=3, workers_per_sm=1)
     if b == 0:  # two halves: each step holds half of the row's temporaries
         a, b = a // 2, a // 2
-    return Tile(1, a, b, 1, 16, workers_per_sm=1, hoist=False, reload=True)
+    return Tile(1, a, b, 1, 32, workers_per_sm=1, hoist=False, reload=True, maxnreg=64)
 
 
 @functools.cache

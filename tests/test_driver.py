@@ -1,0 +1,128 @@
+"""What is handed to the CUDA driver, read back from memory as the driver would read it."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from gatednorm import driver
+
+POINTERS, SCALARS = [0x7F0000000010, 0x7F0000000020], (37, -3, 1e-5)
+TYPES = {"x": "*bf16", "N": "constexpr", "y": "*fp32", "rows": "i64", "s": "i64", "eps": "fp32"}
+SIZES = [8, 8, 8, 8, 4, 8, 8]  # and two pointers of Triton's own
+
+
+class Driver:
+    """cuda.h's two functions; `launches` holds what each launch found in memory."""
+
+    def __init__(self, sizes, code=0):
+        self.sizes, self.code, self.launches, self.during = sizes, code, [], None
+
+        def cuFuncGetParamInfo(function, index, offset, size):
+            assert function == 77
+            assert index < len(sizes), "the driver reports a question too many as an error"
+            size._obj.value = sizes[index]
+            return 0
+
+        def cuLaunchKernelEx(config, function, values, extra):
+            assert (function, extra) == (77, None)
+            config = driver._Config.from_address(config)
+            addresses = (ctypes.c_void_p * len(sizes)).from_address(values)
+            kinds = {8: ctypes.c_int64, 4: ctypes.c_float}
+            found = [kinds[n].from_address(a).value for a, n in zip(addresses, sizes, strict=True)]
+            if self.during:
+                self.during()
+            attribute = config.attributes[0] if config.n_attributes else None
+            self.launches.append(
+                SimpleNamespace(
+                    arguments=found, grid=list(config.grid), block=list(config.block),
+                    shared=config.shared_memory, stream=config.stream,
+                    attribute=attribute and (attribute.id, attribute.value),
+                )
+            )  # fmt: skip
+            return self.code
+
+        self.cuFuncGetParamInfo, self.cuLaunchKernelEx = cuFuncGetParamInfo, cuLaunchKernelEx
+
+
+def compiled(types=TYPES, **metadata):
+    usual = {
+        "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True, "num_warps": 4,
+        "global_scratch_size": 0, "profile_scratch_size": 0, "shared": 1234,
+    }  # fmt: skip
+    meta = SimpleNamespace(**usual | metadata)
+    return SimpleNamespace(metadata=meta, function=77, src=SimpleNamespace(signature=types))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    def install(sizes=SIZES, code=0) -> Driver:
+        fake = Driver(sizes, code)
+        monkeypatch.setattr(ctypes, "PyDLL", lambda name: fake)
+        return fake
+
+    return install
+
+
+def test_structures_are_as_large_as_in_cuda_h():
+    assert ctypes.sizeof(driver._Attribute) == 72
+    assert ctypes.sizeof(driver._Config) == 56
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+def test_what_the_driver_reads(cuda, pdl):
+    fake = cuda()
+    start = driver.direct_start(compiled(launch_pdl=pdl), (5, 1, 1), SCALARS)
+    assert start(POINTERS, 99)
+    assert start([p + 16 for p in POINTERS], 100)
+    first, second = fake.launches
+    eps = ctypes.c_float(1e-5).value
+    assert first.arguments == [*POINTERS, 37, -3, eps, 0, 0]
+    assert second.arguments == [*(p + 16 for p in POINTERS), 37, -3, eps, 0, 0]
+    assert (first.grid, first.block, first.shared) == ([5, 1, 1], [128, 1, 1], 1234)
+    assert (first.stream, second.stream) == (99, 100)
+    assert first.attribute == ((6, 1) if pdl else None)
+
+
+def test_a_launch_within_a_launch_has_memory_of_its_own(cuda):
+    """As when another thread launches the same kernel between the filling and the call."""
+    fake = cuda()
+    start = driver.direct_start(compiled(), (1, 1, 1), SCALARS)
+
+    def once():
+        fake.during = None
+        start([1, 2], 7)
+
+    fake.during = once
+    start(POINTERS, 99)
+    inner, outer = fake.launches
+    assert (inner.arguments[:2], inner.stream) == ([1, 2], 7)
+    assert (outer.arguments[:2], outer.stream) == (POINTERS, 99)
+
+
+def test_a_refusal_is_reported(cuda):
+    cuda(code=201)
+    assert driver.direct_start(compiled(), (1, 1, 1), SCALARS)(POINTERS, 0) is False
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        pytest.param(lambda cuda: (cuda(), compiled(num_ctas=2)), id="cluster"),
+        pytest.param(lambda cuda: (cuda(), compiled(global_scratch_size=8)), id="scratch"),
+        pytest.param(lambda cuda: (cuda(), compiled(TYPES | {"s": "i32"})), id="other_type"),
+        pytest.param(lambda cuda: (cuda([8, 8, 8, 4, 4]), compiled()), id="other_size"),
+        pytest.param(lambda cuda: (cuda(), SimpleNamespace()), id="another_triton"),
+    ],
+)
+def test_what_is_not_known_is_left_to_triton(cuda, unknown):
+    _, kernel = unknown(cuda)
+    assert driver.direct_start(kernel, (1, 1, 1), SCALARS) is None
+
+
+def test_no_driver_is_left_to_triton(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "PyDLL", missing)
+    assert driver.direct_start(compiled(), (1, 1, 1), SCALARS) is None
