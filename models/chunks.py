@@ -189,9 +189,9 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
 
 
 def fused_kernels(x: Tensor) -> ModuleType | None:
-    """``models.ssd_kernels`` for chunks x [B, N, C, H, P] that it takes, with MODELS_TRITON=fused;
-    else None."""
-    if gpu_kernels(x) is None or os.environ.get("MODELS_TRITON") != "fused":
+    """``models.ssd_kernels`` for chunks x [B, N, C, H, P] that it takes, unless MODELS_TRITON is 0
+    or 1; else None."""
+    if gpu_kernels(x) is None or os.environ.get("MODELS_TRITON") == "1":
         return None
     kernels = importlib.import_module("models.ssd_kernels")
     return kernels if kernels.supports(x) else None
