@@ -27,8 +27,8 @@ class RunError(ConfigError):
     """A run that had to stop; the message says what is left and how to go on."""
 
 
-def one_of(*choices: str) -> Any:
-    return field(default=MISSING, metadata={"choices": choices})
+def one_of(*choices: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"choices": choices})
 
 
 def number(
@@ -73,6 +73,7 @@ class FlaConfig(ModelConfig):
     conv_size: int = number(at_least=1)
     conv_bias: bool = False
     use_gate: bool = True
+    gate_activation: str = one_of("silu", "sigmoid", default="silu")
     allow_neg_eigval: bool = False
 
 

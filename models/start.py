@@ -83,6 +83,7 @@ def describe(model: LanguageModel) -> ModelConfig:
             expand_v=mixer.v_head_dim / mixer.head_dim,
             num_v_heads=None if same else mixer.num_v_heads,
             use_gate=mixer.widths[1] > 0,
+            gate_activation="silu" if mixer.norm.activation == "swish" else mixer.norm.activation,
             allow_neg_eigval=mixer.allow_neg_eigval,
             **shared,
         )

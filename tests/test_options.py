@@ -204,6 +204,7 @@ def test_a_checkpoint_of_other_sizes_is_one_line(
     [
         ["model=fla", "model.num_v_heads=4", "model.use_gate=false", "model.mlp_ratio=2.7"],
         ["model=fla", "model.allow_neg_eigval=true", "model.conv_bias=true"],
+        ["model=fla", "model.gate_activation=sigmoid"],
         ["model=mamba2", "model.n_groups=2", "model.norm_groups=4", "model.bias=true"],
         ["model=mamba2", "model.conv_bias=false", "model.dt_limit=[0.01,2]", "model.norm_eps=1e-6"],
         ["model=mamba2", "model.tie_embeddings=false", "model.vocab_size=300"],
