@@ -1,5 +1,6 @@
 """The prompts that infer.py continues: of the command line, of a file, of standard input."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from configs.schema import ConfigError, InferConfig
 
 def read_prompts(config: InferConfig) -> list[bytes]:
     """The bytes to continue, exactly as they were given; of a `prompts_file`, a prompt for each
-    line, without its line end (LF or CRLF), blank lines left out. Raises ConfigError."""
+    line, without its line end (LF or CRLF), blank lines left out; where its name ends in .jsonl,
+    each line is a JSON object with the prompt. Raises ConfigError."""
     given = [
         f"{name}={value!r}"
         for name in ("prompt", "prompt_file", "prompts_file")
@@ -22,7 +24,14 @@ def read_prompts(config: InferConfig) -> list[bytes]:
         )
     if config.prompts_file is not None:
         lines = _read("prompts_file", config.prompts_file).split(b"\n")
-        prompts = [line.removesuffix(b"\r") for line in lines if line.strip()]
+        if config.prompts_file.lower().endswith(".jsonl"):
+            prompts = [
+                _from_json(line, f"line {number} of {config.prompts_file!r}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+        else:
+            prompts = [line.removesuffix(b"\r") for line in lines if line.strip()]
         if not prompts:
             raise ConfigError(
                 f"prompts_file must have a line that is not blank, got {config.prompts_file!r} "
@@ -36,6 +45,24 @@ def read_prompts(config: InferConfig) -> list[bytes]:
     if not prompt:
         raise ConfigError("the prompt must have at least one character, got none; give some text")
     return [prompt]
+
+
+def _from_json(line: bytes, where: str) -> bytes:
+    try:
+        prompt = json.loads(line)["prompt"]
+        if isinstance(prompt, str) and prompt:
+            return prompt.encode()
+        what = f"prompt={json.dumps(prompt)[:40]}"
+    except UnicodeError:
+        what = "what is not text in UTF-8"
+    except (ValueError, RecursionError):
+        what = "what is not JSON"
+    except (KeyError, TypeError):
+        what = "no prompt"
+    raise ConfigError(
+        f"prompts_file must have a prompt of at least one character in each line, got {what} in "
+        f'{where}; write for example {{"prompt": "import "}}'
+    )
 
 
 def _read(key: str, name: str) -> bytes:

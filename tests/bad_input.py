@@ -164,6 +164,18 @@ FILES = [
     Bad("infer", ("prompt_file=-",), "nothing on standard input"),
     Bad("infer", ("prompts_file=-",), "blank lines alone", stdin=b"\n  \r\n"),
     Bad("infer", ("prompts_file=missing.txt",), "a file that is not there"),
+    Bad(
+        "infer",
+        ("prompts_file=p.jsonl",),
+        "a second line that is not JSON",
+        write("p.jsonl", '{"prompt": "a"}\nimport\n'),
+    ),
+    Bad(
+        "infer",
+        ("prompts_file=p.jsonl",),
+        "a line without a prompt",
+        write("p.jsonl", '{"text": "import"}\n'),
+    ),
     Bad("train", ("data.path=missing",), "a folder that is not there"),
     Bad("train", ("data=text", "data.path=*.rst"), "a glob that nothing matches"),
     Bad("train", ("runs_dir=file/runs",), "a file in the way", write("file", "")),
