@@ -185,8 +185,9 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
     try:
         with safe_open(file, framework="pt") as weights:
             names = list(weights.keys())
-            if not _fits(config, {name: weights.get_slice(name).get_shape() for name in names}):
-                why = f"its tensors are not those of the {CONFIG} beside it"
+            shapes = {name: weights.get_slice(name).get_shape() for name in names}
+            if (why := _misfit(config, shapes)) is not None:
+                why = f"its tensors are not those of the {CONFIG} beside it: {why}"
                 raise ConfigError(damaged(file, why))
             tensors = {name: weights.get_tensor(name) for name in names}
             checksum = (weights.metadata() or {}).get("crc32")
@@ -200,17 +201,25 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
     return model.eval().requires_grad_(False)
 
 
-def _fits(config: ModelConfig, shapes: dict[str, list[int]]) -> bool:
-    """Whether a model of `config` has tensors of these names and shapes. Nothing is allocated to
-    find out: a damaged config.yaml may ask for more than the machine has. Raises ConfigError."""
+def _misfit(config: ModelConfig, shapes: dict[str, list[int]]) -> str | None:
+    """Why tensors of these names and shapes are not those of a model of `config`, or None. Nothing
+    is allocated to find out: a damaged config.yaml may ask for more than the machine has. Raises
+    ConfigError."""
     if config.num_layers > len(shapes):
-        return False
+        return f"it has too few tensors ({len(shapes)}) for num_layers={config.num_layers}"
     try:
         with torch.device("meta"):
             model = build_model(config, "inference")
     except (RuntimeError, ArithmeticError, TypeError):  # numbers too large even to count with
-        return False
-    return shapes == {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+        return "no tensors have sizes as large as those asked for"
+    wanted = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
+    for name, shape in wanted.items():
+        if name not in shapes:
+            return f"it has no {name}"
+        if shape != shapes[name]:
+            return f"its {name} has shape {shapes[name]} and not {shape}"
+    left = next((name for name in shapes if name not in wanted), None)
+    return left and f"the {left} that it has is not asked for"
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -187,7 +187,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.removeprefix("Error while deserializing header: ")
 
 
 def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry], folder: Path):

@@ -219,13 +219,21 @@ def test_a_config_that_is_wrong_says_so_without_pythons_words(case, tmp_path):
 
 
 ABSURD = {
-    "hidden_size": 2_000_000,
-    "vocab_size": 10**12,
-    "d_state": 10**30,
-    "num_layers": 10**9,
-    "expand": 10**18,
-    "mlp_ratio": 1e300,
-    "tie_embeddings": False,
+    "hidden_size": (
+        2_000_000,
+        r"its embedding\.weight has shape \[256, 32\] and not \[256, 2000000\]",
+    ),
+    "vocab_size": (
+        10**12,
+        r"its embedding\.weight has shape \[256, 32\] and not \[1000000000000, 32\]",
+    ),
+    "d_state": (10**30, "no tensors have sizes as large as those asked for"),
+    "num_layers": (10**9, r"it has too few tensors \(\d+\) for num_layers=1000000000"),
+    "expand": (10**18, "no tensors have sizes as large as those asked for"),
+    "mlp_ratio": (1e300, "no tensors have sizes as large as those asked for"),
+    "bias": (True, r"it has no blocks\.0\.mixer\.in_proj\.bias"),
+    "conv_bias": (False, r"the blocks\.0\.mixer\.conv_bias that it has is not asked for"),
+    "tie_embeddings": (False, r"it has no head\.weight"),
 }
 
 
@@ -237,7 +245,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
     write_run(tmp_path / "run")
     file = tmp_path / "run" / CONFIG
     config = yaml.safe_load(file.read_text())
-    config["model"][name] = ABSURD[name]
+    config["model"][name], message = ABSURD[name]
     file.write_text(yaml.safe_dump(config))
     devices = []
 
@@ -246,7 +254,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
         return LanguageModel(*arguments, **keys)
 
     monkeypatch.setattr("models.checkpoint.LanguageModel", watched)
-    with pytest.raises(ConfigError, match=r"its tensors are not those of the config\.yaml"):
+    with pytest.raises(ConfigError, match=rf"those of the config\.yaml beside it: {message}"):
         load(tmp_path / "run")
     assert set(devices) <= {"meta"}
 
