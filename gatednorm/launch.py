@@ -79,7 +79,7 @@ def forward_tile(n: int, bias: bool = False) -> Tile:
 
 
 @functools.cache
-def backward_tile(n: int, bias: bool = False) -> Tile:
+def backward_tile(n: int, bias: bool = False, gate_first: bool = False) -> Tile:
     """The backward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
@@ -97,9 +97,13 @@ def backward_tile(n: int, bias: bool = False) -> Tile:
         return Tile(1, a, b, 1, 8, stages=1, workers_per_sm=2)
     if a + b <= 8192:
         return Tile(1, a, b, 1, 8 if b == 1024 else 16, stages=3, workers_per_sm=1)
-    if b == 0:  # two halves: each step holds half of the row's temporaries
-        a, b = a // 2, a // 2
-    return Tile(1, a, b, 1, 32, workers_per_sm=1, hoist=False, reload=True, maxnreg=64)
+    wide = Tile(1, a, b, 1, 32, workers_per_sm=1, hoist=False, reload=True, maxnreg=64)
+    if b > 0:
+        return wide
+    if gate_first:
+        return wide._replace(num_warps=16, maxnreg=None)
+    # Two halves: each step holds half of the row's temporaries.
+    return wide._replace(block_a=a // 2, block_b=a // 2)
 
 
 @functools.cache
@@ -266,10 +270,10 @@ def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> 
 
 
 def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
-    tile = backward_tile(p.group_size, bias is not None)
+    norm = _norm_options(p, z)
+    tile = backward_tile(p.group_size, bias is not None, norm["GATE_FIRST"])
     inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
     wide = tile.chunks > 1
-    norm = _norm_options(p, z)
     rounding = _rounding(p, x, weight)
     sums = None
     if wide:

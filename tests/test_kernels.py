@@ -133,8 +133,8 @@ def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_be
     chosen = launch.backward_tile
     names = ("hoist", "reload") if switches == "both" else (switches,)
 
-    def flipped(n, bias):
-        tile = chosen(n, bias)
+    def flipped(*args):
+        tile = chosen(*args)
         return tile._replace(**{name: not getattr(tile, name) for name in names})
 
     change_tiles(backward_tile=flipped)
@@ -173,7 +173,7 @@ def test_any_number_of_workers(kernels, change_tiles, workers):
     sums are added up in several steps when there are many."""
     chosen = launch.backward_tile
     change_tiles(
-        backward_tile=lambda n, bias: chosen(n, bias)._replace(rows=2, workers_per_sm=workers),
+        backward_tile=lambda *args: chosen(*args)._replace(rows=2, workers_per_sm=workers),
         _multiprocessors=lambda device: 1,
     )
     for rows in (1, 2, 9, 23) if workers < 100 else (401,):
