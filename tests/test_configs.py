@@ -78,6 +78,7 @@ def test_types_are_those_of_the_schema():
         "conv_size": 4,
         "conv_bias": False,
         "use_gate": True,
+        "gate_activation": "silu",
         "allow_neg_eigval": False,
     }
 
