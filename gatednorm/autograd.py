@@ -128,6 +128,7 @@ class LayerNormFn(torch.autograd.Function):
         ctx.options = options
         if traced(x):
             y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+            ctx.problem = None
         else:
             p = describe(x, weight, bias, z, None, *options)
             y, mean, rstd = run_forward(p, x, weight, bias, z, None, save_stats=True)
@@ -140,7 +141,7 @@ class LayerNormFn(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_second_derivative(ctx)
         x, weight, bias, z, mean, rstd = ctx.saved_tensors
-        if traced(dy):
+        if ctx.problem is None or traced(dy):
             grads = _backward_op(dy, x, weight, bias, z, mean, rstd, ctx.options)
         else:
             dy = _addressable(ctx.problem, dy, x, z)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .autograd import LayerNormFn, run_backward, run_forward, traced
-from .problem import check_overlap, describe, rows_of
+from .problem import check_like, check_no_overlap_within, check_overlap, describe, rows_of
 
 NORM_PATHS = ("training", "inference")
 
@@ -163,11 +163,14 @@ def layernorm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The forward alone, for those who write their own autograd Function around it.
 
-    Arguments as in :func:`layernorm_fn` and :func:`rms_norm_gated`; nothing is recorded.
+    Arguments as in :func:`layernorm_fn` and :func:`rms_norm_gated`; nothing is recorded. Not traced
+    by torch.compile: call it inside an operator of your own, or use :func:`layernorm_fn`.
 
     Returns:
         `y` `[..., D]`, `mean` (None for RMS) and `rstd`, both fp32 `[rows, groups]`.
     """
+    if torch._C._are_functorch_transforms_active():
+        _refuse_transforms("layernorm_forward")
     p = describe(
         x, weight, bias, z, out, eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -195,7 +198,7 @@ def layernorm_backward(
     dx: Tensor | None = None,
     dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The backward alone, from what :func:`layernorm_forward` returned.
+    """The backward alone, from what :func:`layernorm_forward` returned; not traced either.
 
     Args:
         dy: `[..., D]`, the gradient of `y`.
@@ -210,13 +213,10 @@ def layernorm_backward(
     options = (
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
     )  # fmt: skip
+    if torch._C._are_functorch_transforms_active():
+        _refuse_transforms("layernorm_backward")
     p = describe(x, weight, bias, z, None, *options, None)
-    describe(dy, None, None, None, None, *options, None)
-    if dy.shape != x.shape or dy.device != x.device:
-        raise ValueError(
-            f"dy must have the shape of x on its device, got {tuple(dy.shape)} on {dy.device} "
-            f"and {tuple(x.shape)} on {x.device}"
-        )
+    check_like("dy", dy, x)
     for name, stat in (("rstd", rstd), ("mean", mean)):
         if name == "mean" and p.is_rms_norm:
             continue
@@ -240,9 +240,10 @@ def layernorm_backward(
             continue
         if like is None:
             raise ValueError(f"{out_name} is given, but there is no gate; pass {out_name}=None")
+        check_like(out_name, out, x)
         if out.dtype != like.dtype:
             raise TypeError(f"{out_name} must be {like.dtype} like its input, got {out.dtype}")
-        describe(dy, None, None, None, out, *options, out.dtype)
+        check_no_overlap_within(out_name, out)
         for name, other in inputs.items():
             if other is not None and check_overlap(name, other, out, out_name):
                 raise ValueError(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
-from .problem import check_options, one_of
+from .problem import check_group_size, check_options, one_of
 
 
 class LayerNorm(nn.Module):
@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
             to cut a graph); may be changed at any time.
 
     Raises:
-        ValueError: sizes or names that do not fit, before any parameter is made.
+        ValueError, TypeError: sizes or names that do not fit, before any parameter is made.
     """
 
     is_rms_norm = False
@@ -42,13 +42,11 @@ class LayerNorm(nn.Module):
         path: str = "training",
     ):
         super().__init__()
+        if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
+            raise TypeError(f"hidden_size must be an int, got {hidden_size!r}; use for example 128")
         if hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}")
-        if group_size is not None and (group_size < 1 or hidden_size % group_size):
-            raise ValueError(
-                f"group_size must divide hidden_size, got group_size={group_size} and "
-                f"hidden_size={hidden_size}; use a divisor of {hidden_size}, or None for one group"
-            )
+            raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
+        check_group_size(group_size, hidden_size, "hidden_size", "hidden_size")
         check_options(eps, activation, numerics)
         self.hidden_size = hidden_size
         self.eps = eps

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import ROUNDING
-
 ACTIVATIONS = ("silu", "swish", "sigmoid")
+# Where a family of models rounds to the input's dtype besides the store:
+# (after the norm, after the weight). See `numerics` in functional.py.
+ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
 NUMERICS = tuple(ROUNDING)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_OUTER_DIMS = 3
@@ -101,6 +102,20 @@ def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows:
     return Rows(tuple(sizes), tuple(zip(*merged, strict=True)))
 
 
+def check_group_size(group_size: int | None, width: int, what: str, name: str) -> int:
+    """The channels in a group of `width`, which an error calls `what` and `name`."""
+    if group_size is None:
+        return width
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size must be an int or None, got {group_size!r}")
+    if group_size < 1 or width % group_size:
+        raise ValueError(
+            f"group_size must divide {what}, got group_size={group_size} and {name}={width}; "
+            f"use a divisor of {width}, or None for one group"
+        )
+    return group_size
+
+
 def _check_tensor(name: str, meta: tuple | None, like: tuple | None = None) -> None:
     """One tensor's dtype, device and unit stride; `like` is the metadata of x."""
     if meta is None:
@@ -163,15 +178,7 @@ def _describe(
             raise ValueError(
                 f"{name} must have one entry per channel, got shape {tuple(meta[0])} and D={width}"
             )
-    if group_size is None:
-        group_size = width
-    elif not isinstance(group_size, int) or isinstance(group_size, bool):
-        raise TypeError(f"group_size must be an int or None, got {group_size!r}")
-    elif group_size < 1 or width % group_size:
-        raise ValueError(
-            f"group_size must divide the last dimension of x, got group_size={group_size} and "
-            f"D={width}; use a divisor of {width}, or None for one group"
-        )
+    group_size = check_group_size(group_size, width, "the last dimension of x", "D")
     check_options(eps, activation, numerics)
     round_norm, round_weight = ROUNDING[numerics]
     if out_dtype is not None and out_dtype not in DTYPES:
@@ -183,11 +190,7 @@ def _describe(
     if out is not None:
         if out_dtype is not None and out[2] != out_dtype:
             raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
-        if _overlaps_itself(out[0], out[1]):
-            raise ValueError(
-                f"out must not overlap itself, got strides {tuple(out[1])} for shape "
-                f"{tuple(shape)}; pass a tensor that was not expanded, or None for a new one"
-            )
+        _check_overlap_within("out", out)
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
     return Problem(
@@ -265,6 +268,31 @@ def _span(t: Tensor) -> tuple[int, int]:
     start = t.data_ptr()
     reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
     return start, start + (reach + 1) * t.element_size()
+
+
+def check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """A gradient: dtype and unit stride of its own, shape and device of `x`."""
+    meta, like = _meta(name, t), _meta("x", x)
+    if meta is None:
+        raise TypeError(f"{name} must be a torch.Tensor, got None")
+    _check_tensor(name, meta, like)
+    if meta[0] != like[0]:
+        raise ValueError(
+            f"{name} must have the shape of x, got {tuple(meta[0])} and {tuple(like[0])}"
+        )
+
+
+def check_no_overlap_within(name: str, t: Tensor) -> None:
+    _check_overlap_within(name, _meta(name, t))
+
+
+def _check_overlap_within(name: str, meta: tuple) -> None:
+    shape, strides = meta[:2]
+    if _overlaps_itself(shape, strides):
+        raise ValueError(
+            f"{name} must not overlap itself, got strides {tuple(strides)} for shape "
+            f"{tuple(shape)}; pass a tensor that was not expanded, or None for a new one"
+        )
 
 
 def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -150,10 +150,14 @@ def test_activation_checkpointing(small, reentrant):
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "jvp", "jacrev"])
-@pytest.mark.parametrize("function", ["layernorm_fn", "rmsnorm_fn", "rms_norm_gated"])
+@pytest.mark.parametrize(
+    "function", ["layernorm_fn", "rmsnorm_fn", "rms_norm_gated", "layernorm_forward"]
+)
 def test_function_transforms_are_refused(small, function, transform):
     _case, i = small()
     norm = getattr(gatednorm, function)
+    if function == "layernorm_forward":  # it returns the statistics too
+        norm = lambda x: gatednorm.layernorm_forward(x)[0]  # noqa: E731
     calls = {
         "vmap": lambda: torch.func.vmap(norm)(i.x),
         "grad": lambda: torch.func.grad(lambda x: norm(x).sum())(i.x),
@@ -164,6 +168,20 @@ def test_function_transforms_are_refused(small, function, transform):
     with pytest.raises(RuntimeError, match=r"torch\.func.*rms_norm_ref") as caught:
         calls[transform]()
     assert "\n" not in str(caught.value)
+
+
+def test_a_subclass_of_tensor_differentiates(small):
+    """Its gradient comes back as a plain tensor."""
+
+    class Named(torch.Tensor):
+        pass
+
+    case, i = small()
+    x = i.x.detach().as_subclass(Named).requires_grad_()
+    gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options).sum().backward()
+    plain = i.x.detach().requires_grad_()
+    gatednorm.rmsnorm_fn(plain, i.weight, None, i.z, **case.options).sum().backward()
+    assert same_bits(x.grad.as_subclass(torch.Tensor), plain.grad)
 
 
 def test_forward_mode_is_refused(small):

@@ -185,15 +185,18 @@ def test_gradients_in_one_packed_gradient(path, slices):
 
 
 BAD_BACKWARD = {
-    "dy_shape": (ValueError, r"must have the shape of", {"dy": torch.ones(5, 8)}),
-    "dy_integers": (TypeError, r"float32", {"dy": torch.ones(4, 8).int()}),
-    "dy_transposed": (ValueError, r"unit stride", {"dy": torch.ones(8, 4).t()}),
+    "dy_shape": (ValueError, r"^dy must have the shape of", {"dy": torch.ones(5, 8)}),
+    "dy_integers": (TypeError, r"^dy must be float32", {"dy": torch.ones(4, 8).int()}),
+    "dy_transposed": (ValueError, r"dimension of dy .* unit stride", {"dy": torch.ones(8, 4).t()}),
+    "dy_none": (TypeError, r"^dy must be a torch\.Tensor, got None", {"dy": None}),
+    "dx_not_a_tensor": (TypeError, r"^dx must be a torch\.Tensor, got list", {"dx": [1.0]}),
+    "dz_dtype": (TypeError, r"^dz must be torch\.float32 like", {"dz": torch.ones(4, 8).half()}),
     "rstd_shape": (ValueError, r"rstd must be .*\[rows, groups\].*\[4, 2\]", {"rstd": torch.ones(4, 2)}),
     "rstd_dtype": ((ValueError, TypeError), r"rstd", {"rstd": torch.ones(4, 1).half()}),
     "mean_missing": (ValueError, r"mean", {"is_rms_norm": False}),
-    "dx_shape": (ValueError, r"shape", {"dx": torch.ones(4, 4)}),
-    "dx_transposed": (ValueError, r"unit stride", {"dx": torch.ones(8, 4).t()}),
-    "dx_repeated": (ValueError, r"must not overlap itself", {"dx": torch.ones(1, 8).expand(4, 8)}),
+    "dx_shape": (ValueError, r"^dx must have the shape", {"dx": torch.ones(4, 4)}),
+    "dx_transposed": (ValueError, r"dimension of dx .* unit stride", {"dx": torch.ones(8, 4).t()}),
+    "dx_repeated": (ValueError, r"^dx must not overlap itself", {"dx": torch.ones(1, 8).expand(4, 8)}),
     "group_size": (ValueError, r"group_size must divide", {"group_size": 5}),
 }  # fmt: skip
 

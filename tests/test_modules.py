@@ -120,3 +120,20 @@ def test_bad_sizes_and_names(kwargs, pattern):
     for module in (LayerNorm, RMSNorm):
         with pytest.raises(ValueError, match=pattern):
             module(**kwargs)(torch.ones(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "pattern"),
+    [
+        pytest.param({"hidden_size": "a"}, "hidden_size must be an int, got 'a'", id="width"),
+        pytest.param(
+            {"hidden_size": 8, "group_size": 4.0},
+            r"group_size must be an int.*4\.0",
+            id="group_size",
+        ),
+    ],
+)
+def test_bad_types(kwargs, pattern):
+    for module in (LayerNorm, RMSNorm):
+        with pytest.raises(TypeError, match=pattern):
+            module(**kwargs)

@@ -12,9 +12,6 @@ from test_published import FLA, fla_train, fla_weights
 from models.checkpoint import load
 from models.generation import generate
 
-pytest.importorskip("fla", reason="needs flash-linear-attention")
-autotuner = pytest.importorskip("triton.runtime.autotuner", reason="needs triton")
-
 pytestmark = pytest.mark.slow  # under the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"head_dim": 16, "vocab_size": 256, "fuse_cross_entropy": False}
@@ -31,6 +28,8 @@ CASES = {
 @pytest.fixture(params=CASES)
 def theirs(request, tmp_path, monkeypatch):
     """FLA's model, which has written a checkpoint to `folder`."""
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    autotuner = pytest.importorskip("triton.runtime.autotuner", reason="needs triton")
     if DEVICE == "cpu":  # the interpreter cannot time configurations; the first of them will do
         monkeypatch.setattr(autotuner.Autotuner, "_bench", lambda *_, **__: [1.0] * 3)
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
