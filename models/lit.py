@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import ProgressColumn
+from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimConfig, RunError
 from models.checkpoint import LAST, save_weights
@@ -205,18 +206,22 @@ def stepped(trainer: L.Trainer, index: int) -> bool:
 
 
 class FiniteLoss(Callback):
-    """Stops the run, before a checkpoint is written, when the loss is not a number; all processes
-    of it at once, whichever of them the bad batch was for.
+    """Stops the run when the loss or, before each checkpoint, a parameter is not a finite number;
+    all processes of it at once, whichever of them the bad batch was for.
 
-    On a GPU it looks every `every` steps only, because looking waits for the device; it still says
-    which step was the first.
+    On a GPU it looks at the loss before a checkpoint only, because looking waits for the device; it
+    still says which batch was the first.
     """
 
     def __init__(self, every: int) -> None:
-        self.every = every
+        self.every = every  # steps between two checkpoints
+        self.batch = 0
+        self.waits = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first_bad = torch.full((), -1, device=module.device)
+        self.bad_loss = torch.zeros((), device=module.device)
+        self.waits = module.device.type == "cuda"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -225,14 +230,47 @@ class FiniteLoss(Callback):
             return
         bad = ~module.step_loss.isfinite() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, index, self.first_bad)
-        if module.device.type == "cuda" and trainer.global_step % self.every:
-            return
-        if self.first_bad >= 0:
+        self.bad_loss = torch.where(bad, module.step_loss, self.bad_loss)
+        self.batch = index
+        if trainer.global_step % self.every == 0:
+            self.on_train_end(trainer, module)
+        elif not self.waits:
+            self._check_loss(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._check_loss(trainer)
+        if not all_finite(module, trainer.world_size):
+            # The step's loss was still a number, and there is no next one to show it.
+            self._stop("parameters must be finite numbers, got others", trainer, self.batch)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        bits = trainer.callback_metrics["val_bpb"].item()
+        if not math.isfinite(bits):
             raise RunError(
-                f"the loss must be finite, got {module.step_loss.item()} after step "
-                f"{trainer.global_step} (first at batch {self.first_bad.item()}); the last good "
-                "checkpoint is kept: lower optim.learning_rate, or look at the data"
+                f"the validation loss must be finite, got {bits} after step {trainer.global_step}; "
+                "lower optim.learning_rate, or look at the data and at what the run started from"
             )
+
+    def _check_loss(self, trainer: L.Trainer) -> None:
+        if self.first_bad >= 0:
+            what = f"loss must be finite, got {self.bad_loss.item()}"
+            self._stop(what, trainer, int(self.first_bad))
+
+    def _stop(self, what: str, trainer: L.Trainer, batch: int) -> NoReturn:
+        raise RunError(
+            f"the {what} after step {trainer.global_step} (first at batch {batch}); the last good "
+            "checkpoint, if there was one, is kept: lower optim.learning_rate, or look at the data"
+        )
+
+
+def all_finite(module: torch.nn.Module, processes: int) -> bool:
+    """Whether every parameter is, in this and in all other processes."""
+    # Sharded ones are looked at where they lie.
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+    finite = torch.stack([part.detach().isfinite().all() for part in parts]).all().float()
+    if processes > 1:
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)
 
 
 class Checkpoints(Callback):
