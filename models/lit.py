@@ -12,13 +12,14 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import ProgressColumn
 from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimConfig, RunError
-from models.checkpoint import LAST, save_weights
+from models.checkpoint import LAST, METRICS, save_weights
 from models.data import Batch, Packed
 from models.files import write_whole
 from models.language_model import LanguageModel
@@ -273,6 +274,27 @@ def all_finite(module: torch.nn.Module, processes: int) -> bool:
     return bool(finite)
 
 
+class Metrics(CSVLogger):
+    """Lightning's metrics.csv in the folder of a run."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run, name="", version="")
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:
+            raise full_disk(error, Path(self.log_dir, METRICS)) from error
+
+
+def full_disk(error: OSError | RuntimeError, path: Path) -> RunError:
+    """What to say when a file of a run cannot be written."""
+    return RunError(
+        f"what a run writes must fit on the disk, got {str(error).splitlines()[0]!r} for {path}"
+        f"; free some space, then go on with: python train.py resume={path.parent}"
+    )
+
+
 class Checkpoints(Callback):
     """Writes `last.ckpt` to `run` every so many steps, and after the last; says how to go on when
     the run is interrupted."""
@@ -323,10 +345,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             save_weights(path.parent, weights)
             write_whole(path, lambda part: torch.save(checkpoint, part))
         except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
-            raise RunError(
-                f"a checkpoint must fit on the disk, got {str(error).splitlines()[0]!r} for {path}"
-                f"; free some space, then go on with: python train.py resume={path.parent}"
-            ) from error
+            raise full_disk(error, path) from error
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """A training run: its trainer, its folder, and the table at its end."""
 
 import logging
+import shutil
 import warnings
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from rich.table import Table
 from configs.schema import ConfigError, TrainConfig, TrainerConfig
 from models.checkpoint import METRICS, save_config
 from models.language_model import LanguageModel
-from models.lit import Checkpoints, FiniteLoss, ProgressBar, Throughput, WholeCheckpoints
+from models.lit import Checkpoints, FiniteLoss, Metrics, ProgressBar, Throughput, WholeCheckpoints
 from models.parallel import ShardedStrategy
 from models.processes import Processes
 from models.resume import RandomState
@@ -57,11 +58,31 @@ def check_devices(config: TrainerConfig) -> None:
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
             "use trainer=cpu or trainer=auto"
         )
+    on_gpu = _on_gpu(config)
+    if on_gpu and config.devices > torch.cuda.device_count():
+        raise ConfigError(
+            "trainer.devices must be at most the number of CUDA devices of this host, "
+            f"{torch.cuda.device_count()}, got {config.devices}; lower it, or use trainer=cpu"
+        )
+    if config.precision == "16-mixed" and not on_gpu:
+        raise ConfigError(
+            "trainer.precision must be 32-true or bf16-mixed on a CPU, got 16-mixed; "
+            "use one of them, or trainer=gpu"
+        )
+    if config.precision == "16-mixed" and config.strategy == "fsdp":
+        raise ConfigError(
+            "trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp, got "
+            "16-mixed; use one of them, or trainer=ddp"
+        )
     if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ConfigError(
             "trainer.tensorboard needs the package tensorboard, got true without it; "
             "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
         )
+
+
+def _on_gpu(config: TrainerConfig) -> bool:
+    return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: int = 0) -> Path:
@@ -75,6 +96,7 @@ def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: in
         run = Path(config.runs_dir, name if number == 1 else f"{name}_{number}")
         try:
             run.mkdir(parents=True)
+            break
         except FileExistsError:
             number += 1
         except OSError as error:
@@ -82,11 +104,17 @@ def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: in
                 f"runs_dir must be a folder that can be written to, got {config.runs_dir!r} "
                 f"({error.strerror}); name another one"
             ) from error
-        else:
-            save_config(run, config)
-            if tokenizer is not None:
-                tokenizer.save(run)
-            return run
+    try:
+        save_config(run, config)
+        if tokenizer is not None:
+            tokenizer.save(run)
+    except OSError as error:
+        shutil.rmtree(run, ignore_errors=True)  # of no use without either
+        raise ConfigError(
+            f"runs_dir must be a folder that can be written to, got {config.runs_dir!r} "
+            f"({error.strerror}); free some space, or name another one"
+        ) from error
+    return run
 
 
 def build_trainer(
@@ -94,7 +122,7 @@ def build_trainer(
 ) -> tuple[L.Trainer, Throughput]:
     """Lightning's trainer for `config` and `model`, writing metrics.csv and last.ckpt to `run`."""
     _quiet()
-    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    on_gpu = _on_gpu(config.trainer)
     precision = config.trainer.precision
     if precision == "auto":
         precision = "bf16-mixed" if on_gpu else "32-true"
@@ -130,7 +158,7 @@ def build_trainer(
 
 
 def _loggers(config: TrainerConfig, run: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(run, name="", version="")]
+    loggers: list[Logger] = [Metrics(run)]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
     return loggers
