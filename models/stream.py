@@ -2,7 +2,7 @@
 
 Documents come in the order of the set, each process reads its own, and one whose text has a crc32
 that is a multiple of `data.hold_out` is left to validation. The position in the stream, and what
-was read of it but not yet trained on, go into a checkpoint.
+was read of it but not yet trained on, go into a checkpoint, for each process.
 """
 
 import zlib
@@ -77,14 +77,33 @@ class StreamLoader:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Of all processes, which all have to ask: the first alone writes the checkpoint."""
         place = self._place if self._reading is None else self._reading.state_dict()
         rest = [torch.from_numpy(tokens.astype(np.int64)) for tokens in self._rest]
-        return {"position": self.position, "place": place, "rest": rest}
+        return {
+            "position": self.position,
+            "processes": self._gather({"place": place, "rest": rest}),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position, self._place = state["position"], state["place"]
+        """Raises ConfigError when another number of processes read the stream apart."""
+        states = state["processes"]
+        if len(states) != self.world_size:
+            raise ConfigError(
+                "resume with data.streaming=true must have as many processes as the run that is "
+                f"resumed, {len(states)}, got {self.world_size}; use {len(states)}, or start "
+                "another run from its weights with checkpoint="
+            )
+        self.position, self._place = state["position"], states[self.rank]["place"]
         dtype = token_dtype(self.tokenizer)
-        self._rest = [tokens.numpy().astype(dtype) for tokens in state["rest"]]
+        self._rest = [tokens.numpy().astype(dtype) for tokens in states[self.rank]["rest"]]
+
+    def _gather(self, own: Any) -> list[Any]:
+        """What each process has, by rank."""
+        every = [own] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(every, own)
+        return every
 
     def _documents(self) -> Iterator[np.ndarray]:
         from datasets.distributed import split_dataset_by_node

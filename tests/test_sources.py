@@ -350,6 +350,43 @@ def test_a_stream_goes_on_where_its_state_was_taken(stop, reset_state, hub, word
     assert begun + [flat(batch) for batch in second] == whole
 
 
+def meet(monkeypatch, what):
+    """Stands for the other processes: `what()` is what all of them have, by rank."""
+
+    def gather(every, own):
+        every[:] = what()
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
+def test_each_process_of_a_stream_goes_on_at_its_own_place(hub, tmp_path, monkeypatch):
+    def loaders():
+        return [stream(hub, 40, rank, 2) for rank in range(2)]
+
+    meet(monkeypatch, lambda: [True, True])
+    whole = [[batch.tolist() for batch in loader] for loader in loaders()]
+    first, begun, own = loaders(), [], []
+    for loader in first:
+        iterator = iter(loader)
+        begun.append([next(iterator).tolist() for _ in range(9)])
+    for loader in first:
+        loader._gather = own.append
+        loader.state_dict()
+        del loader._gather
+    meet(monkeypatch, lambda: own)
+    torch.save(first[0].state_dict(), tmp_path / "state")  # as only the first process does
+    state = torch.load(tmp_path / "state", weights_only=True)
+    meet(monkeypatch, lambda: [True, True])
+    for rank, loader in enumerate(loaders()):
+        loader.load_state_dict(state)
+        assert begun[rank] + [batch.tolist() for batch in loader] == whole[rank]
+    for processes in (1, 4):
+        with pytest.raises(ConfigError, match=f"is resumed, 2, got {processes}; use 2"):
+            StreamLoader(
+                first[0].stream, ByteTokenizer(), 4, 4, 16, 40, 0, processes
+            ).load_state_dict(state)
+
+
 def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
     config = settings("data=hub", "data.streaming=true", "data.val_tokens=100", *TINY, name=hub)
     corpus = validation_corpus(open_hub(config.data), config.data, ByteTokenizer())
