@@ -1,6 +1,7 @@
 """A training run: its trainer, its folder, and the table at its end."""
 
 import logging
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -59,10 +60,11 @@ def check_devices(config: TrainerConfig) -> None:
             "use trainer=cpu or trainer=auto"
         )
     on_gpu = _on_gpu(config)
-    if on_gpu and config.devices > torch.cuda.device_count():
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))  # of torchrun
+    if on_gpu and devices > torch.cuda.device_count():
         raise ConfigError(
             "trainer.devices must be at most the number of CUDA devices of this host, "
-            f"{torch.cuda.device_count()}, got {config.devices}; lower it, or use trainer=cpu"
+            f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
         )
     if config.precision == "16-mixed" and not on_gpu:
         raise ConfigError(

@@ -60,6 +60,17 @@ def test_what_they_can_do_is_not(gpus, overrides, monkeypatch):
     check_devices(compose("train", overrides).trainer)
 
 
+def test_torchrun_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = compose("train", ["trainer=ddp", "trainer.devices=2"]).trainer
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    check_devices(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"devices must be at most .*, 1, got 4"):
+        check_devices(config)
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -83,5 +94,5 @@ def test_metrics_without_room_are_one_line_and_keep_the_checkpoint(tmp_path, mon
     with pytest.raises(RunError, match=says):
         train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
     (run,) = tmp_path.iterdir()
-    assert checkpoint_step(run) == 2
+    assert checkpoint_step(run) == 4
     load_model(run)
