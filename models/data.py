@@ -6,12 +6,15 @@ their own rows of each batch, nothing twice. (A stream cannot be looked up: mode
 """
 
 import math
+import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from configs.schema import ConfigError
 from models.corpus import Documents
 
 VALIDATION_TOKENS = 8192  # in a batch
@@ -106,11 +109,27 @@ class TrainLoader:
         begins = np.array([self._begin(row) for row in range(first, first + share)])
         return make_batch(self.documents, begins, self.sequence_length, self.reset_state)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "text": self._text}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when it is the state in another text."""
+        if state["text"] != self._text:
+            was, now = (
+                f"{text['tokens']} (crc32 {text['crc32']:08x})"
+                for text in (state["text"], self._text)
+            )
+            raise ConfigError(
+                f"the training tokens must be those of the run that is resumed, {was}, got {now}; "
+                "put that text back, or start another run from its weights with checkpoint="
+            )
         self.position = state["position"]
+
+    @cached_property
+    def _text(self) -> dict[str, int]:
+        """What tells the documents from others."""
+        crc = zlib.crc32(self.documents.starts, zlib.crc32(self.documents.tokens))
+        return {"tokens": len(self.documents.tokens), "crc32": crc}
 
     def _begin(self, row: int) -> int:
         # Every epoch has the same number of rows, so that a row's epoch is a division.

@@ -98,6 +98,22 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
     assert begun + [batch.tolist() for batch in second] == whole
 
 
+@pytest.mark.parametrize("change", ["a token more", "another token", "another document"])
+def test_a_loader_does_not_go_on_in_another_text(change):
+    documents = counting(300)
+    first = TrainLoader(documents, 2, 9, 61, seed=5)
+    tokens, starts = documents.tokens.copy(), documents.starts
+    if change == "a token more":
+        tokens = np.append(tokens, tokens[:1])
+    elif change == "another token":
+        tokens[7] += 1
+    else:
+        starts = np.array([0, 100, 300])
+    second = TrainLoader(Documents(tokens, starts), 2, 9, 61, seed=5)
+    with pytest.raises(ConfigError, match=r"tokens must be those of .* resumed, 300 \(crc32 .*got"):
+        second.load_state_dict(first.state_dict())
+
+
 def test_validation_rows_lie_end_to_end():
     documents = Documents(np.arange(100).astype(np.uint8), np.array([0, 100]))
     batches = list(ValidationLoader(documents, 9, batch_size=4))
