@@ -27,6 +27,20 @@ CHOICES = {
     "trainer": ["trainer.accelerator", "trainer.strategy"],
 }
 
+# What a run may go on with another value of: it is computed elsewhere or in another way, but it is
+# the same numbers up to rounding.
+FREE = {
+    "resume",
+    "runs_dir",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
+    "trainer.tensorboard",
+    "trainer.checkpoint_every",
+}
+
 
 @dataclass(frozen=True)
 class Stopped:
@@ -90,9 +104,10 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
     was = _flat(saved)
     for key, value in asked_for(asked).items():
         section, _, name = key.partition(".")
-        if section == "trainer" and name != "accumulate":  # whose parts the loader counts
-            setattr(saved.trainer, name, value)
-        elif key not in ("resume", "runs_dir") and value != was.get(key):
+        if key in FREE:
+            if section == "trainer":
+                setattr(saved.trainer, name, value)
+        elif value != was.get(key):
             raise ConfigError(
                 f"{key} must be as in the run that is resumed, {was.get(key)}, got {value}; "
                 "leave it out, or start another run"

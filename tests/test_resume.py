@@ -122,6 +122,7 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
         ("data=stdlib optim.steps=330", "optim.steps must be as in the run that is resumed, 12"),
         ("optim.batch_size=8", "optim.batch_size must be as in the run that is resumed, 2, got 8"),
         ("trainer.accumulate=2", "trainer.accumulate must be as in the run that is resumed, 1"),
+        ("trainer.precision=bf16-mixed", "trainer.precision must be as in the run that is"),
     ):
         monkeypatch.setattr(sys, "argv", ["train.py", f"resume={run}", *typed.split()])
         with pytest.raises(SystemExit):
@@ -135,11 +136,12 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
 def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
     run = train_until(5, monkeypatch, tmp_path)
     other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
-    config = compose("train", ["model=mamba2", *other])
+    config = compose("train", ["model=mamba2", *other, "trainer.activation_checkpointing=true"])
     config.resume = str(run)
     trainer = find_stopped(config).config.trainer
     assert (trainer.strategy, trainer.devices, trainer.checkpoint_every) == ("ddp", 2, 7)
     assert trainer.accelerator == "cpu"
+    assert trainer.activation_checkpointing
 
 
 def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path, monkeypatch):
