@@ -177,6 +177,11 @@ class InferConfig:
     bench_runs: int = number(at_least=1)
 
 
+# What a data source does not read, and the value that it then has.
+NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
+UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
+
+
 def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
     """The typed and checked form of a composed train.yaml, with the values of the dotted keys in
     `verbatim` instead of the composed ones. Raises ConfigError."""
@@ -199,15 +204,23 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"
         )
+    if optim.warmup_steps > optim.steps:
+        raise ConfigError(
+            f"optim.warmup_steps must be at most optim.steps={optim.steps}, got "
+            f"{optim.warmup_steps}; lower it, for example to {optim.steps // 10}"
+        )
     data = config.data
-    if data.source == "hub":
-        strange = ["path"] if data.path is not None else []
-    else:
-        strange = [key for key in ("name", "config", "streaming") if getattr(data, key)]
-    for key in strange:
+    if data.path == "":  # of a shell variable that is not set
+        raise ConfigError(
+            "data.path must be a file, a folder or a glob, got ''; name one, or leave it out for "
+            "the standard library"
+        )
+    for key, usual in UNUSED[data.source].items():
+        if getattr(data, key) == usual:
+            continue
         raise ConfigError(
             f"data.{key} must be left out with data={data.source}, got {getattr(data, key)!r}; "
-            f"leave it out, or use data={'text' if key == 'path' else 'hub'}"
+            f"leave it out, or use data={'text' if key in ('path', 'column') else 'hub'}"
         )
     limits = getattr(config.model, "dt_limit", [0.0, 1.0])
     if len(limits) != 2 or not 0 <= limits[0] < limits[1]:

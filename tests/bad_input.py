@@ -321,7 +321,7 @@ def good_runs() -> tempfile.TemporaryDirectory:
             "model=mamba2",
             *SMALL,
             f"runs_dir={runs}",
-            *("optim.steps=2", "optim.batch_size=1"),
+            *("optim.steps=2", "optim.warmup_steps=0", "optim.batch_size=1"),
             *("data.sequence_length=16", "data.val_tokens=64", "trainer=cpu"),
         ],
     )

@@ -224,6 +224,7 @@ TINY = [
     "model.num_layers=1",
     "model.head_dim=16",
     "optim.steps=3",
+    "optim.warmup_steps=0",
     "optim.batch_size=2",
     "trainer=cpu",
 ]
