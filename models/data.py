@@ -151,7 +151,8 @@ class ValidationLoader:
 
     Each of `world_size` processes gets its share of the rows, in as many batches as the others.
 
-    Yields int64 tensors [up to batch_size, sequence_length + 1], in a `Packed` with `reset_state`.
+    Yields int64 tensors [about batch_size, sequence_length + 1], in a `Packed` with `reset_state`.
+    Raises ConfigError when there are fewer rows than processes.
     """
 
     def __init__(
@@ -169,8 +170,18 @@ class ValidationLoader:
         if max_tokens is not None and max_tokens < len(begins) * sequence_length:
             keep = max(1, max_tokens // sequence_length)
             begins = begins[np.linspace(0, len(begins) - 1, keep).round().astype(int)]
-        # Processes that work in step need the same number of batches, if not of the same size.
+        if len(begins) < world_size:
+            raise ConfigError(
+                f"data.val_tokens must give each of {world_size} processes a row of "
+                f"data.sequence_length={sequence_length} tokens, got {len(begins)} rows in "
+                f"{len(documents.tokens)} held-out tokens with data.val_tokens="
+                f"{'null' if max_tokens is None else max_tokens}; raise it, shorten the rows or "
+                "lower data.hold_out"
+            )
+        # Processes that work in step need the same number of batches, if not of the same size, and
+        # none of them empty.
         count = math.ceil(math.ceil(len(begins) / world_size) / batch_size)
+        count = min(count, len(begins) // world_size)
         self.batches = np.array_split(np.array_split(begins, world_size)[rank], count)
         self.documents, self.sequence_length = documents, sequence_length
         self.reset_state = reset_state

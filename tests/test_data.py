@@ -128,6 +128,33 @@ def test_a_part_of_the_validation_rows_is_spread_over_all_of_them():
     assert begins.tolist() == [0, 25, 50, 74, 99]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_validate_in_step_on_every_row_once(batch_size, processes):
+    documents = Documents(np.arange(100).astype(np.uint8), np.array([0, 100]))  # 11 rows
+    parts = [
+        list(ValidationLoader(documents, 9, None, rank, processes, batch_size=batch_size))
+        for rank in range(processes)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    begins = torch.cat([batch[:, 0] for part in parts for batch in part])
+    assert begins.tolist() == list(range(0, 99, 9))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "says"),
+    [
+        (None, "got 11 rows in 100 .*val_tokens=null;"),
+        (27, "got 3 rows in 100 .*val_tokens=27; raise it"),
+    ],
+)
+def test_fewer_validation_rows_than_processes_are_one_error(max_tokens, says):
+    documents = Documents(np.arange(100).astype(np.uint8), np.array([0, 100]))
+    for rank in (0, 11):
+        with pytest.raises(ConfigError, match=says):
+            ValidationLoader(documents, 9, max_tokens, rank, 12)
+
+
 # ----------------------------------------------------------------------------------- documents
 
 
