@@ -7,6 +7,7 @@ was read of it but not yet trained on, go into a checkpoint, for each process.
 
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         documents = self._documents()
+        if self._place is None:
+            self._rest += self._first(documents)
         needed = self.rows * self.sequence_length + 1
         while self.position < self.steps:
             while sum(map(len, self._rest)) < needed:
@@ -123,10 +126,19 @@ class StreamLoader:
                     found = True
                     yield np.array(encode(self.tokenizer, text), dtype)
             if begins_anew and not found:
-                raise ConfigError(
-                    "data.name must be a set with training text for each process, got none for "
-                    f"process {self.rank} of {self.world_size}; use fewer, or data.streaming=false"
-                )
+                return
+
+    def _first(self, documents: Iterator[np.ndarray]) -> list[np.ndarray]:
+        """The first of them. All processes raise ConfigError when one has none: the others would
+        wait for it, and the first alone prints."""
+        first = list(islice(documents, 1))
+        without = [rank for rank, found in enumerate(self._gather(bool(first))) if not found]
+        if without:
+            raise ConfigError(
+                "data.name must be a set with training text for each process, got none for process "
+                f"{without[0]} of {self.world_size}; use fewer, or data.streaming=false"
+            )
+        return first
 
 
 def validation_corpus(

@@ -388,6 +388,24 @@ def test_each_process_of_a_stream_goes_on_at_its_own_place(hub, tmp_path, monkey
             ).load_state_dict(state)
 
 
+def test_all_processes_say_that_one_has_no_text_to_train_on(tmp_path, monkeypatch):
+    texts = [text for text in TEXTS if not held_out(text)][:3]
+    (tmp_path / "set").mkdir()
+    write_table(tmp_path / "set" / "a.jsonl", texts)
+    loaders = [stream(tmp_path / "set", 9, rank, 2) for rank in range(2)]
+    loaders += [stream(tmp_path / "set", 9)]
+    meet(monkeypatch, lambda: [True, True])
+    assert all(len(next(iter(loader))) for loader in loaders)
+    write_table(tmp_path / "set" / "a.jsonl", texts[:1])
+    for rank in range(2):
+        loader = stream(tmp_path / "set", 9, rank, 2)
+        own = []
+        loader._gather = lambda found, own=own: own.append(found) or [True, False]
+        with pytest.raises(ConfigError, match="got none for process 1 of 2; use fewer"):
+            next(iter(loader))
+        assert own == [rank == 0]
+
+
 def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
     config = settings("data=hub", "data.streaming=true", "data.val_tokens=100", *TINY, name=hub)
     corpus = validation_corpus(open_hub(config.data), config.data, ByteTokenizer())
