@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -73,7 +74,9 @@ def command(
                 if {"-h", "--help"} & set(sys.argv):
                     print(_manual(name), flush=True)
                     return
+                _check_options(name, sys.argv[1:])
                 if several:
+                    _check_swept(names, sys.argv[1:])
                     for job in _jobs(sys.argv[1:]):
                         compose(name, job)
                 hydra_main(task)()
@@ -133,6 +136,28 @@ def explain(name: str, arguments: list[str]) -> str | None:
             elif key not in keys and key.partition(".")[0] != "hydra":
                 return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
     return None
+
+
+def _check_options(name: str, arguments: list[str]) -> None:
+    """Raises ConfigError for what argparse would answer with its usage."""
+
+    def error(message: str) -> None:
+        raise ConfigError(f"{message}; python {name}.py --help says how to write it")
+
+    parser = get_args_parser()
+    parser.error = error
+    parser.parse_args(arguments)
+
+
+def _check_swept(names: tuple[str, ...], arguments: list[str]) -> None:
+    """Raises ConfigError for a key of this command that Hydra takes for a group of the other's."""
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+")
+        if key in names and (CONFIG_DIR / key).is_dir():
+            raise ConfigError(
+                f"{key} must be given without -m, got {argument!r}; run the command once for each"
+                ", or use -m checkpoint= with several checkpoints"
+            )
 
 
 def _manual(name: str) -> str:

@@ -156,6 +156,8 @@ INFER_VALUES = [
     infer("bench=true", "prompts_file=-"),
     infer("bench_runs=0"),
     infer("prompt"),
+    infer("--foo"),
+    infer("-m", "model=fla,mamba2"),
 ]
 
 FILES = [

@@ -123,6 +123,8 @@ BAD = [
     ("seed=-1", "seed must be at least 0 and below"),
     ("seed=a(b", "cannot read 'seed=a(b'"),
     ("seed", "cannot read 'seed'"),
+    ("--foo", "unrecognized arguments: --foo; python train.py --help"),
+    ("--cfg", "argument --cfg/-c: expected one argument"),
     ("+colour=red", "there is no key 'colour'"),
     ("experiment=huge", "experiment must be one of"),
 ]
