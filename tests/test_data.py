@@ -56,6 +56,15 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order():
     assert first != sorted(first)
 
 
+@pytest.mark.parametrize("tokens", range(8, 40))
+def test_an_epoch_leaves_out_fewer_tokens_than_two_rows(tokens):
+    loader = TrainLoader(Documents(np.arange(tokens), np.array([0, tokens])), 1, 7, 1, seed=3)
+    epoch = max(1, (tokens - 1) // 7 - 1)
+    read = {token for row in rows(loader, range(epoch)) for token in row}
+    assert tokens - len(read) < 2 * 7
+    assert len(read) == epoch * 7 + 1
+
+
 def test_a_row_is_consecutive_text_with_one_more_token():
     documents = Documents(np.arange(200).astype(np.uint8), np.array([0, 200]))
     for batch in TrainLoader(documents, 3, 7, 5, seed=1):
