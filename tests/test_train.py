@@ -146,6 +146,7 @@ BAD = [
     (["data=text", "data.split=test"], "data.split must be left out with data=text"),
     (["data.sequence_length=0"], "data.sequence_length must be at least 1"),
     (["data.sequence_length=100000000"], "data.sequence_length must be below"),
+    (["trainer=cpu", "trainer.precision=16-mixed"], "trainer.precision must be 32-true or bf16"),
     (["runs_dir=file/runs"], "runs_dir must be a folder"),
 ]
 if not torch.cuda.is_available():
