@@ -233,11 +233,16 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     script = str(Path(train.__file__))
     command = [sys.executable, script, *SMALL, "optim.steps=100000"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode != 0
     (run,) = (tmp_path / "runs").iterdir()
     assert f"resume=runs/{run.name}" in err
