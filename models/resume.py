@@ -138,8 +138,10 @@ def checkpoint_step(run: Path) -> int:
             if (name := records.testzip()) is not None:
                 raise zipfile.BadZipFile(name)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:
-        raise ConfigError(damaged(file, f"{type(error).__name__} while reading it")) from error
+    except zipfile.BadZipFile as error:
+        raise ConfigError(damaged(file, "it is cut short, or a part of it has changed")) from error
+    except Exception as error:  # of any kind: it depends on what is wrong
+        raise ConfigError(damaged(file, "it does not hold the state of a run")) from error
 
 
 def continue_metrics(logger: CSVLogger, rows: list[dict[str, str]]) -> dict[str, float]:
