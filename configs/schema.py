@@ -120,7 +120,7 @@ class OptimConfig:
     batch_size: int = number(at_least=1)
     learning_rate: float = number(above=0)
     min_learning_rate: float = number(at_least=0)
-    warmup_steps: int = number(at_least=0)
+    warmup_steps: int | None = number(at_least=0)
     weight_decay: float = number(at_least=0)
     betas: tuple[float, float] = MISSING
     gradient_clip: float = number(at_least=0)
@@ -204,7 +204,7 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"optim.betas must be two numbers from 0 to below 1, got {list(optim.betas)}; "
             "use for example [0.9,0.95]"
         )
-    if optim.warmup_steps > optim.steps:
+    if optim.warmup_steps is not None and optim.warmup_steps > optim.steps:
         raise ConfigError(
             f"optim.warmup_steps must be at most optim.steps={optim.steps}, got "
             f"{optim.warmup_steps}; lower it, for example to {optim.steps // 10}"

@@ -127,11 +127,14 @@ def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
     """What to multiply the learning rate with at a step: linear warm-up, then a cosine down to the
     smallest at the last step."""
     floor = optim.min_learning_rate / optim.learning_rate
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = min(40, optim.steps // 10)
 
     def factor(step: int) -> float:
-        if step < optim.warmup_steps:
-            return (step + 1) / optim.warmup_steps
-        progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, optim.steps - warmup)
         return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
     return factor

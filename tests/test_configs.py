@@ -113,7 +113,7 @@ BAD = [
     ("data.split=test", "data.split must be left out with data=stdlib, got 'test'"),
     ("data.column=body", "data.column must be left out with data=stdlib, got 'body'"),
     ("data.path=", "data.path must be a file, a folder or a glob, got ''"),
-    ("optim.steps=20", "optim.warmup_steps must be at most optim.steps=20, got 40"),
+    ("optim.warmup_steps=9999", "optim.warmup_steps must be at most optim.steps="),
     ("trainer.accumulate=0", "trainer.accumulate must be at least 1, got 0"),
     ("data.sequence_length=0", "data.sequence_length must be at least 1, got 0"),
     ("data.hold_out=1", "data.hold_out must be at least 2, got 1"),

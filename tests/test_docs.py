@@ -29,6 +29,7 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_runs(line, repository, monkeypatch, capfd):
     given, pipe, command = line.rpartition(" | ")

@@ -95,7 +95,7 @@ def test_accumulation_works_through_parts_of_the_batch(monkeypatch, tmp_path):
     assert 4 not in rows
 
 
-@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("every", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_path):
     overrides = ("trainer.accumulate=2", f"trainer.checkpoint_every={every}")
     whole = run(tmp_path / "whole", *overrides)

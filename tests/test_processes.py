@@ -58,7 +58,7 @@ def launch(how: list[str], folder: Path, *overrides: str) -> str:
     ("how", "strategy"),
     [
         pytest.param(TORCHRUN, "ddp", id="torchrun-ddp"),
-        pytest.param(TORCHRUN, "fsdp", id="torchrun-fsdp"),
+        pytest.param(TORCHRUN, "fsdp", id="torchrun-fsdp", marks=pytest.mark.slow),
         pytest.param([], "ddp", id="lightning-ddp", marks=pytest.mark.slow),
         pytest.param([], "fsdp", id="lightning-fsdp", marks=pytest.mark.slow),
     ],

@@ -59,7 +59,7 @@ def command(model, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("tokens", ["bytes", "tokenizer"])
+@pytest.mark.parametrize("tokens", ["bytes", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_mamba2_of_transformers_goes_on_as_its_own_generate(tokens, tmp_path):
     tokenizer = ByteTokenizer() if tokens == "bytes" else TextTokenizer(byte_level())
     unlimited = (0.0, float("inf"))
