@@ -88,6 +88,7 @@ def test_a_published_model(published):
     torch.testing.assert_close(loaded.model(tokens)[0], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_published_model_with_its_tokenizer(tmp_path):
     """The same text from ours and from transformers' generate, for a model that was trained."""
     theirs = train(mamba2(time_step_limit=(0.0, float("inf"))).train(), 100)

@@ -61,7 +61,9 @@ def test_a_result_has_text_tokens_log_probabilities_and_times(loaded):
     assert result.tokens == generate(loaded, "import ", max_new_tokens=20, temperature=0).tokens
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "batch_size", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 9))]
+)
 def test_a_prompt_does_not_depend_on_the_others(loaded, batch_size):
     options = {"max_new_tokens": 24, "temperature": 1.2, "seed": 5}
     alone = [generate(loaded, prompt, **options) for prompt in PROMPTS]

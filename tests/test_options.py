@@ -84,6 +84,7 @@ def test_gradients_are_clipped_to_a_norm(clip, monkeypatch, tmp_path):
     assert all(norm == pytest.approx(0.01, rel=1e-3) if clip else norm > 0.1 for norm in norms)
 
 
+@pytest.mark.slow
 def test_accumulation_works_through_parts_of_the_batch(monkeypatch, tmp_path):
     rows = []
     loss = lit.LitLanguageModel.loss
@@ -95,7 +96,8 @@ def test_accumulation_works_through_parts_of_the_batch(monkeypatch, tmp_path):
     assert 4 not in rows
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 5])
 def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_path):
     overrides = ("trainer.accumulate=2", f"trainer.checkpoint_every={every}")
     whole = run(tmp_path / "whole", *overrides)
@@ -133,6 +135,7 @@ def test_activation_checkpointing_computes_a_block_again(plain):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_what_the_table_gets(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -57,7 +57,7 @@ def launch(how: list[str], folder: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("how", "strategy"),
     [
-        pytest.param(TORCHRUN, "ddp", id="torchrun-ddp"),
+        pytest.param(TORCHRUN, "ddp", id="torchrun-ddp", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "fsdp", id="torchrun-fsdp", marks=pytest.mark.slow),
         pytest.param([], "ddp", id="lightning-ddp", marks=pytest.mark.slow),
         pytest.param([], "fsdp", id="lightning-fsdp", marks=pytest.mark.slow),

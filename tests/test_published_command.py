@@ -76,6 +76,7 @@ def test_mamba2_of_transformers_goes_on_as_its_own_generate(tokens, tmp_path):
     assert command("mamba2", tmp_path) == text + "\n"
 
 
+@pytest.mark.slow
 def test_gated_deltanet_in_flas_layout_goes_on_as_its_formula(tmp_path):
     """No package needed: the truth is the restatement in plain torch of test_published.py."""
     config = {**FLA, "vocab_size": 256, "allow_neg_eigval": False}

@@ -64,7 +64,13 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("step", "resume"), [(2, "auto"), (4, "auto"), (7, "by name"), (11, "auto")]
+    ("step", "resume"),
+    [
+        (2, "auto"),
+        pytest.param(4, "auto", marks=pytest.mark.slow),
+        (7, "by name"),
+        pytest.param(11, "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, monkeypatch):
     run = train_until(step, monkeypatch, tmp_path)

@@ -49,6 +49,7 @@ def test_penalize_equals_transformers(penalty):
     assert torch.equal(penalize(logits, seen, penalty), expected)
 
 
+@pytest.mark.slow
 def test_repetition_penalty_covers_the_prompt_and_the_new_tokens(model):
     prompts = [prompt(n, n) for n in (1, 12, 30)]
     expected = torch.stack([greedy_with_transformers(model, p, 15, 2.5) for p in prompts])

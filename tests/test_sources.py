@@ -419,6 +419,7 @@ def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
         load_data(config, ByteTokenizer(), Processes(1, 1, 0))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_goes_on_to_the_same_bits(hub, words, tmp_path, monkeypatch):
     def config(folder, *more):
         overrides = ("data.streaming=true", "data.val_tokens=100", "trainer.checkpoint_every=4")
