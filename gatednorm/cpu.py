@@ -14,9 +14,13 @@ from torch import Tensor
 
 from .problem import Problem, rows_of
 
-# Just under a megabyte for each of the handful of buffers in flight: they stay in cache, and each
+# Under two megabytes for each of the handful of buffers in flight: they stay in cache, and each
 # operator still has enough to do that its own cost does not count.
-BLOCK_BYTES = 7 << 17
+BLOCK_BYTES = 14 << 17
+
+
+def _rows_per_block(p: Problem) -> int:
+    return max(1, BLOCK_BYTES // (p.width * p.compute_dtype.itemsize))
 
 
 def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
@@ -30,7 +34,7 @@ def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[T
         t.as_strided((*sizes, p.width), (*s, 1)) for t, s in zip(present, strides, strict=True)
     )
     whole = [None if t is None else next(views) for t in tensors]
-    rows_per_block = max(1, BLOCK_BYTES // (p.width * p.compute_dtype.itemsize))
+    rows_per_block = _rows_per_block(p)
 
     def cut(start: int, sizes: tuple[int, ...], parts: list[Tensor | None]):
         inner = 1
@@ -58,22 +62,39 @@ def _grouped(p: Problem, t: Tensor) -> Tensor:
 
 class _Workspace:
     """Buffers of one block `[rows, groups, group_size]`, reused by every block: they stay in cache,
-    and nothing is allocated per operator."""
+    and nothing is allocated per operator. A result's own memory is one more where it can be."""
 
-    def __init__(self, p: Problem, count: int):
-        rows = min(max(p.n_rows, 1), max(1, BLOCK_BYTES // (p.width * p.compute_dtype.itemsize)))
-        shape = (count, rows, p.n_groups, p.group_size)
-        self.buffers = torch.empty(shape, dtype=p.compute_dtype)
+    def __init__(self, p: Problem):
+        self.p = p
+        self.buffers: list[Tensor] = []
 
-    def of(self, like: Tensor) -> list[Tensor]:
-        return [buffer[: like.shape[0]] for buffer in self.buffers]
+    def of(self, rows: int, count: int, *results: Tensor | None) -> list[Tensor]:
+        """`count` buffers, and one for each of `results` `[..., D]`: itself where its memory may
+        hold other values first, else (or for None) another."""
+        p = self.p
+        given = []
+        for t in results:
+            direct = t is not None and t.dtype == p.compute_dtype and t.is_contiguous()
+            given.append(t.view(-1, p.n_groups, p.group_size) if direct else None)
+        count += sum(t is None for t in given)
+        while len(self.buffers) < count:
+            most = min(max(p.n_rows, 1), _rows_per_block(p))
+            shape = (most, p.n_groups, p.group_size)
+            self.buffers.append(torch.empty(shape, dtype=p.compute_dtype))
+        spare = iter(self.buffers[:count])
+        found = [next(spare)[:rows] if t is None else t for t in given]
+        return [*(buffer[:rows] for buffer in spare), *found]
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
     """`target` `[..., D]` = `a * b`; `a` `[rows, groups, group_size]`, and `b` like it or one a row
     and group. Written once where dtypes and groups allow, else through `a`, which is spent."""
     one_a_row = b.shape != a.shape
-    if target.dtype == a.dtype and (not one_a_row or a.shape[1] == 1):
+    if a.data_ptr() == target.data_ptr():  # the target's own memory, seen as groups
+        a.mul_(b)
+    elif b.data_ptr() == target.data_ptr():
+        b.mul_(a)
+    elif target.dtype == a.dtype and (not one_a_row or a.shape[1] == 1):
         shape = target.shape
         torch.mul(a.view(shape), b.view(*shape[:-1], -1), out=target)
     else:
@@ -138,10 +159,10 @@ def forward(
 ) -> None:
     """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
     w, b = _parameters(p, weight, bias)
-    workspace = _Workspace(p, 3)
+    workspace = _Workspace(p)
     for rows, (xb, zb, ob) in _blocks(p, x, z, out):
         u = _grouped(p, xb)
-        one, two, spare = workspace.of(u)
+        one, spare, two = workspace.of(u.shape[0], 2, ob)
         act = None if zb is None else _act(p, _grouped(p, zb), one)
         if act is not None and not p.norm_before_gate:
             u = torch.mul(u, act, out=one)
@@ -157,7 +178,7 @@ def forward(
         h = _affine(p, xhat, w, b, x, weight, two)
         if act is not None and p.norm_before_gate:
             _product_into(ob, h, act)
-        else:
+        elif h.data_ptr() != ob.data_ptr():
             ob.copy_(h.view(ob.shape))
 
 
@@ -179,12 +200,14 @@ def backward(
     db = None if b is None else torch.zeros_like(b)
     gate_first = z is not None and not p.norm_before_gate
     gate_last = z is not None and p.norm_before_gate
-    workspace = _Workspace(p, 4)
+    workspace = _Workspace(p)
     for rows, (dyb, xb, zb, dxb, dzb) in _blocks(p, dy, x, z, dx, dz):
         g, xg = _grouped(p, dyb), _grouped(p, xb)
-        act, xhat, one, two = workspace.of(g)
-        if zb is not None:
-            _act_and_slope(p, _grouped(p, zb), act, two)
+        if zb is None:
+            xhat, one = workspace.of(g.shape[0], 1, dxb)
+        else:
+            act, xhat, one, slope = workspace.of(g.shape[0], 2, dxb, dzb)
+            _act_and_slope(p, _grouped(p, zb), act, slope)
         u = torch.mul(xg, act, out=xhat) if gate_first else xg
         if not p.is_rms_norm:
             u = torch.sub(u, mean[rows].unsqueeze(-1), out=xhat)
@@ -193,8 +216,8 @@ def backward(
         rounded = _round(p, xhat, p.round_norm, x.dtype)
         if gate_last:
             h = _affine(p, rounded, w, b, x, weight, one)
-            _product_into(dzb, torch.mul(g, h, out=one), two)
-            g = torch.mul(g, act, out=two)
+            _product_into(dzb, torch.mul(g, h, out=one), slope)
+            g = torch.mul(g, act, out=act)
         # One product serves dw, a sum over the rows, and c1, a sum over the columns.
         product = torch.mul(g, xhat, out=one)
         if dw is not None:
@@ -209,7 +232,7 @@ def backward(
         du.addcmul_(xhat, c1)
         if gate_first:
             du *= r
-            _product_into(dzb, torch.mul(du, xg, out=xhat), two)
+            _product_into(dzb, torch.mul(du, xg, out=xhat), slope)
             _product_into(dxb, du, act)
         else:
             _product_into(dxb, du, r)

@@ -249,8 +249,8 @@ MUTANTS = {
     ),
     "cpu: g without the gate": (
         C,
-        "g = torch.mul(g, act, out=two)",
-        "g = torch.mul(g, 1, out=two)",
+        "g = torch.mul(g, act, out=act)",
+        "g = torch.mul(g, 1, out=act)",
     ),
     "cpu: dw of the last block": (C, "dw += (g", "dw = (g"),
     "cpu: db of the last block": (C, "db += g.sum(0)", "db = g.sum(0)"),
