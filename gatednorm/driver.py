@@ -42,7 +42,7 @@ class _Config(ctypes.Structure):
 class _Slot:
     """The memory that one launch is described in; 8 bytes an argument."""
 
-    __slots__ = ("arguments", "config", "config_address", "keep", "values", "values_address")
+    __slots__ = ("config", "config_address", "keep", "values", "values_address")
 
     def __init__(self, n_arguments: int, config: _Config, n_pointers: int, scalars: Sequence):
         self.values = (ctypes.c_int64 * n_arguments)()

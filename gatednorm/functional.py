@@ -243,7 +243,7 @@ def layernorm_backward(
         check_like(out_name, out, x)
         if out.dtype != like.dtype:
             raise TypeError(f"{out_name} must be {like.dtype} like its input, got {out.dtype}")
-        check_no_overlap_within(out_name, out)
+        check_no_overlap_within(out_name, out.shape, out.stride())
         for name, other in inputs.items():
             if other is not None and check_overlap(name, other, out, out_name):
                 raise ValueError(

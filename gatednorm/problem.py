@@ -190,7 +190,7 @@ def _describe(
     if out is not None:
         if out_dtype is not None and out[2] != out_dtype:
             raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
-        _check_overlap_within("out", out)
+        check_no_overlap_within("out", *out[:2])
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
     return Problem(
@@ -282,12 +282,12 @@ def check_like(name: str, t: Tensor, x: Tensor) -> None:
         )
 
 
-def check_no_overlap_within(name: str, t: Tensor) -> None:
-    _check_overlap_within(name, _meta(name, t))
+def check_no_overlap_within(name: str, shape: torch.Size, strides: tuple[int, ...]) -> None:
+    """Refuse an output in which two indices name one element.
 
-
-def _check_overlap_within(name: str, meta: tuple) -> None:
-    shape, strides = meta[:2]
+    Raises:
+        ValueError: naming the strides.
+    """
     if _overlaps_itself(shape, strides):
         raise ValueError(
             f"{name} must not overlap itself, got strides {tuple(strides)} for shape "
