@@ -174,7 +174,11 @@ class Launch:
             return
         with torch.get_device_module(self.device).device(self.device.index):
             compiled = kernel(*tensors, *self.scalars, **self.options)
-            if NVIDIA and self.start is None and not any(t is not None and t.data_ptr() % 16 for t in tensors):
+            if (
+                NVIDIA
+                and self.start is None
+                and not any(t is not None and t.data_ptr() % 16 for t in tensors)
+            ):
                 self.start = direct_start(compiled, self.grid, self.scalars)
 
 

@@ -11,6 +11,17 @@ from configs.command import compose
 from models.checkpoint import build_model, save_config, save_weights
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
+SIX_STEPS = [  # of train.py, in seconds
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.head_dim=16",
+    "optim.steps=6",
+    "optim.batch_size=2",
+    "optim.warmup_steps=0",
+    "data.sequence_length=32",
+    "data.val_tokens=256",
+    "trainer=cpu",
+]
 
 
 def write_checkpoint(folder: Path, model: str, seed: int = 0, sharp: float = 1) -> torch.nn.Module:

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from small_runs import SIX_STEPS
 
 import train
 from configs.command import compose
@@ -14,18 +15,7 @@ from models.checkpoint import load_model
 from models.resume import checkpoint_step
 from models.runs import check_devices, create_run
 
-SMALL = [
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.head_dim=16",
-    "optim.steps=6",
-    "optim.batch_size=2",
-    "optim.warmup_steps=0",
-    "data.sequence_length=32",
-    "data.val_tokens=256",
-    "trainer=cpu",
-    "trainer.checkpoint_every=2",
-]
+SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]
 
 
 @pytest.mark.parametrize(

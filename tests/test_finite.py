@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from small_runs import SIX_STEPS
 
 import train
 from configs.command import compose
@@ -12,22 +13,11 @@ from models import lit
 from models.checkpoint import LAST, load_model
 from models.resume import checkpoint_step
 
-SMALL = [
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.head_dim=16",
-    "optim.steps=6",
-    "optim.batch_size=2",
-    "optim.warmup_steps=0",
-    "data.sequence_length=32",
-    "data.val_tokens=256",
-    "trainer=cpu",
-]
 TOO_FAST = "optim.learning_rate=1e38"
 
 
 def train_small(folder, *overrides):
-    return train.train(compose("train", [*SMALL, f"runs_dir={folder}", *overrides]))
+    return train.train(compose("train", [*SIX_STEPS, f"runs_dir={folder}", *overrides]))
 
 
 @pytest.mark.parametrize("more", [["optim.steps=1"], ["trainer.checkpoint_every=1"]], ids=" ".join)
@@ -41,7 +31,7 @@ def test_parameters_that_are_not_numbers_are_never_saved(more, tmp_path):
 
 
 def test_the_command_leaves_with_an_error(tmp_path, monkeypatch, capsys):
-    arguments = [*SMALL, TOO_FAST, "optim.steps=1", f"runs_dir={tmp_path}"]
+    arguments = [*SIX_STEPS, TOO_FAST, "optim.steps=1", f"runs_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as left:
         train.main()
