@@ -4,7 +4,7 @@ import sys
 
 from configs.command import command
 from configs.schema import ConfigError, InferConfig
-from models.prompts import read_prompts
+from models.inference.prompts import read_prompts
 
 PATHS = ("checkpoint", "runs_dir", "prompt_file", "prompts_file")
 
@@ -16,10 +16,10 @@ def main(config: InferConfig) -> None:
     # Imported here, so that --help and a misspelt key are answered at once.
     import torch
 
-    from models.checkpoint import load
-    from models.inference import Options
-    from models.measure import bench, compare, show
-    from models.output import print_json, print_texts, readable
+    from models.checkpoints.checkpoint import load
+    from models.inference.measure import bench, compare, show
+    from models.inference.output import print_json, print_texts, readable
+    from models.inference.texts import Options
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be one that this machine has, got cuda; use device=cpu")

@@ -8,7 +8,7 @@ from configs.command import command
 from configs.schema import TrainConfig
 
 if TYPE_CHECKING:
-    from models.runs import Summary
+    from models.training.runs import Summary
 
 
 def train(config: TrainConfig) -> Summary:
@@ -19,15 +19,15 @@ def train(config: TrainConfig) -> Summary:
     # Imported here, so that --help and a misspelt key are answered at once.
     import lightning
 
-    from models.checkpoint import METRICS, PICTURE
-    from models.lit import LitLanguageModel
-    from models.loading import load_data
-    from models.parallel import prepare_blocks
-    from models.plots import compressors, plot_loss
-    from models.processes import find_processes
-    from models.resume import continue_metrics, find_stopped
-    from models.runs import Summary, build_trainer, check_devices, create_run
-    from models.start import start_model
+    from models.checkpoints.checkpoint import METRICS, PICTURE
+    from models.training.lit import LitLanguageModel
+    from models.training.loading import load_data
+    from models.training.parallel import prepare_blocks
+    from models.training.plots import compressors, plot_loss
+    from models.training.processes import find_processes
+    from models.training.resume import continue_metrics, find_stopped
+    from models.training.runs import Summary, build_trainer, check_devices, create_run
+    from models.training.start import start_model
 
     stopped = find_stopped(config)
     config = stopped.config if stopped else config
@@ -62,10 +62,10 @@ def train(config: TrainConfig) -> Summary:
 NAMES = ("data.path", "data.name", "runs_dir", "resume", "checkpoint", "tokenizer")
 
 
-@command("train", names=NAMES, compare="models.runs.compare_runs")
+@command("train", names=NAMES, compare="models.training.runs.compare_runs")
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
-    from models.runs import print_summary
+    from models.training.runs import print_summary
 
     print_summary(summary)
     return summary

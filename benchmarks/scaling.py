@@ -84,13 +84,13 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from lightning.pytorch.callbacks import Callback
 
     from configs.command import compose
-    from models.checkpoint import build_model
-    from models.corpus import Documents
-    from models.data import TrainLoader
-    from models.lit import LitLanguageModel, ProgressBar, peak_memory
-    from models.parallel import prepare_blocks
-    from models.processes import find_processes
-    from models.runs import build_trainer, create_run
+    from models.checkpoints.checkpoint import build_model
+    from models.data.batches import TrainLoader
+    from models.data.corpus import Documents
+    from models.training.lit import LitLanguageModel, ProgressBar, peak_memory
+    from models.training.parallel import prepare_blocks
+    from models.training.processes import find_processes
+    from models.training.runs import build_trainer, create_run
 
     class Window(Callback):
         """The steps after the warm-up, until `seconds` are over."""
@@ -126,10 +126,11 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     trainer.fit(module, batches)
     if processes.rank == 0:
         tokens = optim.batch_size * data.sequence_length
-        on_gpu = module.device.type == "cuda"
+        device = trainer.strategy.root_device  # the module lies on the CPU again
+        peak = peak_memory(device)
         row = {
             "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
             "model": config.model.name,
             "parameters": model.num_parameters(),
@@ -139,7 +140,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
             "rows": optim.batch_size,
             "tokens_per_row": data.sequence_length,
             "steps": window.steps,
-            "gib": round(peak_memory(module.device) / 2**30, 1),
+            "gib": peak and round(peak / 2**30, 1),
             "tokens_per_s": window.steps * tokens / window.took,
         }
         result.write_text(json.dumps(row))

@@ -7,18 +7,22 @@ The way in, documented with examples in docs/inference.md::
     loaded = load("checkpoints/mamba2")  # or a run, a published checkpoint, a hub id
     print(generate(loaded, "import ", max_new_tokens=100, temperature=0).text)
 
-`load` is `models.checkpoint.load`; `generate` and `stream_text` are those of `models.inference`,
-for text. For tensors of tokens there is `models.generation.generate`.
+`load` is that of `models.checkpoints.checkpoint`; `generate` and `stream_text`, for text, are those
+of `models.inference.texts`. For tensors of tokens there is `models.generation.generate`.
+
+The files beside this one are the proof: scans, blocks, the language model, generation. The folders
+are what the two commands need around it, imported left by right: `checkpoints -> data -> training`,
+`checkpoints -> inference`.
 """
 
 from importlib import import_module
 
 _WHERE = {
-    "load": "models.checkpoint",
-    "generate": "models.inference",
-    "stream_text": "models.inference",
-    "Options": "models.inference",
-    "Result": "models.inference",
+    "load": "models.checkpoints.checkpoint",
+    "generate": "models.inference.texts",
+    "stream_text": "models.inference.texts",
+    "Options": "models.inference.texts",
+    "Result": "models.inference.texts",
 }
 __all__ = list(_WHERE)
 

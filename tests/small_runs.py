@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from configs.command import compose
-from models.checkpoint import build_model, save_config, save_weights
+from models.checkpoints.checkpoint import build_model, save_config, save_weights
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
 SIX_STEPS = [  # of train.py, in seconds

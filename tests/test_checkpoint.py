@@ -12,10 +12,18 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from configs.command import compose
 from configs.schema import ConfigError
-from models.checkpoint import CONFIG, SHIPPED, WEIGHTS, build_model, load, save_config, save_weights
+from models.checkpoints.checkpoint import (
+    CONFIG,
+    SHIPPED,
+    WEIGHTS,
+    build_model,
+    load,
+    save_config,
+    save_weights,
+)
+from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from models.generation import generate
 from models.language_model import LanguageModel
-from models.tokenizer import ByteTokenizer, TextTokenizer
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
 
@@ -125,7 +133,9 @@ def test_state_spaces_models_use_the_tokenizer_of_their_project(tmp_path, monkey
     from test_published import write_state_spaces
 
     write_state_spaces(tmp_path, vocab_size=50277)
-    monkeypatch.setattr("models.published.load_tokenizer", lambda name: asked.append(name) or BYTES)
+    monkeypatch.setattr(
+        "models.checkpoints.published.load_tokenizer", lambda name: asked.append(name) or BYTES
+    )
     asked, BYTES = [], ByteTokenizer()
     assert load(tmp_path).tokenizer is BYTES
     assert asked == ["EleutherAI/gpt-neox-20b"]
@@ -254,7 +264,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
         devices.append(torch.get_default_device().type)
         return LanguageModel(*arguments, **keys)
 
-    monkeypatch.setattr("models.checkpoint.LanguageModel", watched)
+    monkeypatch.setattr("models.checkpoints.checkpoint.LanguageModel", watched)
     with pytest.raises(ConfigError, match=rf"those of the config\.yaml beside it: {message}"):
         load(tmp_path / "run")
     assert set(devices) <= {"meta"}

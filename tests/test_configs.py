@@ -13,7 +13,7 @@ import torch
 import train
 from configs.command import CONFIG_DIR, command, compose
 from configs.schema import MODELS, ConfigError, FlaConfig, Mamba2Config
-from models.checkpoint import build_model
+from models.checkpoints.checkpoint import build_model
 
 ROOT = CONFIG_DIR.parent
 

@@ -12,9 +12,9 @@ import torch
 
 from configs.command import compose
 from configs.schema import ConfigError, DataConfig
-from models import sources
-from models.corpus import Documents, load_corpus
-from models.data import TrainLoader, ValidationLoader
+from models.data import sources
+from models.data.batches import TrainLoader, ValidationLoader
+from models.data.corpus import Documents, load_corpus
 
 
 @pytest.fixture(autouse=True)

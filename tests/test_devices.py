@@ -11,9 +11,9 @@ from small_runs import SIX_STEPS
 import train
 from configs.command import compose
 from configs.schema import ConfigError, RunError
-from models.checkpoint import load_model
-from models.resume import checkpoint_step
-from models.runs import check_devices, create_run
+from models.checkpoints.checkpoint import load_model
+from models.training.resume import checkpoint_step
+from models.training.runs import check_devices, create_run
 
 SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]
 

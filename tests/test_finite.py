@@ -9,9 +9,9 @@ from small_runs import SIX_STEPS
 import train
 from configs.command import compose
 from configs.schema import RunError
-from models import lit
-from models.checkpoint import LAST, load_model
-from models.resume import checkpoint_step
+from models.checkpoints.checkpoint import LAST, load_model
+from models.training import lit
+from models.training.resume import checkpoint_step
 
 TOO_FAST = "optim.learning_rate=1e38"
 

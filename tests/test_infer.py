@@ -17,7 +17,7 @@ import infer
 from configs.command import compose
 from configs.schema import ConfigError, InferConfig
 from models import generate, load
-from models.checkpoint import (
+from models.checkpoints.checkpoint import (
     CONFIG,
     SHIPPED,
     WEIGHTS,
@@ -27,8 +27,8 @@ from models.checkpoint import (
     save_config,
     save_weights,
 )
-from models.prompts import read_prompts
-from models.tokenizer import TextTokenizer
+from models.checkpoints.tokenizer import TextTokenizer
+from models.inference.prompts import read_prompts
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_stop_strings_are_taken_as_they_stand_or_as_json(
     argument, stop, run_folder, monkeypatch, capfd
 ):
     taken = []
-    monkeypatch.setattr("models.output.print_texts", lambda *a: taken.append(a[-1].stop))
+    monkeypatch.setattr("models.inference.output.print_texts", lambda *a: taken.append(a[-1].stop))
     assert run([argument], monkeypatch, capfd)[0] == 0
     assert taken == [stop]
 

@@ -11,9 +11,10 @@ from small_runs import write_checkpoint
 
 import models
 from configs.command import compose
-from models import Options, generate, inference, load, stream_text
-from models.checkpoint import Loaded
-from models.tokenizer import ByteTokenizer, TextTokenizer
+from models import Options, generate, load, stream_text
+from models.checkpoints.checkpoint import Loaded
+from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
+from models.inference import texts
 
 PROMPTS = ["import ", "a", "def f(x, y=1):\n    return x", "caf\u00e9 \U0001f600"]
 
@@ -32,7 +33,7 @@ def says(monkeypatch):
     def say(tokens, tokenizer=None, rows=1):
         steps = [(torch.full((rows,), t), torch.full((rows,), -0.5)) for t in tokens]
         monkeypatch.setattr(
-            inference.generation,
+            texts.generation,
             "generate",
             lambda model, prompt, max_new_tokens, **_: iter(steps[:max_new_tokens]),
         )
@@ -169,13 +170,13 @@ def test_the_defaults_are_those_of_the_command():
 
 def test_the_public_names_are_there_and_no_others():
     assert {name: getattr(models, name).__module__ for name in models.__all__} == {
-        "load": "models.checkpoint",
-        "generate": "models.inference",
-        "stream_text": "models.inference",
-        "Options": "models.inference",
-        "Result": "models.inference",
+        "load": "models.checkpoints.checkpoint",
+        "generate": "models.inference.texts",
+        "stream_text": "models.inference.texts",
+        "Options": "models.inference.texts",
+        "Result": "models.inference.texts",
     }
-    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")}
+    files = {path.stem for path in Path(models.__file__).parent.iterdir()}
     assert not files & set(models.__all__)  # a module, once imported, would hide the name
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         models.lod  # noqa: B018

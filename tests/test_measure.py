@@ -8,7 +8,7 @@ from small_runs import write_checkpoint
 
 from gatednorm import RMSNorm
 from models import generate, load
-from models.measure import Spread, _seconds, bench, compare, peak_memory, show
+from models.inference.measure import Spread, _seconds, bench, compare, peak_memory, show
 
 
 @pytest.fixture(scope="module", params=["fla", "mamba2"])
@@ -70,7 +70,7 @@ def test_a_difference_is_seen(loaded, monkeypatch, capsys):
 
 def test_bench_counts_runs_after_one_that_warms_up(loaded, monkeypatch):
     times = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 11.0)])
-    monkeypatch.setattr("models.measure._seconds", lambda *_: next(times))
+    monkeypatch.setattr("models.inference.measure._seconds", lambda *_: next(times))
     speed = bench(loaded, b"abcd", 5, 3)
     assert speed.prefill_s == Spread(2, 1, 3)
     assert speed.decode_s.per_s(4) == Spread(1, 4 / 11, 2)
@@ -78,7 +78,7 @@ def test_bench_counts_runs_after_one_that_warms_up(loaded, monkeypatch):
 
 def test_decoding_is_measured_from_the_second_token_on(loaded, monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 5.5, 6.0, 6.5])
-    monkeypatch.setattr("models.measure.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("models.inference.measure.time.perf_counter", lambda: next(clock))
     assert _seconds(loaded.model, torch.tensor([1, 2]), 5) == (1, 1.5)
     clock = iter([0.0, 1.0, 5.0])
     assert _seconds(loaded.model, torch.tensor([1, 2]), 2) == (1, 0)

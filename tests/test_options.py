@@ -12,11 +12,11 @@ import torch
 import train
 from configs.command import compose
 from configs.schema import ConfigError
-from models import lit, runs
-from models.checkpoint import build_model, load
-from models.parallel import prepare_blocks
-from models.runs import check_devices
-from models.start import describe
+from models.checkpoints.checkpoint import build_model, load
+from models.training import lit, runs
+from models.training.parallel import prepare_blocks
+from models.training.runs import check_devices
+from models.training.start import describe
 
 SMALL = [
     "model.hidden_size=32",
@@ -234,7 +234,7 @@ import psutil
 import train
 from configs.command import compose
 from lightning.pytorch.callbacks import Callback
-from models import runs
+from models.training import runs
 
 class Memory(Callback):
     def on_train_batch_end(self, trainer, *_):

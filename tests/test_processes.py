@@ -12,9 +12,9 @@ import torch
 import train
 from configs.command import compose
 from configs.schema import ConfigError
-from models.checkpoint import load_model
-from models.processes import Processes, find_processes
-from models.resume import checkpoint_step
+from models.checkpoints.checkpoint import load_model
+from models.training.processes import Processes, find_processes
+from models.training.resume import checkpoint_step
 
 SMALL = [
     "model=mamba2",
@@ -77,7 +77,7 @@ PATCHED = f"""
 import os, sys
 sys.path.insert(0, {str(Path(train.__file__).parent)!r})
 import train
-from models import lit
+from models.training import lit
 """
 BAD_LOSS = f"""{PATCHED}
 loss = lit.LitLanguageModel.loss
@@ -136,7 +136,7 @@ def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode
     assert (

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
+from models.checkpoints.published import FORMATS, load_published
 from models.generation import generate
 from models.language_model import LanguageModel
-from models.published import FORMATS, load_published
 
 LIMIT = (0.0, 0.05)
 

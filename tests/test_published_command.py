@@ -10,7 +10,7 @@ from test_published import FLA, fla_forward, mamba2, train_weights, write
 from test_tokenizer import byte_level
 
 import infer
-from models.tokenizer import ByteTokenizer, TextTokenizer
+from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 
 TEXT = b"""import os
 import sys

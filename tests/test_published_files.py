@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_published import FLA, fla_weights, write
 
-from models.published import load_published
+from models.checkpoints.published import load_published
 
 
 class RunsCode:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_published import FLA, fla_train, fla_weights
 
-from models.checkpoint import load
+from models.checkpoints.checkpoint import load
 from models.generation import generate
 
 pytestmark = pytest.mark.slow  # under the interpreter

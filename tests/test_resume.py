@@ -16,9 +16,9 @@ import torch
 import train
 from configs.command import compose
 from configs.schema import ConfigError, RunError
-from models import lit
-from models.checkpoint import load_model
-from models.resume import RandomState, checkpoint_step, find_stopped
+from models.checkpoints.checkpoint import load_model
+from models.training import lit
+from models.training.resume import RandomState, checkpoint_step, find_stopped
 
 SMALL = [
     "model=mamba2",
@@ -246,7 +246,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     try:
         wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -256,7 +256,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert checkpoint_step(run) > 0
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -291,7 +291,9 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     command = [sys.executable, script, *SMALL, f"optim.steps={steps}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    began = time.monotonic()
     subprocess.run([*command, "runs_dir=whole"], check=True, **options)
+    pace = (time.monotonic() - began) / steps  # seconds, so that a fast machine has time for 20
     (whole,) = (tmp_path / "whole").iterdir()
 
     moments = random.Random(0)
@@ -300,7 +302,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         process = subprocess.Popen([*command, "resume=auto"], stderr=subprocess.PIPE, **options)
         before = reached[-1] if reached else 0
         wait_for(lambda before=before: position(tmp_path) > before, process)
-        time.sleep(moments.uniform(0, 0.4))
+        time.sleep(moments.uniform(0, 40 * pace))
         assert process.poll() is None, f"finished before kill {kill}: give it more steps"
         process.kill()
         process.communicate()

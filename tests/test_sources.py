@@ -15,15 +15,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import train
 from configs.command import compose
 from configs.schema import ConfigError
-from models.checkpoint import build_model, load
-from models.corpus import load_corpus, token_dtype, tokenize
-from models.data import Packed, TrainLoader
-from models.lit import LitLanguageModel
-from models.loading import load_data
-from models.processes import Processes
-from models.sources import open_hub
-from models.stream import StreamLoader, validation_corpus
-from models.tokenizer import ByteTokenizer, load_tokenizer
+from models.checkpoints.checkpoint import build_model, load
+from models.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
+from models.data.batches import Packed, TrainLoader
+from models.data.corpus import load_corpus, token_dtype, tokenize
+from models.data.sources import open_hub
+from models.data.stream import StreamLoader, validation_corpus
+from models.training.lit import LitLanguageModel
+from models.training.loading import load_data
+from models.training.processes import Processes
 
 TEXTS = [f'document {i}: caf\u00e9\r\n, with a comma "and quotes" {"x" * i}' for i in range(40)]
 

@@ -7,7 +7,7 @@ from test_published import FLA, fla_forward, fla_weights, train_weights, write
 import train
 from configs.command import compose
 from configs.schema import ConfigError
-from models.checkpoint import SHIPPED, load, read_model_config
+from models.checkpoints.checkpoint import SHIPPED, load, read_model_config
 
 SMALL = [
     *("optim.steps=1", "optim.warmup_steps=0", "optim.batch_size=1"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.stopping import StopStrings
+from models.inference.stopping import StopStrings
 
 
 def ends(text: str, strings: list[str]) -> tuple[str, str | None]:

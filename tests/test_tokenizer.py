@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from models.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, tokenizer_of
+from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, tokenizer_of
 
 CORPUS = [
     "import os\n",

@@ -14,11 +14,11 @@ import yaml
 import train
 from configs.command import compose
 from configs.schema import ConfigError, OptimConfig
-from models.checkpoint import load_model
-from models.corpus import load_corpus
+from models.checkpoints.checkpoint import load_model
+from models.data.corpus import load_corpus
 from models.generation import generate
-from models.lit import Throughput, learning_rate_factor
-from models.plots import compressors, plot_loss, smooth
+from models.training.lit import Throughput, learning_rate_factor
+from models.training.plots import compressors, plot_loss, smooth
 
 TINY = [
     "model.hidden_size=32",
@@ -130,7 +130,7 @@ def test_the_same_seed_trains_the_same_weights(tiny_run, tmp_path):
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    from models.runs import create_run
+    from models.training.runs import create_run
 
     config = compose("train", [f"runs_dir={tmp_path}"])
     assert len({create_run(config) for _ in range(5)}) == 5

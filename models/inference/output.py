@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from models.checkpoint import Loaded
-from models.inference import Batch, Options, Result
+from models.checkpoints.checkpoint import Loaded
+from models.inference.texts import Batch, Options, Result
 
 
 class Speeds:

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.hub import download
+from models.checkpoints.hub import download
+from models.checkpoints.tokenizer import FILE as TOKENIZER
+from models.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
 from models.language_model import LanguageModel
-from models.tokenizer import FILE as TOKENIZER
-from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
 
 # What the state-spaces project's models were trained with, which their folders do not hold.
 NEOX, NEOX_TOKENS = "EleutherAI/gpt-neox-20b", 50277

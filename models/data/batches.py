@@ -2,7 +2,7 @@
 
 The whole run is one list of batches: batch `i` is a function of the seed and of `i` alone. So the
 position of the loader is one number, which goes into a checkpoint, and several processes read
-their own rows of each batch, nothing twice. (A stream cannot be looked up: models/stream.py.)
+their own rows of each batch, nothing twice. (A stream cannot be looked up: models/data/stream.py.)
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from configs.schema import ConfigError
-from models.corpus import Documents
+from models.data.corpus import Documents
 
 VALIDATION_TOKENS = 8192  # in a batch
 

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 from configs.schema import TrainConfig
-from models.corpus import load_corpus
-from models.data import TrainLoader, ValidationLoader
-from models.processes import Processes
-from models.sources import open_hub
-from models.stream import StreamLoader, validation_corpus
-from models.tokenizer import Tokenizer
+from models.checkpoints.tokenizer import Tokenizer
+from models.data.batches import TrainLoader, ValidationLoader
+from models.data.corpus import load_corpus
+from models.data.sources import open_hub
+from models.data.stream import StreamLoader, validation_corpus
+from models.training.processes import Processes
 
 
 class Data(NamedTuple):

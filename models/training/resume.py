@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from configs.command import compose
 from configs.schema import ConfigError, TrainConfig, train_config
-from models.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
+from models.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
 
 # What somebody chose who chose a file of a group.
 CHOICES = {

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 from configs.schema import ConfigError, FlaConfig, Mamba2Config, ModelConfig, TrainConfig
-from models.checkpoint import build_model, load
+from models.checkpoints.checkpoint import build_model, load
+from models.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from models.language_model import LanguageModel
-from models.resume import Stopped, asked_for
-from models.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
+from models.training.resume import Stopped, asked_for
 
 
 def start_model(

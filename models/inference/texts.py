@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models import generation
-from models.stopping import StopStrings
+from models.inference.stopping import StopStrings
 
 if TYPE_CHECKING:
-    from models.checkpoint import Loaded
+    from models.checkpoints.checkpoint import Loaded
 
 CONTEXT = 8  # tokens of the prompt that are decoded with the first new one
 

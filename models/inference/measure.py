@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from configs.schema import NORM_PATHS
-from models.checkpoint import Loaded
+from models.checkpoints.checkpoint import Loaded
 from models.generation import generate
 from models.language_model import LanguageModel
 

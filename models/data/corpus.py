@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from models.sources import as_bytes, make_table, read_source
-from models.tokenizer import ByteTokenizer, Tokenizer
+from models.checkpoints.tokenizer import ByteTokenizer, Tokenizer
+from models.data.sources import as_bytes, make_table, read_source
 
 if TYPE_CHECKING:
     import datasets

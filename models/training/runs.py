@@ -17,13 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import ConfigError, TrainConfig, TrainerConfig
-from models.checkpoint import METRICS, save_config
+from models.checkpoints.checkpoint import METRICS, save_config
+from models.checkpoints.tokenizer import Tokenizer
 from models.language_model import LanguageModel
-from models.lit import Checkpoints, FiniteLoss, Metrics, ProgressBar, Throughput, WholeCheckpoints
-from models.parallel import ShardedStrategy
-from models.processes import Processes
-from models.resume import RandomState
-from models.tokenizer import Tokenizer
+from models.training.lit import (
+    Checkpoints,
+    FiniteLoss,
+    Metrics,
+    ProgressBar,
+    Throughput,
+    WholeCheckpoints,
+)
+from models.training.parallel import ShardedStrategy
+from models.training.processes import Processes
+from models.training.resume import RandomState
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ def print_summary(summary: Summary) -> None:
 def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
     """One table and one picture (`folder`/comparison.png) for the runs of a multirun, named by the
     overrides that tell them apart."""
-    from models.plots import plot_comparison  # matplotlib takes a second
+    from models.training.plots import plot_comparison  # matplotlib takes a second
 
     plot_comparison({name: s.run / METRICS for name, s in results}, folder / "comparison.png")
     table = Table(title="Runs", title_justify="left")

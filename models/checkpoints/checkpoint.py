@@ -3,7 +3,7 @@
 A run's is a folder with `model.safetensors` and `config.yaml`, and `tokenizer.json` unless it is a
 model of bytes. Reading one runs no code of it. The tensors carry a crc32, so that a damaged file is
 an error and not a worse model. Files are written beside their place and moved there: they are whole
-or absent. Published checkpoints have a `config.json` instead: models/published.py.
+or absent. Published checkpoints have a `config.json` instead: models/checkpoints/published.py.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from configs.schema import MIXERS, MODELS, ConfigError, ModelConfig
-from models.files import write_whole
-from models.hub import is_hub_id
-from models.language_model import LanguageModel
-from models.published import (
+from models.checkpoints.files import write_whole
+from models.checkpoints.hub import is_hub_id
+from models.checkpoints.published import (
     download_published,
     load_published,
     published_mixer,
     published_tokenizer,
 )
-from models.tokenizer import Tokenizer, tokenizer_of
+from models.checkpoints.tokenizer import Tokenizer, tokenizer_of
+from models.language_model import LanguageModel
 
 # The files of a run; the first two are the checkpoint.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
@@ -37,7 +37,7 @@ LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 
 NAMES = {mixer: name for name, mixer in MIXERS.items()}
 
-SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)

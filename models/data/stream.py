@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from configs.schema import ConfigError, DataConfig
-from models.corpus import Corpus, Documents, check_length, token_dtype
-from models.data import Batch, make_batch
-from models.sources import as_bytes
-from models.tokenizer import Tokenizer
+from models.checkpoints.tokenizer import Tokenizer
+from models.data.batches import Batch, make_batch
+from models.data.corpus import Corpus, Documents, check_length, token_dtype
+from models.data.sources import as_bytes
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +32,7 @@ class StreamLoader:
         tokenizer: What makes tokens of it.
         hold_out: One document in so many is left out.
         batch_size, sequence_length, steps, rank, world_size, reset_state: As for
-            `models.data.TrainLoader`, which also says what it yields.
+            `models.data.batches.TrainLoader`, which also says what it yields.
     """
 
     def __init__(

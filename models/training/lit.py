@@ -1,7 +1,6 @@
 """The language model under Lightning: loss, optimiser, validation in bits per byte, throughput."""
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,12 +17,17 @@ from rich.console import Console
 from rich.progress import ProgressColumn
 from torch.distributed.tensor import DTensor
 
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None
+
 from configs.schema import OptimConfig, RunError
-from models.checkpoint import LAST, METRICS, save_weights
-from models.data import Batch, Packed
-from models.files import write_whole
+from models.checkpoints.checkpoint import LAST, METRICS, save_weights
+from models.checkpoints.files import write_whole
+from models.data.batches import Batch, Packed
 from models.language_model import LanguageModel
-from models.parallel import ShardedStrategy, shard
+from models.training.parallel import ShardedStrategy, shard
 
 
 class LitLanguageModel(L.LightningModule):
@@ -192,14 +196,18 @@ class ProgressBar(RichProgressBar):
             shown["loss"] = f"{metrics['train_bpb']:.2f}"
         if "tokens_per_s" in metrics:
             shown["tok/s"] = f"{metrics['tokens_per_s']:,.0f}"
-        shown["GiB"] = f"{peak_memory(module.device) / 2**30:.1f}"
+        if (peak := peak_memory(module.device)) is not None:
+            shown["GiB"] = f"{peak / 2**30:.1f}"
         return shown
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had in use at once, of the device's memory."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has had in use at once, of the device's memory; None where
+    the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

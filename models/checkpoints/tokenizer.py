@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.files import write_whole
-from models.hub import download, is_hub_id
+from models.checkpoints.files import write_whole
+from models.checkpoints.hub import download, is_hub_id
 
 FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 

@@ -1,0 +1,1 @@
+"""From where text lies to batches of tokens."""

@@ -1,0 +1,1 @@
+"""What infer.py does: prompts in, texts or measurements out."""
