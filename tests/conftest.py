@@ -12,6 +12,13 @@ if not GPU:  # must be in place before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 TRITON = importlib.util.find_spec("triton") is not None
 
+# Several test processes share the cores, and so do the commands that they start.
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if processes > 1:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
+
 # Derandomized: a run is a function of the code alone, and a failure shrinks and repeats.
 settings.register_profile(
     "gatednorm",
@@ -91,3 +98,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The list of mutants and of what noticed each, whichever process ran them."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    mutants = [line for r in reports for key, line in r.user_properties if key == "mutant"]
+    if mutants:
+        terminalreporter.section("mutants")
+        terminalreporter.write_line("\n".join(sorted(mutants)))
