@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu
 
-Forward plus backward in fp32, medians over interleaved rounds, and the peak memory beyond the
-inputs and gradients that every way must hold.
+Forward plus backward in fp32, and the peak memory beyond the inputs and gradients that every way
+must hold. The speed-up is the median over rounds of the ratio within a round, so that a machine
+which is slow for a while is slow for both; `low` and `high` are its quartiles.
 """
 
 import csv
@@ -22,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import gatednorm
 
 SHAPES = ((8192, 512), (32768, 64))
-ROUNDS = 15
+ROUNDS = 40
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 
 
@@ -41,7 +42,7 @@ def peak(function) -> float:
 def main() -> None:
     console = Console()
     table = Table(title=f"forward + backward, fp32, {torch.get_num_threads()} threads")
-    for column in ("shape", "", "ms", "speed-up over plain", "peak MiB beyond the inputs"):
+    for column in ("shape", "", "ms", "speed-up over plain", "quartiles", "peak MiB"):
         table.add_column(column, justify="right")
     rows = []
     for shape in SHAPES:
@@ -65,18 +66,22 @@ def main() -> None:
                 start = time.perf_counter()
                 step(norm)
                 times[name].append((time.perf_counter() - start) * 1e3)
-        plain = statistics.median(times["plain PyTorch"])
+        plain = times["plain PyTorch"]
         for name, norm in ways.items():
             ms, memory = statistics.median(times[name]), peak(lambda norm=norm: step(norm))
+            ratios = [one / other for one, other in zip(plain, times[name], strict=True)]
+            low, ratio, high = statistics.quantiles(ratios, n=4)
             table.add_row(
-                f"{shape[0]} x {shape[1]}", name, f"{ms:.1f}", f"{plain / ms:.2f}", f"{memory:.1f}"
-            )
+                f"{shape[0]} x {shape[1]}", name, f"{ms:.1f}", f"{ratio:.2f}",
+                f"{low:.2f} to {high:.2f}", f"{memory:.1f}",
+            )  # fmt: skip
             rows.append(
                 {
                     "date": datetime.date.today().isoformat(), "torch": torch.__version__,
                     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                     "rows": shape[0], "width": shape[1], "way": name,
-                    "ms": f"{ms:.2f}", "speedup": f"{plain / ms:.2f}", "peak_mib": f"{memory:.1f}",
+                    "ms": f"{ms:.2f}", "speedup": f"{ratio:.2f}", "low": f"{low:.2f}",
+                    "high": f"{high:.2f}", "peak_mib": f"{memory:.1f}",
                 }
             )  # fmt: skip
     console.print(table)
