@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -104,6 +105,34 @@ def check_mixer_state(
     check_state(conv, shapes[0], half, x, "the convolution's state")
     check_state(scan, shapes[1], state_dtype(weight), x, "the scan's state")
     return conv, scan
+
+
+def first_state(
+    given: Tensor | None, like: Tensor, offsets: list[int] | None, shape: tuple[int, ...]
+) -> Tensor:
+    """The scan's state to begin with: `given`, or zeros of `shape` for each sequence."""
+    if given is not None:
+        return given
+    count = like.shape[0] if offsets is None else len(offsets) - 1
+    return like.new_zeros(count, *shape, dtype=state_dtype(like))
+
+
+def each_sequence(
+    steps: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    state: Tensor,
+    offsets: list[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """`steps(*inputs, state)` over a batch, inputs [B, T, ...], or over each packed sequence:
+    outputs [B, T, ...] and final states."""
+    if offsets is None:
+        return steps(*inputs, state)
+    parts = [
+        steps(*(x[:, start:end] for x in inputs), state[i : i + 1])
+        for i, (start, end) in enumerate(itertools.pairwise(offsets))
+    ]
+    outputs, states = zip(*parts, strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(states)
 
 
 class ChunkLayout:

@@ -21,7 +21,7 @@ Shape letters: B batch, T tokens, H key heads, HV value heads, K and V their dim
 size, N chunks, S sequences, X = N * B * HV.
 """
 
-import itertools
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,9 @@ from models.chunks import (
     decay_dtype,
     decay_matrix,
     dot_rows,
+    each_sequence,
     empty_chunks,
+    first_state,
     gpu_kernels,
     operand_dtype,
     sequence_ends,
@@ -296,7 +298,7 @@ def chunk_gated_delta_rule(
     if q.shape[2] != heads:
         q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     layout = ChunkLayout(q, chunk_size, offsets)
-    state = _initial(q, v, initial_state, offsets)
+    state = first_state(initial_state, v, offsets, (v.shape[2], q.shape[3], v.shape[3]))
     shape = state.shape
     # [S, B * HV, K, V]: packed sequences have B = 1, a batch is cut into chunks as one sequence
     state = (state if offsets is not None else state.flatten(0, 1)[None]).contiguous()
@@ -326,21 +328,14 @@ def recurrent_gated_delta_rule(
     accepted and has no effect.
     """
     offsets = _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    state = _initial(q, v, initial_state, offsets)
+    state = first_state(initial_state, v, offsets, (v.shape[2], q.shape[3], v.shape[3]))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if offsets is not None:
-        parts = [
-            _steps(*(x[:, a:b] for x in (q, k, v, g, beta)), state[i : i + 1], scale)
-            for i, (a, b) in enumerate(itertools.pairwise(offsets))
-        ]
-        o = torch.cat([part[0] for part in parts], dim=1)
-        state = torch.cat([part[1] for part in parts])
-    else:
-        o, state = _steps(q, k, v, g, beta, state, scale)
+    steps = functools.partial(_steps, scale)
+    o, state = each_sequence(steps, (q, k, v, g, beta), state, offsets)
     return o, state if output_final_state else None
 
 
-def _steps(q, k, v, g, beta, state, scale):
+def _steps(scale, q, k, v, g, beta, state):
     groups, wide = v.shape[2] // q.shape[2], state.dtype
     q = q.to(wide) * scale
     k, g, beta = k.to(wide), g.to(wide).exp(), beta.to(wide)
@@ -356,13 +351,6 @@ def _steps(q, k, v, g, beta, state, scale):
     if not outputs:
         return v, state
     return torch.stack(outputs, dim=1).to(v.dtype), state
-
-
-def _initial(q, v, initial_state, offsets):
-    if initial_state is not None:
-        return initial_state
-    count = q.shape[0] if offsets is None else len(offsets) - 1
-    return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
 
 
 def _check(q, k, v, g, beta, initial_state, cu_seqlens):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gatednorm import LayerNorm, RMSNorm
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
+from models.mixer import check_positive
 
 MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
 DEFAULT_MIXER_ARGS = {
@@ -90,9 +91,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         if mixer not in MIXERS:
             raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-        for name, value in (("vocab_size", vocab_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive(vocab_size=vocab_size, num_layers=num_layers)
         if mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must be 0 (no MLP) or more, got {mlp_ratio}")
         if mlp_size is None:

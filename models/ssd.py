@@ -20,7 +20,7 @@ Shape letters: B batch, T tokens, H heads, P head dimension, G groups, R = H / G
 C chunk size, N chunks.
 """
 
-import itertools
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from models.chunks import (
     check_state,
     decay_dtype,
     decay_matrix,
+    each_sequence,
+    first_state,
     fused_kernels,
     gpu_kernels,
     operand_dtype,
@@ -268,7 +270,7 @@ def chunk_ssd(
     chunk_size = 64 if chunk_size is None else chunk_size
     check_chunk_size(chunk_size)
     heads, groups, size = x.shape[2], B.shape[2], B.shape[3]
-    state = _initial(x, B, initial_state, offsets)
+    state = first_state(initial_state, x, offsets, (*x.shape[2:], B.shape[3]))
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     layout = ChunkLayout(x, chunk_size, offsets)
     # by group, the heads of a group as columns; packed sequences have B = 1, a batch counts as one
@@ -304,21 +306,13 @@ def recurrent_ssd(
     no effect.
     """
     offsets = _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens)
-    state = _initial(x, B, initial_state, offsets)
+    state = first_state(initial_state, x, offsets, (*x.shape[2:], B.shape[3]))
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
-    if offsets is not None:
-        parts = [
-            _steps(x[:, i:j], dt[:, i:j], A, B[:, i:j], C[:, i:j], D, state[n : n + 1])
-            for n, (i, j) in enumerate(itertools.pairwise(offsets))
-        ]
-        y = torch.cat([part[0] for part in parts], dim=1)
-        state = torch.cat([part[1] for part in parts])
-    else:
-        y, state = _steps(x, dt, A, B, C, D, state)
+    y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
     return y, state if output_final_state else None
 
 
-def _steps(x, dt, A, B, C, D, state):
+def _steps(A, D, x, dt, B, C, state):
     wide, ratio = state.dtype, x.shape[2] // B.shape[2]
     decay = (dt * A.to(wide)).exp()
     wide_x = x.to(wide)
@@ -344,13 +338,6 @@ def _step_size(dt, dt_bias, dt_softplus, dt_limit, wide):
     if dt_softplus:
         dt = F.softplus(dt)
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
-
-
-def _initial(x, B, initial_state, offsets):
-    if initial_state is not None:
-        return initial_state
-    count = x.shape[0] if offsets is None else len(offsets) - 1
-    return x.new_zeros(count, x.shape[2], x.shape[3], B.shape[3], dtype=state_dtype(x))
 
 
 def _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens):

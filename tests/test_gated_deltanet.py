@@ -163,7 +163,7 @@ def test_negative_eigenvalues_double_beta():
     assert not torch.allclose(plain(x)[0], doubled(x)[0])
     with torch.no_grad():
         for layer in (plain, doubled):
-            layer.in_proj.weight[layer.conv_dim + layer.widths[1] :][: layer.num_v_heads] = 0
+            layer.in_proj.weight[sum(layer.widths[:2]) :][: layer.num_v_heads] = 0
         state = [torch.randn(shape) for shape in plain.state_shapes(1)]
         state[0].zero_()
         plain.A_log.fill_(-30)  # no decay: sigmoid(0) = 1/2 keeps half of what k reads, 1 erases it

@@ -1,0 +1,134 @@
+"""What both mixers are around their scan: a projection, a short convolution, a gated norm, and a
+projection back; and the state of convolution and scan.
+
+Shape letters: B batch, T tokens, D hidden size, E channels of the convolution, W its taps.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gatednorm import RMSNorm
+from models.chunks import check_mixer_state, packed_projection, sequence_offsets
+from models.short_conv import short_conv
+
+
+class Mixer(nn.Module):
+    """A token mixer, from normalised hidden states to the residual's update. A subclass has
+    `SCANS`, the chunk-parallel scan and the recurrent one, and `mix`, and calls `reset_parameters`.
+
+    Args:
+        hidden_size, inner_size: D, and the channels that the projection back reads.
+        widths: channels of the parts that the one input projection makes, in order.
+        convolved: which of them the convolution reads.
+        conv_size, conv_bias: W, and whether the convolution has a bias.
+        state_shape: of the scan's state, for one sequence; heads first.
+        norm: the gated norm.
+        bias: whether the two projections have a bias.
+        decay_init, dt_init: ranges that decays, uniformly, and step sizes, log-uniformly, are
+            drawn from at first.
+        chunk_size: tokens per chunk of the scan; None for its default.
+    """
+
+    SCANS: tuple[Callable, Callable]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        inner_size: int,
+        widths: list[int],
+        *,
+        convolved: int,
+        conv_size: int,
+        conv_bias: bool,
+        state_shape: tuple[int, int, int],
+        norm: RMSNorm,
+        bias: bool = False,
+        decay_init: tuple[float, float] = (1.0, 16.0),
+        dt_init: tuple[float, float] = (1e-3, 1e-1),
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        heads = state_shape[0]
+        self.hidden_size, self.inner_size = hidden_size, inner_size
+        self.widths, self.convolved, self.state_shape = widths, convolved, state_shape
+        self.decay_init, self.dt_init, self.chunk_size = decay_init, tuple(dt_init), chunk_size
+        self.in_proj = nn.Linear(hidden_size, sum(widths), bias=bias)
+        self.conv_weight = nn.Parameter(torch.empty(widths[convolved], conv_size))
+        self.conv_bias = nn.Parameter(torch.empty(widths[convolved])) if conv_bias else None
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = norm
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """The initial values of the published models for convolution, decay and step size."""
+        bound = self.conv_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        if self.conv_bias is not None:
+            nn.init.zeros_(self.conv_bias)
+        with torch.no_grad():
+            self.A_log.uniform_(*self.decay_init).log_()
+            low, high = (math.log(value) for value in self.dt_init)
+            step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+
+    def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a state's two tensors: the convolution's and the scan's."""
+        channels, taps = self.conv_weight.shape
+        return (batch, taps - 1, channels), (batch, *self.state_shape)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[Tensor, Tensor] | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """One layer over some tokens.
+
+        Args:
+            x: [B, T, D]; one token with a state takes the recurrent step.
+            state: what an earlier call returned for the tokens before these: the convolution's
+                last inputs [B, W - 1, E] and the scan's state [B, *state_shape], fp32; with
+                ``cu_seqlens`` the number of sequences stands for B.
+            output_state: whether to return the state after the last token.
+            cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row.
+        Returns:
+            y [B, T, D] and the new state, or None.
+        Raises:
+            ValueError: for a state or offsets that do not fit.
+        """
+        batch, tokens = x.shape[:2]
+        offsets = sequence_offsets(cu_seqlens, batch, tokens)
+        shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
+        conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
+        parts = list(packed_projection(self.in_proj, x, self.widths))
+        parts[self.convolved], conv_state = short_conv(
+            parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, offsets
+        )
+        one_step = tokens == 1 and state is not None and offsets is None
+        scan = functools.partial(
+            self.SCANS[one_step],
+            initial_state=scan_state,
+            output_final_state=output_state,
+            chunk_size=self.chunk_size,
+            cu_seqlens=None if offsets is None else torch.tensor(offsets),
+        )
+        y, scan_state = self.mix(scan, *parts)
+        return self.out_proj(y), (conv_state, scan_state) if output_state else None
+
+    def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The parts of the projection, [B, T, width] each, through the scan and the norm:
+        [B, T, inner_size] and the scan's final state."""
+        raise NotImplementedError
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError for a size that is not a positive integer."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
