@@ -7,15 +7,13 @@
 Each provider is compared with float64 before it is timed. Times on the GPU are medians in
 microseconds of `triton.testing.do_bench`, which writes 256 MB between two runs, so that no input
 lies in the L2 cache, over the replay of a CUDA graph of one call, so that no provider waits for its
-Python. What the Python
-costs is in the wall times. All providers of a case run in one process, on the same tensors.
+Python. What the Python costs is in the wall times. All providers of a case run in one process, on
+the same tensors.
 """
 
 import argparse
 import csv
 import datetime
-import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -25,9 +23,9 @@ from rich.table import Table
 
 import gatednorm
 from benchmarks.ceiling_kernels import backward_ceiling, do_bench, forward_ceiling
-from benchmarks.providers import EPS, PROVIDERS, Case, version
+from benchmarks.providers import EPS, PROVIDERS, Case
+from benchmarks.report import RESULTS, commit, version
 
-RESULTS = Path(__file__).parent / "results"
 CASES = (
     Case(262144, 128),
     Case(262144, 128, z_strided=True),
@@ -182,14 +180,11 @@ class Sheet:
     """Rows of the CSV, each with what is needed to read it alone."""
 
     def __init__(self) -> None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         import triton
 
         self.common = {
             "date": datetime.date.today().isoformat(),
-            "commit": os.environ.get("GATEDNORM_COMMIT", commit),
+            "commit": commit(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,

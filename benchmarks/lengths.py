@@ -8,31 +8,16 @@ the state should. The fastest repeat counts.
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import report
 from models.language_model import MIXERS, LanguageModel
 
-RESULTS = Path(__file__).parent / "results"
 LENGTHS = (1024, 4096, 16384)
-
-
-def machine(device: str) -> str:
-    """The GPU's name, or the CPU's and how many threads torch uses."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def seconds(function, repeats: int, device: str) -> float:
@@ -75,24 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "lengths.csv")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "lengths.csv")
     args = parser.parse_args()
     rows = [measure(m, n, args.repeats, args.device) for m in MIXERS for n in LENGTHS]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
-    run = {
-        "device": machine(args.device),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now().date().isoformat(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | run for row in rows)
-    print(f"written to {args.out}")
+    report.show(rows)
+    report.write(args.out, rows, report.about(args.device))
 
 
 if __name__ == "__main__":

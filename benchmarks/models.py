@@ -12,13 +12,8 @@ others go on. benchmarks/profiles.py says how the norms' share is found.
 """
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import os
-import platform
 import statistics
-import subprocess
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import report
 from benchmarks.profiles import (
     NORM_KERNELS,
     kernel_times,
@@ -39,7 +35,6 @@ from models.gated_delta_rule import chunk_gated_delta_rule
 from models.language_model import LanguageModel
 from models.ssd import chunk_ssd
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {
     "gated_deltanet": {
         "hidden_size": 1024,
@@ -304,33 +299,6 @@ def scans(setup: Setup, name: str) -> None:
 # ---- the run ----
 
 
-def about(device: str) -> dict[str, str]:
-    """What the figures depend on."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "unknown",
-        "date": datetime.datetime.now().date().isoformat(),
-    }
-
-
-def write(path: Path, rows: list[dict], run: dict) -> None:
-    if rows:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | run for row in rows)
-        print(f"written to {path}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
@@ -339,9 +307,9 @@ def main() -> None:
     parser.add_argument("--scan", nargs="+", default=list(SCANS), choices=list(SCANS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV files")
     args = parser.parse_args()
-    setup, run = Setup(args), about(args.device)
+    setup, run = Setup(args), report.about(args.device)
     print(run, flush=True)
     functions = {
         "check": check,
@@ -366,8 +334,8 @@ def main() -> None:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
         # after every part, so that a run that is cut short leaves what it has
-        write(args.out / "models.csv", setup.rows, run)
-        write(args.out / "models_profile.csv", setup.profiles, run)
+        report.write(args.out / "models.csv", setup.rows, run)
+        report.write(args.out / "models_profile.csv", setup.profiles, run)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import gatednorm
-from benchmarks.providers import EPS, PROVIDERS, Case, version
+from benchmarks.providers import EPS, PROVIDERS, Case
+from benchmarks.report import version
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"

@@ -59,16 +59,21 @@ def ours(case: Case) -> Functions:
     )
 
 
-def fla(case: Case) -> Functions | None:
-    module = importlib.import_module("fla.modules.layernorm_gated")
-    if case.activation != "silu":
-        return None
+def one_origin(path: str) -> Callable[[Case], Functions | None]:
+    """Of a copy that still has the functions and arguments of mamba's first one."""
 
-    def call(x, w, b, z):
-        place = (EPS, case.group_size, case.norm_before_gate)
-        return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
+    def provider(case: Case) -> Functions | None:
+        module = importlib.import_module(path)
+        if case.activation != "silu":
+            return None
 
-    return call, call
+        def call(x, w, b, z):
+            place = (EPS, case.group_size, case.norm_before_gate)
+            return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
+
+        return call, call
+
+    return provider
 
 
 def fla_fused(case: Case) -> Functions | None:
@@ -79,18 +84,6 @@ def fla_fused(case: Case) -> Functions | None:
 
     def call(x, w, b, z):
         return function(x, z, w, b, activation=case.activation, eps=EPS)
-
-    return call, call
-
-
-def mamba(case: Case) -> Functions | None:
-    module = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
-    if case.activation != "silu":
-        return None
-
-    def call(x, w, b, z):
-        place = (EPS, case.group_size, case.norm_before_gate)
-        return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
 
     return call, call
 
@@ -140,17 +133,10 @@ def compiled(case: Case) -> Functions:
 PROVIDERS = {
     "gatednorm": ("gatednorm", ours),
     "FLA fused": ("flash-linear-attention", fla_fused),
-    "FLA": ("flash-linear-attention", fla),
-    "mamba": ("mamba_ssm", mamba),
+    "FLA": ("flash-linear-attention", one_origin("fla.modules.layernorm_gated")),
+    "mamba": ("mamba_ssm", one_origin("mamba_ssm.ops.triton.layernorm_gated")),
     "SGLang": ("sglang", sglang),
     "vLLM": ("vllm", vllm),
     "torch.compile": ("torch", compiled),
     "eager": ("torch", eager),
 }
-
-
-def version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return gatednorm.__version__ if distribution == "gatednorm" else "from source"

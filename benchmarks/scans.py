@@ -9,20 +9,15 @@ use the cores, `--threads 1` is steadier: threads wait for each other at every o
 """
 
 import argparse
-import csv
-import datetime
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from benchmarks.lengths import RESULTS, machine
+from benchmarks import report
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.ssd import chunk_ssd
 
@@ -81,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, help="of torch; by default all cores")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scans_cpu.csv")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "scans_cpu.csv")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -99,22 +94,8 @@ def main() -> None:
                 "peer": peer,
             }
         )
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
-    run = {
-        "device": machine("cpu"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now().date().isoformat(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | run for row in rows)
-    print(f"written to {args.out}")
+    report.show(rows)
+    report.write(args.out, rows, report.about("cpu", "transformers"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""What every benchmark leaves: a table on the screen, and a CSV that says what made it."""
+
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gatednorm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str) -> str:
+    """The GPU's name, or the CPU's and how many threads torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Of the code, `-dirty` where it was changed since; GATEDNORM_COMMIT says it without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    git = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return os.environ.get("GATEDNORM_COMMIT") or git.stdout.strip() or "unknown"
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return gatednorm.__version__ if distribution == "gatednorm" else "from source"
+
+
+def about(device: str, *packages: str) -> dict[str, str]:
+    """What the figures depend on: the machine, versions of torch, triton and `packages`."""
+    return {
+        "device": machine(device),
+        "torch": torch.__version__,
+        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def show(rows: list[dict], title: str | None = None) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+
+
+def write(path: Path, rows: list[dict], run: dict[str, str]) -> None:
+    """A CSV of `rows`, each with what is in `run`; nothing where there are none."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | run for row in rows)
+    print(f"written to {path}", flush=True)
