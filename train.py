@@ -22,11 +22,12 @@ def train(config: TrainConfig) -> Summary:
     from models.checkpoints.checkpoint import METRICS, PICTURE
     from models.training.lit import LitLanguageModel
     from models.training.loading import load_data
+    from models.training.memory import out_of_memory_in_a_line
     from models.training.parallel import prepare_blocks
     from models.training.plots import compressors, plot_loss
     from models.training.processes import find_processes
     from models.training.resume import continue_metrics, find_stopped
-    from models.training.runs import Summary, build_trainer, check_devices, create_run
+    from models.training.runs import Summary, build_trainer, check_devices, create_run, record
     from models.training.start import start_model
 
     stopped = find_stopped(config)
@@ -34,20 +35,23 @@ def train(config: TrainConfig) -> Summary:
     check_devices(config.trainer)
     processes = find_processes(config)
     lightning.seed_everything(config.seed, verbose=False)
-    config, model, tokenizer = start_model(config, stopped)
-    batches, held_out, bytes_per_token, val_text = load_data(config, tokenizer, processes)
+    config, model, tokenizer = start_model(config, stopped, processes)
+    place = stopped.data if stopped else None
+    batches, held_out, bytes_per_token, val_text = load_data(config, tokenizer, processes, place)
+    trainer, throughput = build_trainer(config, processes, model)
 
     run = stopped.run if stopped else create_run(config, tokenizer, processes.rank)
-    trainer, throughput = build_trainer(config, run, processes, model)
+    record(trainer, run, config.trainer)
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, bytes_per_token)
-    if stopped and stopped.checkpoint:
-        before = continue_metrics(trainer.logger, stopped.rows)
-        trainer.fit(module, batches, ckpt_path=stopped.checkpoint)
-    else:
-        (before,) = trainer.validate(module, held_out, verbose=False)
-        trainer.fit(module, batches)
-    (after,) = trainer.validate(module, held_out, verbose=False)
+    with out_of_memory_in_a_line(processes.rank):
+        if stopped and stopped.checkpoint:
+            before = continue_metrics(trainer.logger, stopped.rows)
+            trainer.fit(module, batches, ckpt_path=stopped.checkpoint)
+        else:
+            (before,) = trainer.validate(module, held_out, verbose=False)
+            trainer.fit(module, batches)
+        (after,) = trainer.validate(module, held_out, verbose=False)
 
     scores = {"before": before["val_bpb"], "after": after["val_bpb"]}
     summary = Summary(run, model, throughput.tokens, throughput.tokens_per_s, **scores)

@@ -90,7 +90,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from models.training.lit import LitLanguageModel, ProgressBar, peak_memory
     from models.training.parallel import prepare_blocks
     from models.training.processes import find_processes
-    from models.training.runs import build_trainer, create_run
+    from models.training.runs import build_trainer, create_run, record
 
     class Window(Callback):
         """The steps after the warm-up, until `seconds` are over."""
@@ -118,7 +118,8 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         documents, optim.batch_size, data.sequence_length, optim.steps, config.seed,
         processes.rank, processes.count,
     )  # fmt: skip
-    trainer, _ = build_trainer(config, create_run(config, rank=processes.rank), processes, model)
+    trainer, _ = build_trainer(config, processes, model)
+    record(trainer, create_run(config, rank=processes.rank), config.trainer)
     window = Window()
     trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
     prepare_blocks(model, config.trainer)

@@ -14,7 +14,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 NORM_PATHS = ("training", "inference")
 
@@ -116,7 +121,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    steps: int = number(at_least=1)
+    steps: int = number(at_least=1, below=2**31)
     batch_size: int = number(at_least=1)
     learning_rate: float = number(above=0)
     min_learning_rate: float = number(at_least=0)
@@ -132,7 +137,7 @@ class TrainerConfig:
     devices: int = number(at_least=1)
     strategy: str = one_of("auto", "ddp", "fsdp")
     precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
-    accumulate: int = number(at_least=1)
+    accumulate: int = number(at_least=1, below=2**31)
     compile: bool = MISSING
     activation_checkpointing: bool = MISSING
     tensorboard: bool = MISSING
@@ -293,6 +298,9 @@ def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = error.full_key or str(error.key)
         raise ConfigError(f"there is no key {key!r}{nearest(key, all_keys(schema))}") from error
+    except MissingMandatoryValue as error:
+        key = _dotted(schema, error.full_key)
+        raise ConfigError(f"{key} must have a value, got none; give one") from error
     except OmegaConfBaseException as error:
         rule = str(error).splitlines()[0].rstrip(".")
         key = _dotted(schema, error.full_key)

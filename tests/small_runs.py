@@ -1,27 +1,57 @@
-"""Small untrained checkpoints, and the commands run in this process."""
+"""Small runs and untrained checkpoints, and the commands run in this process."""
 
+import csv
 import importlib
 import io
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+import train
 from configs.command import compose
 from models.checkpoints.checkpoint import build_model, save_config, save_weights
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
-SIX_STEPS = [  # of train.py, in seconds
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.head_dim=16",
-    "optim.steps=6",
-    "optim.batch_size=2",
-    "optim.warmup_steps=0",
-    "data.sequence_length=32",
-    "data.val_tokens=256",
-    "trainer=cpu",
+FEW_STEPS = [  # of train.py, in seconds
+    *("optim.steps=6", "optim.batch_size=2", "optim.warmup_steps=0"),
+    *("data.sequence_length=32", "data.val_tokens=256", "trainer.accelerator=cpu"),
 ]
+SIX_STEPS = [*SMALL, *FEW_STEPS]
+TWELVE_STEPS = [  # on more rows
+    *SIX_STEPS,
+    *("optim.steps=12", "optim.batch_size=4", "optim.warmup_steps=3", "data.val_tokens=2000"),
+]
+
+
+class Stop(Exception):
+    """Stands for the plug being pulled."""
+
+
+def train_until(batch: int, config, monkeypatch) -> Path:
+    """Train, and die in the middle of a step. Returns the run, the only one in its folder."""
+    from models.training import lit  # takes seconds
+
+    training_step = lit.LitLanguageModel.training_step
+
+    def dies(self, tokens, index):
+        if index == batch:
+            raise Stop
+        return training_step(self, tokens, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lit.LitLanguageModel, "training_step", dies)
+        with pytest.raises(Stop):
+            train.train(config)
+    (run,) = Path(config.runs_dir).iterdir()
+    return run
+
+
+def curve(run: Path, column: str = "train_bpb") -> list[float]:
+    """What metrics.csv has in a column."""
+    with (run / "metrics.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
 def write_checkpoint(folder: Path, model: str, seed: int = 0, sharp: float = 1) -> torch.nn.Module:

@@ -120,7 +120,23 @@ def test_a_loader_does_not_go_on_in_another_text(change):
         starts = np.array([0, 100, 300])
     second = TrainLoader(Documents(tokens, starts), 2, 9, 61, seed=5)
     with pytest.raises(ConfigError, match=r"tokens must be those of .* resumed, 300 \(crc32 .*got"):
-        second.load_state_dict(first.state_dict())
+        second.check(first.state_dict())
+
+
+def test_all_processes_read_the_same_text(monkeypatch):
+    loaders = [TrainLoader(counting(300 + rank // 2), 4, 9, 5, 0, rank, 4) for rank in range(4)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def gather(texts, own):
+        texts[:] = [loader._text for loader in loaders]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for loader in loaders:
+        says = r"got 300 \(crc32 .*\) in process 0 and 301 \(crc32 .*\) in process 2; give"
+        with pytest.raises(ConfigError, match=says):
+            next(iter(loader))
+    loaders[2:] = loaders[:2]
+    assert len(next(iter(loaders[0]))) == 1
 
 
 def test_validation_rows_lie_end_to_end():

@@ -1,6 +1,5 @@
 """The options of training: what they must not change, and what they must."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import FEW_STEPS, TWELVE_STEPS, curve, train_until
 
 import train
 from configs.command import compose
@@ -18,26 +18,9 @@ from models.training.parallel import prepare_blocks
 from models.training.runs import check_devices
 from models.training.start import describe
 
-SMALL = [
-    "model.hidden_size=32",
-    "model.num_layers=2",
-    "model.head_dim=16",
-    "optim.steps=12",
-    "optim.batch_size=4",
-    "optim.warmup_steps=3",
-    "data.sequence_length=32",
-    "data.val_tokens=2000",
-    "trainer=cpu",
-]
-
 
 def run(folder: Path, *overrides: str) -> runs.Summary:
-    return train.train(compose("train", [*SMALL, f"runs_dir={folder}", *overrides]))
-
-
-def curve(folder: Path, column: str = "train_bpb") -> list[float]:
-    with (folder / "metrics.csv").open() as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+    return train.train(compose("train", [*TWELVE_STEPS, f"runs_dir={folder}", *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +85,9 @@ def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_pa
     overrides = ("trainer.accumulate=2", f"trainer.checkpoint_every={every}")
     whole = run(tmp_path / "whole", *overrides)
 
-    class Stop(Exception):
-        """Stands for the plug being pulled."""
-
-    step = lit.LitLanguageModel.training_step
-
-    def dies(self, batch, index):
-        if index == 2 * 7 + 1:
-            raise Stop
-        return step(self, batch, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lit.LitLanguageModel, "training_step", dies)
-        with pytest.raises(Stop):
-            run(tmp_path / "stopped", *overrides)
+    runs_dir = f"runs_dir={tmp_path / 'stopped'}"
+    config = compose("train", [*TWELVE_STEPS, *overrides, runs_dir])
+    train_until(2 * 7 + 1, config, monkeypatch)
     again = run(tmp_path / "stopped", *overrides, "resume=auto")
     assert curve(again.run) == curve(whole.run)
     expected = load(whole.run).model.state_dict()
@@ -124,7 +96,7 @@ def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_pa
 
 
 def test_activation_checkpointing_computes_a_block_again(plain):
-    config = compose("train", [*SMALL, "trainer.activation_checkpointing=true"])
+    config = compose("train", [*TWELVE_STEPS, "trainer.activation_checkpointing=true"])
     model = load(plain.run, norm_path="training").model
     calls = []
     model.blocks[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -164,12 +136,8 @@ def test_training_starts_from_a_checkpoint_with_its_sizes(plain, tmp_path):
         compose(
             "train",
             [
-                "optim.steps=2",
-                "optim.warmup_steps=0",
-                "optim.batch_size=1",
-                "data.sequence_length=32",
+                *FEW_STEPS,
                 "data.val_tokens=2000",
-                "trainer=cpu",
                 f"checkpoint={plain.run}",
                 f"runs_dir={tmp_path}",
             ],
@@ -255,7 +223,7 @@ train.train(compose("train", sys.argv[1:]))
             sys.executable,
             "-c",
             code,
-            *SMALL,
+            *TWELVE_STEPS,
             "optim.steps=2001",
             "optim.batch_size=1",
             "runs_dir=r",

@@ -2,12 +2,14 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import TWELVE_STEPS, curve
 
 import train
 from configs.command import compose
@@ -16,24 +18,13 @@ from models.checkpoints.checkpoint import load_model
 from models.training.processes import Processes, find_processes
 from models.training.resume import checkpoint_step
 
-SMALL = [
-    "model=mamba2",
-    "model.hidden_size=32",
-    "model.num_layers=2",
-    "model.head_dim=16",
-    "model.d_state=8",
-    "optim.steps=12",
-    "optim.batch_size=4",
-    "optim.warmup_steps=3",
-    "data.sequence_length=32",
-    "data.val_tokens=2000",
-]
+SMALL = [*TWELVE_STEPS, "model=mamba2"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return train.train(compose("train", [*SMALL, "trainer=cpu", f"runs_dir={folder}"]))
+    return train.train(compose("train", [*SMALL, f"runs_dir={folder}"]))
 
 
 # Standalone: any free port, so that tests on one machine do not meet.
@@ -44,7 +35,7 @@ def launch(how: list[str], folder: Path, *overrides: str) -> str:
     """Train in two processes; what they print."""
     command = [sys.executable, *how, str(Path(train.__file__)), *SMALL]
     done = subprocess.run(
-        [*command, "trainer.accelerator=cpu", "trainer.devices=2", *overrides],
+        [*command, "trainer.devices=2", *overrides],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -71,6 +62,39 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path
         assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
     for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_machines_have_the_loss_curve_of_one_process(strategy, alone, tmp_path):
+    """Each is an agent of torchrun in a folder of its own, as docs/training.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    agents = []
+    for rank in range(2):
+        here = tmp_path / f"host{rank}"
+        here.mkdir()
+        node = ["--nnodes", "2", "--node-rank", str(rank), *address, "--nproc-per-node", "1"]
+        agents.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *node, train.__file__, *SMALL,
+                 f"trainer={strategy}", f"runs_dir={tmp_path / 'shared'}"],
+                cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        texts = [agent.communicate(timeout=600) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], texts
+    assert [out.count("validation after") for out, _ in texts] == [1, 0]
+    (run,) = (tmp_path / "shared").iterdir()
+    assert list((tmp_path / "host1").iterdir()) == []
+    for column in ("train_bpb", "val_bpb"):
+        assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
 
 
 PATCHED = f"""
@@ -106,7 +130,7 @@ train.main()
 def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(DIES)
-    overrides = [*SMALL, "trainer.accelerator=cpu", "trainer.checkpoint_every=4"]
+    overrides = [*SMALL, "trainer.checkpoint_every=4"]
     for dies_at, more in ((6, []), (10, ["resume=auto"])):
         done = subprocess.run(
             [sys.executable, *TORCHRUN, str(script), *overrides, "trainer=fsdp", *more],
@@ -131,7 +155,7 @@ def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
     script = tmp_path / "bad.py"
     script.write_text(BAD_LOSS)
     done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(script), *SMALL, "trainer=ddp", "trainer.accelerator=cpu"],
+        [sys.executable, *TORCHRUN, str(script), *SMALL, "trainer=ddp"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -165,11 +189,6 @@ def test_the_benchmark_of_scaling_writes_its_table(tmp_path):
     assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
 
 
-def curve(run: Path, column: str) -> list[float]:
-    with (run / "metrics.csv").open() as file:
-        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
-
-
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -189,6 +208,20 @@ def test_who_am_i(environment, expected, monkeypatch):
         == expected
     )
     assert expected.count == expected.devices * expected.hosts
+
+
+def test_tasks_of_slurm_are_not_taken_for_one_process_each(monkeypatch):
+    config = compose("train", ["trainer=ddp"])
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ConfigError, match="must be started by torchrun, got the 4 tasks"):
+        find_processes(config)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_JOB_NAME", "bash")  # a shell in the job
+        assert find_processes(config) == Processes(1, 1, 0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("RANK", "1")
+    assert find_processes(config) == Processes(2, 1, 1)
 
 
 @pytest.mark.parametrize(

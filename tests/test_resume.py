@@ -12,50 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import TWELVE_STEPS, train_until
 
 import train
 from configs.command import compose
 from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import load_model
 from models.training import lit
-from models.training.resume import RandomState, checkpoint_step, find_stopped
+from models.training.resume import RandomState, checkpoint_step, find_stopped, read_metrics
 
-SMALL = [
-    "model=mamba2",
-    "model.hidden_size=32",
-    "model.num_layers=2",
-    "model.head_dim=16",
-    "model.d_state=8",
-    "optim.steps=12",
-    "optim.batch_size=2",
-    "optim.warmup_steps=3",
-    "data.sequence_length=32",
-    "data.val_tokens=256",
-    "trainer=cpu",
-    "trainer.checkpoint_every=4",
-]
+SMALL = [*TWELVE_STEPS, "model=mamba2", "trainer.checkpoint_every=4"]
 
 
-class Stop(Exception):
-    """Stands for the plug being pulled."""
-
-
-def train_until(step: int, monkeypatch, runs_dir: Path, *overrides: str) -> Path:
-    """Train, and die in the middle of a step. Returns the run."""
-    config = compose("train", [*SMALL, f"runs_dir={runs_dir}", *overrides])
-    training_step = lit.LitLanguageModel.training_step
-
-    def dies(self, batch, index):
-        if self.global_step == step:
-            raise Stop
-        return training_step(self, batch, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lit.LitLanguageModel, "training_step", dies)
-        with pytest.raises(Stop):
-            train.train(config)
-    (run,) = runs_dir.iterdir()
-    return run
+def stopped_run(step: int, monkeypatch, runs_dir: Path) -> Path:
+    return train_until(step, compose("train", [*SMALL, f"runs_dir={runs_dir}"]), monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +43,7 @@ def undisturbed(tmp_path_factory):
     ],
 )
 def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, monkeypatch):
-    run = train_until(step, monkeypatch, tmp_path)
+    run = stopped_run(step, monkeypatch, tmp_path)
     assert checkpoint_step(run) == step // 4 * 4
     resume = "auto" if resume == "auto" else str(run)
     config = compose("train", [*SMALL, f"runs_dir={tmp_path}"])
@@ -99,7 +69,7 @@ def metrics(run: Path) -> list[str]:
 def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, monkeypatch):
     config = compose("train", [*SMALL, f"runs_dir={undisturbed.run.parent}", "resume=auto"])
     assert find_stopped(config) is None
-    run = train_until(5, monkeypatch, tmp_path)
+    run = stopped_run(5, monkeypatch, tmp_path)
     config = compose("train", [*SMALL, f"runs_dir={tmp_path}", "resume=auto"])
     assert find_stopped(config).run == run
     other = compose("train", ["model=fla", f"runs_dir={tmp_path}", "resume=auto"])
@@ -107,7 +77,7 @@ def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, monkey
 
 
 def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
-    run = train_until(5, monkeypatch, tmp_path)
+    run = stopped_run(5, monkeypatch, tmp_path)
     config = compose("train", ["model=mamba2", f"runs_dir={tmp_path}", "resume=auto"])
     assert find_stopped(config).config.optim.steps == 12
     config.optim.learning_rate = 1e-4
@@ -121,12 +91,12 @@ def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
 def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
     tmp_path, monkeypatch, capsys
 ):
-    run = train_until(5, monkeypatch, tmp_path)
+    run = stopped_run(5, monkeypatch, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for typed, says in (
         ("model=fla", "model.name must be as in the run that is resumed, mamba2, got fla"),
         ("data=stdlib optim.steps=330", "optim.steps must be as in the run that is resumed, 12"),
-        ("optim.batch_size=8", "optim.batch_size must be as in the run that is resumed, 2, got 8"),
+        ("optim.batch_size=8", "optim.batch_size must be as in the run that is resumed, 4, got 8"),
         ("trainer.accumulate=2", "trainer.accumulate must be as in the run that is resumed, 1"),
         ("trainer.precision=bf16-mixed", "trainer.precision must be as in the run that is"),
     ):
@@ -140,7 +110,7 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
 
 
 def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
-    run = train_until(5, monkeypatch, tmp_path)
+    run = stopped_run(5, monkeypatch, tmp_path)
     other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
     config = compose("train", ["model=mamba2", *other, "trainer.activation_checkpointing=true"])
     config.resume = str(run)
@@ -151,7 +121,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path, monkeypatch):
-    run = train_until(5, monkeypatch, tmp_path)
+    run = stopped_run(5, monkeypatch, tmp_path)
     file = run / "last.ckpt"
     whole = file.read_bytes()
     expected = torch.load(file, weights_only=True)["state_dict"]
@@ -176,26 +146,118 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path, monkeypatch):
     assert found > 40
 
 
-@pytest.mark.parametrize("how", ["missing", "finished", "truncated", "pickle", "config"])
-def test_a_run_that_cannot_be_resumed_is_one_error(how, tmp_path, monkeypatch):
-    run = train_until(5, monkeypatch, tmp_path)
+def of_another_version(run: Path, *keys: str) -> None:
+    """Without the part of last.ckpt that these keys lead to."""
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    *path, last = keys
+    part = state
+    for key in path:
+        part = part[key]
+    del part[last]
+    torch.save(state, run / "last.ckpt")
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+UNREADABLE = {
+    "missing": (lambda run: (run / "config.yaml").unlink(), "without config.yaml"),
+    "finished": (lambda run: (run / "loss.png").touch(), "which is finished"),
+    "truncated": (lambda run: os.truncate(run / "last.ckpt", 5000), "it is cut short"),
+    "pickle": (
+        lambda run: (run / "last.ckpt").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR."),
+        "it is cut short",
+    ),
+    "config of a model alone": (
+        lambda run: (run / "config.yaml").write_text("model: {name: mamba2}"),
+        "it lacks model.hidden_size",
+    ),
+    "config of a list": (
+        lambda run: (run / "config.yaml").write_text("- model"),
+        "it has no model section",
+    ),
+    "config that refers to nothing": (
+        lambda run: edit(run / "config.yaml", "steps: 12", "steps: ${x}"),
+        "Interpolation key 'x' not found",
+    ),
+    "config without a section": (
+        lambda run: edit(run / "config.yaml", "optim:", "optics:"),
+        "there is no key 'optics'",
+    ),
+    "config of an older version": (
+        lambda run: edit(run / "config.yaml", "  steps: 12\n", ""),
+        "optim.steps must have a value, got none",
+    ),
+    "no optimizer": (
+        lambda run: of_another_version(run, "optimizer_states"),
+        "it has no optimizer_states, perhaps because another version",
+    ),
+    "no random state": (
+        lambda run: of_another_version(run, "callbacks", "RandomState"),
+        "it has no callbacks.RandomState",
+    ),
+    "no position": (
+        lambda run: of_another_version(
+            run, "loops", "fit_loop", "state_dict", "combined_loader", 0, "text"
+        ),
+        "got the parts position in the checkpoint, not position, text",
+    ),
+    "metrics": (
+        lambda run: edit(run / "metrics.csv", "epoch,step", "epoch,stop"),
+        "metrics.csv.* must be whole .* not a table of numbers with the column step",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(how, tmp_path, monkeypatch):
+    run = stopped_run(5, monkeypatch, tmp_path)
+    change, says = UNREADABLE[how]
+    change(run)
+    before = {path: path.read_bytes() for path in run.iterdir()}
     monkeypatch.chdir(tmp_path)
-    if how == "missing":
-        (run / "config.yaml").unlink()
-    elif how == "finished":
-        (run / "loss.png").touch()
-    elif how == "truncated":
-        os.truncate(run / "last.ckpt", 5000)
-    elif how == "pickle":
-        (run / "last.ckpt").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR.")
-    elif how == "config":
-        (run / "config.yaml").write_text("model: {name: mamba2}")
     config = compose("train", ["model=mamba2"])
     config.resume = str(run)
-    with pytest.raises(ConfigError) as error:
-        find_stopped(config)
+    with pytest.raises(ConfigError, match=says) as error:
+        train.train(config)
     assert "\n" not in str(error.value)
-    assert not Path("was-run").exists()
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_run_in_a_folder_that_is_read_only_is_one_error(tmp_path, monkeypatch):
+    run = stopped_run(2, monkeypatch, tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    config = compose("train", ["model=mamba2"])
+    config.resume = str(run)
+    with pytest.raises(ConfigError, match="which cannot; change its permissions"):
+        find_stopped(config)
+
+
+def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
+    text, runs = tmp_path / "book.txt", tmp_path / "runs"
+    text.write_bytes(bytes(range(256)) * 40)
+    config = compose("train", [*SMALL, "data=text", f"runs_dir={runs}"])
+    config.data.path = str(text)
+    run = train_until(5, config, monkeypatch)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    text.write_bytes(bytes(range(255)) * 40)
+    config.resume = str(run)
+    with pytest.raises(ConfigError, match="training tokens must be those of the run that is res"):
+        train.train(config)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    text.write_bytes(bytes(range(256)) * 40)
+    train.train(config)
+
+
+def test_the_beginning_of_a_row_that_a_kill_left_is_no_row(tmp_path, monkeypatch):
+    run = stopped_run(5, monkeypatch, tmp_path)
+    with (run / "metrics.csv").open("a", newline="") as file:
+        file.write("0,2")  # of 0,25,...
+    assert [step for step, _ in read_metrics(run, 4)] == [0, 0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------- it stops itself

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import SIX_STEPS, train_until
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import train
 from configs.command import compose
-from configs.schema import ConfigError
+from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import build_model, load
 from models.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
 from models.data.batches import Packed, TrainLoader
@@ -219,19 +220,11 @@ def test_tokens_come_from_the_cache_unless_text_or_tokenizer_changed(words, hub,
     assert tokenize(table, tokenizer)["tokens"][:] == [tokens[:-1] for tokens in first]
 
 
-TINY = [
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.head_dim=16",
-    "optim.steps=3",
-    "optim.warmup_steps=0",
-    "optim.batch_size=2",
-    "trainer=cpu",
-]
+TINY = [*SIX_STEPS, "optim.steps=3", "data.sequence_length=16"]
 
 
 def test_bits_per_byte_mean_the_same_with_any_tokenizer_and_it_travels(words, hub, tmp_path):
-    config = settings("data=hub", "data.val_tokens=null", *TINY, name=hub)
+    config = settings("data=hub", *TINY, "data.val_tokens=null", name=hub)
     config.tokenizer, config.runs_dir = str(words), str(tmp_path / "runs")
     summary = train.train(config)
     loaded = load(summary.run)
@@ -247,7 +240,7 @@ def test_bits_per_byte_mean_the_same_with_any_tokenizer_and_it_travels(words, hu
     per_byte = sum(map(len, documents)) / sum(len(text.encode()) for text in held)
     assert summary.after == pytest.approx(bits.item() * per_byte, rel=1e-4)
 
-    stopped = settings("data=hub", *TINY)
+    stopped = settings("data=hub", *TINY, "data.val_tokens=null")
     (summary.run / "loss.png").unlink()
     stopped.resume = str(summary.run)
     assert train.train(stopped).after == summary.after
@@ -351,64 +344,84 @@ def test_a_stream_goes_on_where_its_state_was_taken(stop, reset_state, hub, word
     assert begun + [flat(batch) for batch in second] == whole
 
 
-def meet(monkeypatch, what):
-    """Stands for the other processes: `what()` is what all of them have, by rank."""
-
-    def gather(every, own):
-        every[:] = what()
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+def places(hub, monkeypatch, batches=9, **values):
+    """The batches that each of two processes reads, and the state that the first then saves."""
+    loaders, begun = [stream(hub, 40, rank, 2, **values) for rank in range(2)], []
+    for loader in loaders:
+        iterator = iter(loader)
+        begun.append([next(iterator).tolist() for _ in range(batches)])
+    own = []
+    for loader in loaders:
+        loader._gather = lambda mine: own.append(mine) or own
+        state = loader.state_dict()
+    return begun, state
 
 
 def test_each_process_of_a_stream_goes_on_at_its_own_place(hub, tmp_path, monkeypatch):
-    def loaders():
-        return [stream(hub, 40, rank, 2) for rank in range(2)]
-
-    meet(monkeypatch, lambda: [True, True])
-    whole = [[batch.tolist() for batch in loader] for loader in loaders()]
-    first, begun, own = loaders(), [], []
-    for loader in first:
-        iterator = iter(loader)
-        begun.append([next(iterator).tolist() for _ in range(9)])
-    for loader in first:
-        loader._gather = own.append
-        loader.state_dict()
-        del loader._gather
-    meet(monkeypatch, lambda: own)
-    torch.save(first[0].state_dict(), tmp_path / "state")  # as only the first process does
+    whole = [[batch.tolist() for batch in stream(hub, 40, rank, 2)] for rank in range(2)]
+    begun, state = places(hub, monkeypatch)
+    torch.save(state, tmp_path / "state")
     state = torch.load(tmp_path / "state", weights_only=True)
-    meet(monkeypatch, lambda: [True, True])
-    for rank, loader in enumerate(loaders()):
+    for rank in range(2):
+        loader = stream(hub, 40, rank, 2)
+        loader.check(state)
         loader.load_state_dict(state)
         assert begun[rank] + [batch.tolist() for batch in loader] == whole[rank]
     for processes in (1, 4):
+        loader = StreamLoader(loader.stream, ByteTokenizer(), 4, 4, 16, 40, 0, processes)
         with pytest.raises(ConfigError, match=f"is resumed, 2, got {processes}; use 2"):
-            StreamLoader(
-                first[0].stream, ByteTokenizer(), 4, 4, 16, 40, 0, processes
-            ).load_state_dict(state)
+            loader.check(state)
 
 
-def test_all_processes_say_that_one_has_no_text_to_train_on(tmp_path, monkeypatch):
+def test_a_stream_is_known_by_its_files_its_beginning_and_the_document_before_each_place(
+    hub, monkeypatch
+):
+    _, state = places(hub, monkeypatch)
+    for rank in range(2):
+        stream(hub, 40, rank, 2).check(state)
+    with pytest.raises(ConfigError, match=r"must begin like that of the run .* got 00000007; put"):
+        stream(hub, 40, 0, 2, beginning=7).check(state)
+    for rank, file in enumerate(sorted(hub.iterdir())[:2]):  # two of four for each process
+        before = file.read_bytes()
+        rest = before.partition(b"\n")[2]
+        file.write_bytes(rest)  # all that comes after it moves up
+        with pytest.raises(ConfigError, match=f"document that process {rank} of the run .* read"):
+            stream(hub, 40, 0, 2).check(state)
+        stream(hub, 40, 1, 2).check(state)  # the first process looks for both, and says so
+        file.write_bytes(before)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"must have as many files as .* 4, got 3; put"):
+        stream(hub, 40, 0, 2).check(state)
+
+
+def test_the_first_process_says_that_another_has_no_text_to_train_on(tmp_path):
     texts = [text for text in TEXTS if not held_out(text)][:3]
     (tmp_path / "set").mkdir()
     write_table(tmp_path / "set" / "a.jsonl", texts)
-    loaders = [stream(tmp_path / "set", 9, rank, 2) for rank in range(2)]
-    loaders += [stream(tmp_path / "set", 9)]
-    meet(monkeypatch, lambda: [True, True])
-    assert all(len(next(iter(loader))) for loader in loaders)
+    stream(tmp_path / "set", 9, 0, 2).check(None)
     write_table(tmp_path / "set" / "a.jsonl", texts[:1])
-    for rank in range(2):
-        loader = stream(tmp_path / "set", 9, rank, 2)
-        own = []
-        loader._gather = lambda found, own=own: own.append(found) or [True, False]
-        with pytest.raises(ConfigError, match="got none for process 1 of 2; use fewer"):
-            next(iter(loader))
-        assert own == [rank == 0]
+    stream(tmp_path / "set", 9).check(None)
+    with pytest.raises(ConfigError, match="got none for process 1 of 2; use fewer"):
+        stream(tmp_path / "set", 9, 0, 2).check(None)
+    with pytest.raises(ConfigError, match="got none for process 1 of 2; use fewer"):
+        next(iter(stream(tmp_path / "set", 9, 1, 2)))  # and does not look for ever
+
+
+def test_a_file_of_a_stream_that_cannot_be_read_is_one_error(hub):
+    max(hub.iterdir()).write_text('{"text": "abc')
+    with pytest.raises(
+        RunError, match=r"that can be read, got one that cannot \(.*\); look"
+    ) as error:
+        list(stream(hub, 999))
+    assert "\n" not in str(error.value)
+    with pytest.raises(Exception) as error:  # noqa: PT011  of datasets
+        list(stream(hub, 999, 1, 2))
+    assert not isinstance(error.value, RunError)
 
 
 def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
-    config = settings("data=hub", "data.streaming=true", "data.val_tokens=100", *TINY, name=hub)
-    corpus = validation_corpus(open_hub(config.data), config.data, ByteTokenizer())
+    config = settings("data=hub", *TINY, "data.streaming=true", "data.val_tokens=100", name=hub)
+    corpus, _ = validation_corpus(open_hub(config.data), config.data, ByteTokenizer())
     expected = b"".join(text.encode() for text in TEXTS if held_out(text))
     assert len(corpus.val_text) > 100
     assert expected.startswith(corpus.val_text)
@@ -419,31 +432,29 @@ def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
         load_data(config, ByteTokenizer(), Processes(1, 1, 0))
 
 
+def stream_run(hub, words, folder, *more):
+    overrides = ("data.streaming=true", "data.val_tokens=100", "trainer.checkpoint_every=4")
+    made = settings("data=hub", *TINY, *overrides, *more, "optim.steps=12", name=hub)
+    made.runs_dir, made.tokenizer = str(folder), str(words)
+    return made
+
+
 @pytest.mark.slow
 def test_a_run_on_a_stream_goes_on_to_the_same_bits(hub, words, tmp_path, monkeypatch):
-    def config(folder, *more):
-        overrides = ("data.streaming=true", "data.val_tokens=100", "trainer.checkpoint_every=4")
-        made = settings("data=hub", *overrides, *TINY, *more, "optim.steps=12", name=hub)
-        made.runs_dir, made.tokenizer = str(tmp_path / folder), str(words)
-        return made
-
-    class Stop(Exception):
-        """Stands for the plug being pulled."""
-
-    whole = train.train(config("whole"))
-    step = LitLanguageModel.training_step
-
-    def dies(self, batch, index):
-        if index == 7:
-            raise Stop
-        return step(self, batch, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LitLanguageModel, "training_step", dies)
-        with pytest.raises(Stop):
-            train.train(config("stopped"))
-    again = train.train(config("stopped", "resume=auto"))
+    whole = train.train(stream_run(hub, words, tmp_path / "whole"))
+    train_until(7, stream_run(hub, words, tmp_path / "stopped"), monkeypatch)
+    again = train.train(stream_run(hub, words, tmp_path / "stopped", "resume=auto"))
     assert again.after == whole.after
     expected = load(whole.run).model.state_dict()
     for name, tensor in load(again.run).model.state_dict().items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_a_run_on_a_stream_does_not_go_on_in_another_one(hub, words, tmp_path, monkeypatch):
+    run = train_until(7, stream_run(hub, words, tmp_path / "runs"), monkeypatch)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    first = min(hub.iterdir())
+    first.write_bytes(first.read_bytes().replace(b"document", b"Document"))
+    with pytest.raises(ConfigError, match="stream must begin like that of the run that is resu"):
+        train.train(stream_run(hub, words, tmp_path / "runs", "resume=auto"))
+    assert {path: path.read_bytes() for path in run.iterdir()} == before

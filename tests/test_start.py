@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from small_runs import FEW_STEPS
 from test_published import FLA, fla_forward, fla_weights, train_weights, write
 
 import train
 from configs.command import compose
 from configs.schema import ConfigError
 from models.checkpoints.checkpoint import SHIPPED, load, read_model_config
-
-SMALL = [
-    *("optim.steps=1", "optim.warmup_steps=0", "optim.batch_size=1"),
-    *("data.sequence_length=16", "data.val_tokens=64", "trainer=cpu"),
-]
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "swish"])
@@ -22,7 +18,7 @@ def test_a_published_gate_is_the_same_after_training_and_reading_again(activatio
     config["output_gate_activation"] = activation
     write(tmp_path, config, fla_weights(config))
     summary = train.train(
-        compose("train", [*SMALL, f"checkpoint={tmp_path}", f"runs_dir={tmp_path / 'runs'}"])
+        compose("train", [*FEW_STEPS, f"checkpoint={tmp_path}", f"runs_dir={tmp_path / 'runs'}"])
     )
     model = load(summary.run).model
     weights = train_weights(lambda new: new.load_state_dict(model.state_dict()), config)

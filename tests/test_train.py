@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_runs import SIX_STEPS
 
 import train
 from configs.command import compose
@@ -20,17 +21,7 @@ from models.generation import generate
 from models.training.lit import Throughput, learning_rate_factor
 from models.training.plots import compressors, plot_loss, smooth
 
-TINY = [
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.head_dim=16",
-    "optim.steps=3",
-    "optim.warmup_steps=0",
-    "optim.batch_size=2",
-    "data.sequence_length=32",
-    "data.val_tokens=256",
-    "trainer=cpu",
-]
+TINY = [*SIX_STEPS, "optim.steps=3"]
 
 
 def unigram_entropy(text: np.ndarray) -> float:
@@ -146,6 +137,9 @@ BAD = [
     (["data=text", "data.path="], "data.path must be a file, a folder or a glob, got ''"),
     (["data=text", "data.split=test"], "data.split must be left out with data=text"),
     (["data.sequence_length=0"], "data.sequence_length must be at least 1"),
+    (["model.hidden_size=10000000"], "model=fla must fit in the memory of this host"),
+    (["model=mamba2", "model.num_layers=1000000000"], "lower its sizes, such as model.hidden_size"),
+    (["model.vocab_size=1" + "0" * 30], "sizes that a machine can count with"),
     (["data.sequence_length=100000000"], "data.sequence_length must be below"),
     (["trainer=cpu", "trainer.precision=16-mixed"], "trainer.precision must be 32-true or bf16"),
     (["runs_dir=file/runs"], "runs_dir must be a folder"),

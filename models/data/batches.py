@@ -35,6 +35,18 @@ class Packed(NamedTuple):
 
 Batch = torch.Tensor | Packed
 
+ANOTHER_TEXT = "put that text back, or start another run from its weights with checkpoint="
+
+
+def check_state(state: dict[str, Any], keys: set[str]) -> None:
+    """Raises ConfigError when a loader's state in a checkpoint does not have these keys."""
+    if set(state) != keys:
+        raise ConfigError(
+            "the position in the data must be one that this version can read, got the parts "
+            f"{', '.join(sorted(state))} in the checkpoint, not {', '.join(sorted(keys))}; resume "
+            "with the version that wrote it, or start another run from its weights with checkpoint="
+        )
+
 
 def make_batch(
     documents: Documents, begins: np.ndarray, sequence_length: int, reset_state: bool
@@ -95,6 +107,7 @@ class TrainLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
+        self._compare()
         while self.position < self.steps:
             batch = self.batch(self.position)
             # Before the yield: a checkpoint taken while this batch trains counts it as read.
@@ -113,17 +126,33 @@ class TrainLoader:
         return {"position": self.position, "text": self._text}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError when it is the state in another text."""
-        if state["text"] != self._text:
-            was, now = (
-                f"{text['tokens']} (crc32 {text['crc32']:08x})"
-                for text in (state["text"], self._text)
-            )
-            raise ConfigError(
-                f"the training tokens must be those of the run that is resumed, {was}, got {now}; "
-                "put that text back, or start another run from its weights with checkpoint="
-            )
         self.position = state["position"]
+
+    def check(self, state: dict[str, Any] | None) -> None:
+        """Raises ConfigError when `state`, of the run that is to go on, is not one in this text."""
+        if state is None:
+            return
+        check_state(state, {"position", "text"})
+        if state["text"] != self._text:
+            raise ConfigError(
+                "the training tokens must be those of the run that is resumed, "
+                f"{_in_words(state['text'])}, got {_in_words(self._text)}; {ANOTHER_TEXT}"
+            )
+
+    def _compare(self) -> None:
+        """Raises ConfigError in every process when one of them, perhaps on another machine, has
+        another text: each reads its own rows."""
+        if self.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        texts = [self._text] * self.world_size
+        torch.distributed.all_gather_object(texts, self._text)
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise ConfigError(
+                    f"all processes must have the same training tokens, got {_in_words(texts[0])} "
+                    f"in process 0 and {_in_words(text)} in process {rank}; give them the same "
+                    "files, for data=stdlib the same Python"
+                )
 
     @cached_property
     def _text(self) -> dict[str, int]:
@@ -144,6 +173,10 @@ class TrainLoader:
             offset = generator.integers(min(spare, self.sequence_length) + 1)
             self._epoch = epoch, offset + self.sequence_length * generator.permutation(per_epoch)
         return self._epoch[1]
+
+
+def _in_words(text: dict[str, int]) -> str:
+    return f"{text['tokens']} (crc32 {text['crc32']:08x})"
 
 
 class ValidationLoader:

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import ConfigError, DataConfig
+from configs.schema import ConfigError, DataConfig, RunError
 
 if TYPE_CHECKING:
     import datasets
@@ -125,6 +125,21 @@ def open_hub(config: DataConfig) -> Any:
         )
     opened = opened.select_columns(config.column)
     return opened if config.column == "text" else opened.rename_column(config.column, "text")
+
+
+def read_stream(stream: Any, rank: int = 0) -> Iterator[bytes]:
+    """The documents of a stream that `open_hub` opened. Raises RunError where it cannot be read; in
+    a process other than the first, whose errors are not printed, what `datasets` raises."""
+    try:
+        for row in stream:
+            yield as_bytes(row["text"])
+    except Exception as error:  # of the network and of the files: many kinds
+        if rank:
+            raise
+        raise RunError(
+            f"data.name must be a set that can be read, got one that cannot ({_reason(error)}); "
+            "look at the network and at that file, then go on with resume= if training had begun"
+        ) from error
 
 
 def as_bytes(text: Any) -> bytes:

@@ -1,6 +1,6 @@
 """The batches of a run, for training and validation, from what its config says about data."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs.schema import TrainConfig
 from models.checkpoints.tokenizer import Tokenizer
@@ -8,6 +8,7 @@ from models.data.batches import TrainLoader, ValidationLoader
 from models.data.corpus import load_corpus
 from models.data.sources import open_hub
 from models.data.stream import StreamLoader, validation_corpus
+from models.training.memory import check_batch
 from models.training.processes import Processes
 
 
@@ -24,8 +25,14 @@ class Data(NamedTuple):
     val_text: bytes
 
 
-def load_data(config: TrainConfig, tokenizer: Tokenizer, processes: Processes) -> Data:
-    """Find and read the text, as far as that is done before training. Raises ConfigError."""
+def load_data(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    processes: Processes,
+    place: dict[str, Any] | None = None,
+) -> Data:
+    """Find and read the text, as far as that is done before training. `place` is the loader's state
+    in the checkpoint that training goes on from. Raises ConfigError."""
     data, optim, parts = config.data, config.optim, config.trainer.accumulate
     size = {
         "batch_size": optim.batch_size // parts,
@@ -39,12 +46,16 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, processes: Processes) -
     }
     if data.source == "hub" and data.streaming:
         stream = open_hub(data)
-        corpus = validation_corpus(stream, data, tokenizer)
-        batches = StreamLoader(stream, tokenizer, data.hold_out, **size, **share)
+        corpus, beginning = validation_corpus(stream, data, tokenizer)
+        batches = StreamLoader(
+            stream, tokenizer, data.hold_out, **size, **share, beginning=beginning
+        )
         ratios = (corpus.val.bytes_per_token,) * 2  # of what is not read yet nobody knows
     else:
         corpus = load_corpus(data, tokenizer)
         batches = TrainLoader(corpus.train, seed=config.seed, **size, **share)
         ratios = (corpus.train.bytes_per_token, corpus.val.bytes_per_token)
+    batches.check(place)
+    check_batch(config, processes)
     held_out = ValidationLoader(corpus.val, data.sequence_length, data.val_tokens, **share)
     return Data(batches, held_out, ratios, corpus.val_text)

@@ -7,7 +7,9 @@ another device of this host has LOCAL_RANK.
 import os
 from dataclasses import dataclass
 
-from configs.schema import ConfigError, TrainConfig
+import torch
+
+from configs.schema import ConfigError, TrainConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def find_processes(config: TrainConfig) -> Processes:
         hosts = int(os.environ["WORLD_SIZE"]) // devices
         found = Processes(devices, hosts, int(os.environ["RANK"]))
     else:
+        _refuse_slurm()
         found = Processes(config.trainer.devices, 1, local_rank)
     if found.count > 1 and config.trainer.strategy == "auto":
         raise ConfigError(
@@ -45,3 +48,20 @@ def find_processes(config: TrainConfig) -> Processes:
             f"{config.optim.batch_size} for {found.count}; change one of them"
         )
     return found
+
+
+def on_gpu(config: TrainerConfig) -> bool:
+    """Whether the processes train on GPUs."""
+    return config.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _refuse_slurm() -> None:
+    """Raises ConfigError in a process that srun started beside others: each would take itself for
+    the only one. Lightning tells srun from a shell inside a job by the job's name, and so does
+    this."""
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        raise ConfigError(
+            f"processes must be started by torchrun, got the {tasks} tasks of a SLURM job; start "
+            "one task on each host (--ntasks-per-node=1), with srun torchrun --nnodes ..."
+        )

@@ -1,6 +1,12 @@
-"""Go on with a run that was stopped: which run, with which config, from which checkpoint."""
+"""Go on with a run that was stopped: which run, with which config, from which checkpoint.
+
+All of it is read and checked before the run's folder is written to.
+"""
 
 import csv
+import functools
+import io
+import os
 import random
 import zipfile
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,11 +20,19 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.command import compose
 from configs.schema import ConfigError, TrainConfig, train_config
-from models.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, damaged, is_of
+from models.checkpoints.checkpoint import (
+    CONFIG,
+    LAST,
+    METRICS,
+    PICTURE,
+    damaged,
+    is_of,
+    read_model_config,
+)
 
 # What somebody chose who chose a file of a group.
 CHOICES = {
@@ -41,6 +55,13 @@ FREE = {
     "trainer.checkpoint_every",
 }
 
+# What last.ckpt must hold for all of a run to go on.
+LOADER = "loops.fit_loop.state_dict.combined_loader"
+STATE = (
+    *("global_step", "state_dict", "optimizer_states", "lr_schedulers", LOADER),
+    *("callbacks.RandomState", "callbacks.Throughput"),
+)
+
 
 @dataclass(frozen=True)
 class Stopped:
@@ -50,13 +71,16 @@ class Stopped:
         run: Its folder.
         config: What it was started with.
         checkpoint: Its last.ckpt, or None when it was stopped before the first was written.
-        rows: Of its metrics.csv, those of the steps that the checkpoint has behind it.
+        rows: Of its metrics.csv, those of the steps that the checkpoint has behind it: the step,
+            and the values by name.
+        data: What the loader of its training data left in the checkpoint.
     """
 
     run: Path
     config: TrainConfig
-    checkpoint: Path | None
-    rows: list[dict[str, str]]
+    checkpoint: Path | None = None
+    rows: tuple[tuple[int, dict[str, float]], ...] = ()
+    data: dict[str, Any] | None = None
 
 
 def find_stopped(asked: TrainConfig) -> Stopped | None:
@@ -80,9 +104,17 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
             f"resume must name a run that was stopped, got {str(run)!r}, which is finished; "
             "start another one without resume"
         )
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"resume must name a run that can be written to, got {str(run)!r}, which cannot; "
+            "change its permissions, or resume a copy of it"
+        )
     config = stopped_config(run, asked)
-    step = checkpoint_step(run)
-    return Stopped(run, config, run / LAST if step else None, read_metrics(run, step))
+    state = read_state(run)
+    if state is None:
+        return Stopped(run, config)
+    rows = read_metrics(run, state["global_step"])
+    return Stopped(run, config, run / LAST, rows, _part(state, LOADER)[0])
 
 
 def _newest_stopped(runs_dir: Path, model: str) -> Path | None:
@@ -97,9 +129,10 @@ def _newest_stopped(runs_dir: Path, model: str) -> Path | None:
 def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
     """The config that `run` was started with, on the devices that `asked` wants. Raises ConfigError
     when it wants anything else to be different: that would not be the same run."""
+    read_model_config(run)  # says in words what is wrong with a file that is no config at all
     try:
         saved = train_config(OmegaConf.create((run / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, UnicodeError, YAMLError, ConfigError) as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(damaged(run / CONFIG, str(error).splitlines()[0])) from error
     was = _flat(saved)
     for key, value in asked_for(asked).items():
@@ -130,38 +163,68 @@ def asked_for(config: TrainConfig) -> dict[str, Any]:
 def checkpoint_step(run: Path) -> int:
     """The step that the run's last.ckpt was written after, 0 where there is none yet. Raises
     ConfigError when it is damaged."""
+    state = read_state(run)
+    return 0 if state is None else state["global_step"]
+
+
+def read_state(run: Path) -> dict[str, Any] | None:
+    """What the run's last.ckpt holds, its tensors not yet read; None where there is no last.ckpt.
+    Raises ConfigError when it is damaged or lacks something."""
     file = run / LAST
     if not file.exists():
-        return 0
+        return None
     try:
         with zipfile.ZipFile(file) as records:  # torch.load does not look at their checksums
             if (name := records.testzip()) is not None:
                 raise zipfile.BadZipFile(name)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except zipfile.BadZipFile as error:
         raise ConfigError(damaged(file, "it is cut short, or a part of it has changed")) from error
     except Exception as error:  # of any kind: it depends on what is wrong
         raise ConfigError(damaged(file, "it does not hold the state of a run")) from error
+    missing = next((name for name in STATE if not _part(state, name)), None)
+    if missing is not None:
+        why = f"it has no {missing}, perhaps because another version of it wrote the file"
+        raise ConfigError(damaged(file, why))
+    return state
 
 
-def continue_metrics(logger: CSVLogger, rows: list[dict[str, str]]) -> dict[str, float]:
+def _part(state: Any, name: str) -> Any:
+    """The value of a dotted key, or None."""
+    return functools.reduce(
+        lambda part, key: part.get(key) if isinstance(part, dict) else None, name.split("."), state
+    )
+
+
+def read_metrics(run: Path, before_step: int) -> tuple[tuple[int, dict[str, float]], ...]:
+    """The rows of metrics.csv that belong to the steps before `before_step`: the step, and the
+    values by name. Raises ConfigError when it is damaged."""
+    file = run / METRICS
+    if not file.exists():
+        return ()
+    try:
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a kill can leave the beginning of a row
+        return tuple(
+            (step, {name: float(value) for name, value in row.items() if value})
+            for row in csv.DictReader(io.StringIO(whole))
+            if (step := int(row.pop("step"))) < before_step
+        )
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        why = "it is not a table of numbers with the column step"
+        raise ConfigError(damaged(file, why)) from error
+
+
+def continue_metrics(
+    logger: CSVLogger, rows: tuple[tuple[int, dict[str, float]], ...]
+) -> dict[str, float]:
     """Start the logger's file with these rows, where Lightning would start with none. Returns the
     values of the first validation."""
-    before: dict[str, float] = {}
-    for row in rows:
-        values = {name: float(text) for name, text in row.items() if text and name != "step"}
-        logger.log_metrics(values, int(row["step"]))
-        before = before or ({"val_bpb": values["val_bpb"]} if "val_bpb" in values else {})
+    for step, values in rows:
+        logger.log_metrics(values, step)
     logger.save()
-    return before or {"val_bpb": float("nan")}
-
-
-def read_metrics(run: Path, before_step: int) -> list[dict[str, str]]:
-    """The rows of metrics.csv that belong to the steps before `before_step`."""
-    if before_step == 0 or not (run / METRICS).exists():
-        return []
-    with (run / METRICS).open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) < before_step]
+    first = next((values["val_bpb"] for _, values in rows if "val_bpb" in values), float("nan"))
+    return {"val_bpb": first}
 
 
 class RandomState(Callback):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,7 @@ from models.training.lit import (
     WholeCheckpoints,
 )
 from models.training.parallel import ShardedStrategy
-from models.training.processes import Processes
+from models.training.processes import Processes, on_gpu
 from models.training.resume import RandomState
 
 
@@ -66,14 +67,14 @@ def check_devices(config: TrainerConfig) -> None:
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
             "use trainer=cpu or trainer=auto"
         )
-    on_gpu = _on_gpu(config)
+    gpu = on_gpu(config)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))  # of torchrun
-    if on_gpu and devices > torch.cuda.device_count():
+    if gpu and devices > torch.cuda.device_count():
         raise ConfigError(
             "trainer.devices must be at most the number of CUDA devices of this host, "
             f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
         )
-    if config.precision == "16-mixed" and not on_gpu:
+    if config.precision == "16-mixed" and not gpu:
         raise ConfigError(
             "trainer.precision must be 32-true or bf16-mixed on a CPU, got 16-mixed; "
             "use one of them, or trainer=gpu"
@@ -88,10 +89,6 @@ def check_devices(config: TrainerConfig) -> None:
             "trainer.tensorboard needs the package tensorboard, got true without it; "
             "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
         )
-
-
-def _on_gpu(config: TrainerConfig) -> bool:
-    return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: int = 0) -> Path:
@@ -127,50 +124,57 @@ def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: in
 
 
 def build_trainer(
-    config: TrainConfig, run: Path, processes: Processes, model: LanguageModel
+    config: TrainConfig, processes: Processes, model: LanguageModel
 ) -> tuple[L.Trainer, Throughput]:
-    """Lightning's trainer for `config` and `model`, writing metrics.csv and last.ckpt to `run`."""
+    """Lightning's trainer for `config` and `model`, which writes nothing until `record` says where
+    to. Raises ConfigError."""
     _quiet()
-    on_gpu = _on_gpu(config.trainer)
+    gpu = on_gpu(config.trainer)
     precision = config.trainer.precision
     if precision == "auto":
-        precision = "bf16-mixed" if on_gpu else "32-true"
+        precision = "bf16-mixed" if gpu else "32-true"
     parts = config.trainer.accumulate
     throughput = Throughput(config.optim.batch_size // parts * config.data.sequence_length)
     strategy = config.trainer.strategy
-    trainer = L.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=processes.devices,
-        num_nodes=processes.hosts,
-        strategy=ShardedStrategy(processes.count) if strategy == "fsdp" else strategy,
-        accumulate_grad_batches=parts,
-        precision=precision,
-        max_steps=config.optim.steps,
-        gradient_clip_val=config.optim.gradient_clip or None,
-        # Each line of the log waits for the GPU, which then waits for the next step.
-        log_every_n_steps=max(10 if on_gpu else 1, config.optim.steps // 1000),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        logger=_loggers(config.trainer, run),
-        plugins=[WholeCheckpoints(model)],
-        enable_checkpointing=False,  # Lightning's callback chooses among many; here the last counts
-        callbacks=[
-            throughput,
-            RandomState(),
-            FiniteLoss(config.trainer.checkpoint_every),
-            ProgressBar(refresh_rate=10 if on_gpu else 1),
-            Checkpoints(run, config.trainer.checkpoint_every),
-        ],
-    )
+    try:
+        trainer = L.Trainer(
+            accelerator="gpu" if gpu else "cpu",
+            devices=processes.devices,
+            num_nodes=processes.hosts,
+            strategy=ShardedStrategy(processes.count) if strategy == "fsdp" else strategy,
+            accumulate_grad_batches=parts,
+            precision=precision,
+            max_steps=config.optim.steps,
+            gradient_clip_val=config.optim.gradient_clip or None,
+            # Each line of the log waits for the GPU, which then waits for the next step.
+            log_every_n_steps=max(10 if gpu else 1, config.optim.steps // 1000),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=False,
+            plugins=[WholeCheckpoints(model)],
+            enable_checkpointing=False,  # its callback chooses among many; here the last counts
+            callbacks=[
+                throughput,
+                RandomState(),
+                FiniteLoss(config.trainer.checkpoint_every),
+                ProgressBar(refresh_rate=10 if gpu else 1),
+            ],
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "trainer must be one that Lightning can build here, got "
+            f"{str(error).splitlines()[0]!r}; change trainer=, or the environment it speaks of"
+        ) from error
     return trainer, throughput
 
 
-def _loggers(config: TrainerConfig, run: Path) -> list[Logger]:
-    loggers: list[Logger] = [Metrics(run)]
+def record(trainer: L.Trainer, run: Path, config: TrainerConfig) -> None:
+    """Have `trainer` write metrics.csv and last.ckpt to `run`."""
+    trainer.loggers = [Metrics(run)]
     if config.tensorboard:
-        loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
-    return loggers
+        trainer.loggers.append(TensorBoardLogger(run, name="", version="tensorboard"))
+    trainer.callbacks.append(Checkpoints(run, config.checkpoint_every))
 
 
 @rank_zero_only

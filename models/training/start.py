@@ -8,21 +8,27 @@ from configs.schema import ConfigError, FlaConfig, Mamba2Config, ModelConfig, Tr
 from models.checkpoints.checkpoint import build_model, load
 from models.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from models.language_model import LanguageModel
+from models.training.memory import check_model
+from models.training.processes import Processes
 from models.training.resume import Stopped, asked_for
 
 
 def start_model(
-    config: TrainConfig, stopped: Stopped | None = None
+    config: TrainConfig, stopped: Stopped | None, processes: Processes
 ) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
     """The model and the tokenizer to train with, and the config with the sizes that they have.
     Raises ConfigError."""
     if stopped and stopped.checkpoint:  # the weights come with the optimiser
-        return config, build_model(config.model, "training"), _checked(tokenizer_of, stopped.run)
-    if config.checkpoint is not None:
-        return _from_checkpoint(config)
-    tokenizer = _checked(load_tokenizer, config.tokenizer)
-    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        tokenizer = _checked(tokenizer_of, stopped.run)
+    elif config.checkpoint is not None:
+        config, model, tokenizer = _from_checkpoint(config)
+        check_model(config, processes)
+        return config, model, tokenizer
+    else:
+        tokenizer = _checked(load_tokenizer, config.tokenizer)
+        vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    check_model(config, processes)
     return config, build_model(config.model, "training"), tokenizer
 
 
