@@ -32,9 +32,9 @@ class Options:
     """
 
     max_new_tokens: int = 400
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = 0.95
+    temperature: float = 0.9
+    top_k: int | None = 50
+    top_p: float | None = None
     repetition_penalty: float = 1.0
     stop: Sequence[str] = ()
     seed: int | None = 1
