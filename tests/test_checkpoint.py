@@ -270,6 +270,37 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
     assert set(devices) <= {"meta"}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_layers", 0, "num_layers must be a positive integer, got 0"),
+        ("norm_groups", 7, "norm_groups must divide expand"),
+    ],
+)
+def test_sizes_that_no_model_has_are_the_configs_fault(name, value, message, tmp_path):
+    write_run(tmp_path / "run")
+    file = tmp_path / "run" / CONFIG
+    config = yaml.safe_load(file.read_text())
+    config["model"][name] = value
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=f"its model section is wrong: {message}") as error:
+        load(tmp_path / "run")
+    assert str(error.value).startswith(f"checkpoint file {str(file)!r} must be whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "mamba"}, "model must be one of fla, mamba2, got 'mamba'"),
+        ({"norm_path": "fast"}, "norm_path must be one of training, inference, got 'fast'"),
+    ],
+    ids=["model", "norm_path"],
+)
+def test_a_name_that_load_does_not_know(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load(**arguments)
+
+
 @pytest.mark.parametrize("name", ["broken.ckpt", "weights.pt"])
 def test_a_file_that_is_no_checkpoint(name, tmp_path):
     (tmp_path / name).write_bytes(b"broken")

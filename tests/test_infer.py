@@ -16,18 +16,21 @@ from test_tokenizer import byte_level
 import infer
 from configs.command import compose
 from configs.schema import ConfigError, InferConfig
-from models import generate, load
+from models import Result, generate, load
+from models.checkpoints import checkpoint
 from models.checkpoints.checkpoint import (
     CONFIG,
     SHIPPED,
     WEIGHTS,
     build_model,
     find_checkpoint,
+    is_of,
     load_model,
     save_config,
     save_weights,
 )
 from models.checkpoints.tokenizer import TextTokenizer
+from models.inference.output import Speeds
 from models.inference.prompts import read_prompts
 
 
@@ -62,7 +65,8 @@ def test_any_prompt_survives(prompt, way, run_folder, monkeypatch, capfd):
     code, out, err = run(arguments, monkeypatch, capfd, prompt.encode())
     assert code == 0, err
     assert out.startswith(prompt)
-    assert f"prefill {len(prompt.encode())} tokens" in err
+    count = len(prompt.encode())
+    assert f"prefill {count} token{'s' * (count > 1)}, " in err
 
 
 def prompts(**given) -> InferConfig:
@@ -242,6 +246,18 @@ def test_the_newest_run_of_the_model_is_taken(tmp_path):
     assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "a"
 
 
+def test_the_newest_run_is_found_without_reading_the_older_ones(tmp_path, monkeypatch):
+    for age, model in enumerate(["mamba2", "fla", "fla", "fla"]):
+        write_checkpoint(tmp_path / str(age), model)
+        os.utime(tmp_path / str(age) / WEIGHTS, (10**9 - age, 10**9 - age))
+    asked = []
+    monkeypatch.setattr(
+        checkpoint, "is_of", lambda folder, model: asked.append(folder.name) or is_of(folder, model)
+    )
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "1"
+    assert asked == ["0", "1"]
+
+
 @pytest.mark.parametrize("model", ["fla", "mamba2"])
 def test_without_a_run_the_shipped_checkpoint_is_taken_and_it_is_small(
     model, tmp_path, monkeypatch, capfd
@@ -254,6 +270,15 @@ def test_without_a_run_the_shipped_checkpoint_is_taken_and_it_is_small(
     assert code == 0, err
     assert str(SHIPPED / model) in err
     assert "\n" in out
+
+
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_what_ships_goes_on_with_more_than_blanks(model):
+    """By default: greedily, or with top_p=0.95, some of these end in nothing but spaces."""
+    prompts = ["import ", "class A:", "class A:\n", "def f(x):\n", "    ", " ", "# ", "x", "("]
+    results = generate(load(SHIPPED / model), prompts, batch_size=9, max_new_tokens=160)
+    assert [r.prompt for r in results if len(r.text.split()) < 3] == []
+    assert [r.prompt for r in results if not r.text[-60:].strip()] == []
 
 
 @pytest.mark.parametrize("name", ["", WEIGHTS, CONFIG])
@@ -285,6 +310,36 @@ def test_a_gpu_that_is_not_there_is_one_line(run_folder, monkeypatch, capfd):
     _, out, err = run(["device=cuda"], monkeypatch, capfd)
     says = "device must be one that this machine has, got cuda; use device=cpu"
     assert (out, err) == ("", f"infer.py: error: {says}\n")
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("argument", ["output=text", "output=json", "bench=true"])
+def test_an_output_that_takes_no_more_is_one_line(argument, run_folder):
+    command = [sys.executable, infer.__file__, "model=mamba2", "max_new_tokens=3", "bench_runs=1"]
+    with FULL.open("wb") as full:
+        done = subprocess.run([*command, argument], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("infer.py: error: standard output must take the text, got an error (No ")
+
+
+def test_a_standard_input_that_is_closed_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match=r"got '-' \(standard input is closed\); give another"):
+        read_prompts(prompts(prompt_file="-"))
+
+
+@pytest.mark.parametrize(("count", "says"), [(1, "1 token"), (2, "2 tokens"), (12345, "12,345 t")])
+def test_speeds_are_written_as_one_speaks(count, says):
+    speeds = Speeds()
+    tokens = [0] * count
+    speeds.add([Result("", tokens=tokens, prompt_tokens=count, prefill_s=1, decode_s=1)])
+    assert str(speeds).startswith(f"prefill {says}")
+    assert f" | decode {says}" in str(speeds)
+    assert "1 tokens" not in str(speeds).replace("1 tokens/s", "")
 
 
 def test_a_reader_that_leaves_is_no_error(run_folder):

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from configs.schema import MIXERS, MODELS, ConfigError, ModelConfig
+from configs.schema import MIXERS, MODELS, NORM_PATHS, ConfigError, ModelConfig
 from models.checkpoints.files import write_whole
 from models.checkpoints.hub import is_hub_id
 from models.checkpoints.published import (
@@ -78,6 +78,13 @@ def load(
     Raises:
         ConfigError: for what is not there, damaged, or of another model than `model`.
     """
+    for key, value, choices in (
+        ("model", model, (*MODELS, None)),
+        ("norm_path", norm_path, NORM_PATHS),
+    ):
+        if value not in choices:
+            names = ", ".join(choice for choice in choices if choice)
+            raise ConfigError(f"{key} must be one of {names}, got {value!r}; use one of them")
     folder = find_checkpoint(model, checkpoint, str(runs_dir))
     try:
         if _is_run(folder):
@@ -143,8 +150,8 @@ def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: 
     Raises ConfigError."""
     if checkpoint is None:
         model = model or "fla"
-        runs = [path for path in Path(runs_dir).glob(f"*/{WEIGHTS}") if is_of(path.parent, model)]
-        return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else SHIPPED / model
+        runs = sorted(Path(runs_dir).glob(f"*/{WEIGHTS}"), key=lambda path: -path.stat().st_mtime)
+        return next((run.parent for run in runs if is_of(run.parent, model)), SHIPPED / model)
     path = Path(checkpoint)
     try:
         if _on_hub(path):
@@ -186,7 +193,13 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
         with safe_open(file, framework="pt") as weights:
             names = list(weights.keys())
             shapes = {name: weights.get_slice(name).get_shape() for name in names}
-            if (why := _misfit(config, shapes)) is not None:
+            try:
+                why = _misfit(config, shapes)
+            except ConfigError as error:
+                why = str(error).removeprefix(f"model={config.name}: ")
+                why = f"its model section is wrong: {why}"
+                raise ConfigError(damaged(folder / CONFIG, why)) from error
+            if why is not None:
                 why = f"its tensors are not those of the {CONFIG} beside it: {why}"
                 raise ConfigError(damaged(file, why))
             tensors = {name: weights.get_tensor(name) for name in names}

@@ -133,9 +133,12 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file} cannot be read as JSON ({reason}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(
+            f"{file} must hold a JSON object, got {type(content).__name__}; download it again"
+        )
     return content
 
 
@@ -145,7 +148,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if file is None:
-        raise ValueError(f"{folder} must hold one of {', '.join(WEIGHT_FILES)}, got none of them")
+        raise ValueError(
+            f"{folder} must hold one of {', '.join(WEIGHT_FILES)}, got none of them; download the "
+            "weights too"
+        )
     if file.suffix == ".bin":
         return _read_pickle(file)
     try:
@@ -205,8 +211,8 @@ def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry]
                 if target == "head.weight" and parameter is model.embedding.weight:
                     continue  # a tied head is usually not stored twice
                 raise ValueError(
-                    f"{folder} lacks the weight {source}, of shape {list(part.shape)}; its "
-                    "config.json does not belong to it, or it is incomplete"
+                    f"{folder} lacks the weight {source}, of shape {list(part.shape)}: its "
+                    "config.json does not belong to it, or it is incomplete; download it again"
                 )
             value = weights.pop(source)
             if value.dim() == 3 and value.shape[1] == 1:
@@ -214,13 +220,14 @@ def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry]
             if value.shape != part.shape:
                 raise ValueError(
                     f"the weight {source} of {folder} must have shape {list(part.shape)}, got "
-                    f"{list(value.shape)}; its config.json does not belong to it"
+                    f"{list(value.shape)}; take the config.json that belongs to it"
                 )
             part.copy_(value)
     if weights:
         raise ValueError(
             f"{folder} holds weights that its config.json has no place for: "
-            f"{', '.join(sorted(weights)[:5])}{' and more' if len(weights) > 5 else ''}"
+            f"{', '.join(sorted(weights)[:5])}{' and more' if len(weights) > 5 else ''}; take the "
+            "config.json that belongs to them"
         )
     short = [name for name, rows in filled.items() if rows != len(parameters[name])]
     assert not short, f"parameters without a weight: {short}"
@@ -237,8 +244,8 @@ def _format(config: dict, folder: Path) -> str:
         return "state_spaces"
     raise ValueError(
         f"{folder / 'config.json'} must be of a Mamba-2 or Gated DeltaNet model, got "
-        f"model_type={config.get('model_type')!r}; the formats are those of transformers' Mamba2, "
-        "of state-spaces and of flash-linear-attention"
+        f"model_type={config.get('model_type')!r}; name a checkpoint of transformers' Mamba2, of "
+        "state-spaces, or of flash-linear-attention"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from configs.schema import NORM_PATHS
 from models.checkpoints.checkpoint import Loaded
 from models.generation import generate
+from models.inference.output import say, standard_output
 from models.language_model import LanguageModel
 
 # Decoding holds the same memory at every step, so that a few steps show its peak.
@@ -188,9 +189,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 def show(measured: Speed | Comparison, output: str) -> None:
     """Print it as a table, or as one line of JSON."""
     if output == "json":
-        print(json.dumps(dataclasses.asdict(measured)))
+        say(json.dumps(dataclasses.asdict(measured)))
     else:
-        Console().print(measured.table())
+        with standard_output():
+            Console().print(measured.table())
 
 
 def _milliseconds(seconds: Spread) -> str:

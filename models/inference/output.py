@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from configs.schema import ConfigError
 from models.checkpoints.checkpoint import Loaded
 from models.inference.texts import Batch, Options, Result
 
@@ -30,12 +33,41 @@ class Speeds:
         prefill = _speed(self.prefill, self.prefill_s)
         decode = _speed(self.decode - self.prompts, self.decode_s)
         return (
-            f"{prompts}prefill {self.prefill} tokens{prefill} | decode {self.decode} tokens{decode}"
+            f"{prompts}prefill {_tokens(self.prefill)}{prefill} | "
+            f"decode {_tokens(self.decode)}{decode}"
         )
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s' * (count != 1)}"
 
 
 def _speed(tokens: int, seconds: float) -> str:
     return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Raises ConfigError where standard output takes no more, on a full disk for example; a reader
+    that left is a BrokenPipeError as ever."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # what is left in the buffer would fail again when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ConfigError(
+            f"standard output must take the text, got an error ({error.strerror}); make room, or "
+            "send it elsewhere"
+        ) from error
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once."""
+    with standard_output():
+        print(text, end=end)
 
 
 def print_texts(
@@ -49,13 +81,14 @@ def print_texts(
         for result in batch.results:
             number += 1
             if len(prompts) > 1:
-                print(f"==> {number} of {len(prompts)} <==")
-            print(result.prompt, end="", flush=True)
+                say(f"==> {number} of {len(prompts)} <==")
+            say(result.prompt, end="")
             for piece in next(parts):
-                print(piece, end="", flush=True)
-            print("\n" if number < len(prompts) else "")
+                say(piece, end="")
+            say("\n" if number < len(prompts) else "")
         speeds.add(batch.results)
-    print(file=sys.stderr)  # between the text and what is said about it
+    if sys.stdout.isatty():
+        print(file=sys.stderr)  # between the text and what is said about it
     return speeds
 
 
@@ -72,7 +105,7 @@ def print_json(
             fields["log_probs"] = [round(value, 6) for value in result.log_probs]
             for name in ("prefill_s", "decode_s"):
                 fields[name] = round(fields[name], 6)
-            print(json.dumps(fields), flush=True)
+            say(json.dumps(fields))
         speeds.add(batch.results)
     return speeds
 

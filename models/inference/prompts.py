@@ -1,5 +1,6 @@
 """The prompts that infer.py continues: of the command line, of a file, of standard input."""
 
+import errno
 import json
 import os
 import sys
@@ -67,7 +68,11 @@ def _from_json(line: bytes, where: str) -> bytes:
 
 def _read(key: str, name: str) -> bytes:
     try:
-        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        if name != "-":
+            return Path(name).read_bytes()
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "standard input is closed")
+        return sys.stdin.buffer.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
