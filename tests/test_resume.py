@@ -191,6 +191,18 @@ UNREADABLE = {
         lambda run: edit(run / "config.yaml", "  steps: 12\n", ""),
         "optim.steps must have a value, got none",
     ),
+    "config of other sizes": (
+        lambda run: edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 64"),
+        r"its embedding.weight has shape \[256, 32\] and not \[256, 64\]",
+    ),
+    "config of a huge size": (
+        lambda run: edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 32000000"),
+        r"its embedding.weight has shape \[256, 32\] and not \[256, 32000000\]",
+    ),
+    "config of a billion layers": (
+        lambda run: edit(run / "config.yaml", "num_layers: 2", "num_layers: 1000000000"),
+        "too few tensors",
+    ),
     "no optimizer": (
         lambda run: of_another_version(run, "optimizer_states"),
         "it has no optimizer_states, perhaps because another version",

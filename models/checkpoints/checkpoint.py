@@ -194,7 +194,7 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
             names = list(weights.keys())
             shapes = {name: weights.get_slice(name).get_shape() for name in names}
             try:
-                why = _misfit(config, shapes)
+                why = misfit(config, shapes)
             except ConfigError as error:
                 why = str(error).removeprefix(f"model={config.name}: ")
                 why = f"its model section is wrong: {why}"
@@ -214,7 +214,7 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
     return model.eval().requires_grad_(False)
 
 
-def _misfit(config: ModelConfig, shapes: dict[str, list[int]]) -> str | None:
+def misfit(config: ModelConfig, shapes: dict[str, list[int]]) -> str | None:
     """Why tensors of these names and shapes are not those of a model of `config`, or None. Nothing
     is allocated to find out: a damaged config.yaml may ask for more than the machine has. Raises
     ConfigError."""

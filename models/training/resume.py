@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.command import compose
-from configs.schema import ConfigError, TrainConfig, train_config
+from configs.schema import ConfigError, ModelConfig, TrainConfig, train_config
 from models.checkpoints.checkpoint import (
     CONFIG,
     LAST,
@@ -31,6 +31,7 @@ from models.checkpoints.checkpoint import (
     PICTURE,
     damaged,
     is_of,
+    misfit,
     read_model_config,
 )
 
@@ -110,7 +111,7 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
             "change its permissions, or resume a copy of it"
         )
     config = stopped_config(run, asked)
-    state = read_state(run)
+    state = read_state(run, config.model)
     if state is None:
         return Stopped(run, config)
     rows = read_metrics(run, state["global_step"])
@@ -167,9 +168,9 @@ def checkpoint_step(run: Path) -> int:
     return 0 if state is None else state["global_step"]
 
 
-def read_state(run: Path) -> dict[str, Any] | None:
+def read_state(run: Path, model: ModelConfig | None = None) -> dict[str, Any] | None:
     """What the run's last.ckpt holds, its tensors not yet read; None where there is no last.ckpt.
-    Raises ConfigError when it is damaged or lacks something."""
+    Raises ConfigError when it is damaged, lacks something, or is not of `model`."""
     file = run / LAST
     if not file.exists():
         return None
@@ -186,6 +187,14 @@ def read_state(run: Path) -> dict[str, Any] | None:
     if missing is not None:
         why = f"it has no {missing}, perhaps because another version of it wrote the file"
         raise ConfigError(damaged(file, why))
+    if model is not None:
+        weights = {name.removeprefix("model."): t for name, t in state["state_dict"].items()}
+        if model.tie_embeddings:  # they are there twice
+            weights.pop("head.weight", None)
+        shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+        if (why := misfit(model, shapes)) is not None:
+            why = f"its tensors are not those of the {CONFIG} beside it: {why}"
+            raise ConfigError(damaged(file, why))
     return state
 
 
