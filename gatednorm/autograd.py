@@ -12,11 +12,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # autograd must know of what a kernel writes
 
 from .problem import Problem, describe, rows_of
 
 Options = tuple  # eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, ...
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 
 @functools.cache
@@ -27,11 +28,15 @@ def backend(device_type: str) -> ModuleType:
     )
 
 
-def traced(x: Tensor) -> bool:
-    """Whether a call must go through the registered operators instead of a launcher."""
-    if type(x) not in PLAIN_TENSORS:
-        return isinstance(x, Tensor)
-    return x.is_meta or torch.compiler.is_compiling()
+def traced(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call must go through the registered operators instead of a launcher: for tensors
+    that are no memory of their own, and where somebody watches the operators."""
+    for t in (x, *others):
+        if type(t) not in PLAIN_TENSORS and isinstance(t, Tensor):
+            return True
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return isinstance(x, Tensor) and x.is_meta
 
 
 def run_forward(
@@ -40,6 +45,8 @@ def run_forward(
     """Allocate what is missing and launch; returns `y`, `mean`, `rstd` (None where not kept)."""
     if out is None:
         out = torch.empty_like(x, dtype=p.out_dtype, memory_format=torch.contiguous_format)
+    else:
+        increment_version(out)
     mean = rstd = None
     if save_stats:
         stats = (p.n_rows, p.n_groups)
@@ -55,6 +62,9 @@ def run_backward(
     p: Problem, dy: Tensor, x: Tensor, weight, bias, z, mean, rstd: Tensor, dx=None, dz=None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward; returns `dx`, `dw`, `db`, `dz` (None where there is no such input)."""
+    for given in (dx, dz):
+        if given is not None:
+            increment_version(given)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dz is None and z is not None:
@@ -126,7 +136,7 @@ class LayerNormFn(torch.autograd.Function):
             activation, zero_centered, numerics, out_dtype,
         )  # fmt: skip
         ctx.options = options
-        if traced(x):
+        if traced(x, weight, bias, z):
             y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
             ctx.problem = None
         else:

@@ -1,9 +1,10 @@
 """The closed-form CPU path, forward and backward, over blocks of rows that stay in cache.
 
 Same equation and same derivatives as the kernels (kernels.py); PyTorch's CPU operators do the
-arithmetic. It promises: the inference path equals the training path bit for bit, and a row that
-holds inf or NaN touches no other row. It does not promise that a row's bits are independent of
-the rows around it: PyTorch's vectorised functions round differently in the tail of a buffer.
+arithmetic. It promises: the inference path equals the training path bit for bit, but for an `out`
+whose strides cut the rows into other blocks, and a row that holds inf or NaN touches no other row.
+It does not promise that a row's bits are independent of the rows around it: PyTorch's vectorised
+functions round differently in the tail of a buffer.
 """
 
 import functools
@@ -80,7 +81,7 @@ class _Workspace:
         while len(self.buffers) < count:
             most = min(max(p.n_rows, 1), _rows_per_block(p))
             shape = (most, p.n_groups, p.group_size)
-            self.buffers.append(torch.empty(shape, dtype=p.compute_dtype))
+            self.buffers.append(torch.empty(shape, dtype=p.compute_dtype, device="cpu"))
         spare = iter(self.buffers[:count])
         found = [next(spare)[:rows] if t is None else t for t in given]
         return [*(buffer[:rows] for buffer in spare), *found]

@@ -6,6 +6,7 @@ the driver wants it. What this file does not know for certain it leaves to Trito
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 SIZES = {"i64": 8, "fp32": 4}
@@ -60,7 +61,7 @@ class _Slot:
 
 
 class Start:
-    """`start(pointers, stream)` queues the kernel; False when the driver refused to."""
+    """`start(pointers, stream)` queues the kernel; False when it could not."""
 
     __slots__ = ("attribute", "call", "config", "function", "n_arguments", "n_pointers", "scalars",
                  "slots")  # fmt: skip
@@ -76,6 +77,8 @@ class Start:
         self.slots: list[_Slot] = []
 
     def __call__(self, pointers: list[int], stream: int) -> bool:
+        if len(pointers) != self.n_pointers:
+            return False
         try:
             slot = self.slots.pop()  # no two threads get the same one
         except IndexError:
@@ -101,6 +104,12 @@ def direct_start(compiled, grid: tuple[int, int, int], scalars: Sequence) -> Sta
         return None
 
 
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    # CDLL gives Python's lock away: the call waits where the GPU's queue is full.
+    return ctypes.CDLL("libcuda.so.1")
+
+
 def _direct_start(compiled, grid, scalars) -> Start | None:
     meta = compiled.metadata
     scratch = meta.global_scratch_size or meta.profile_scratch_size
@@ -111,7 +120,7 @@ def _direct_start(compiled, grid, scalars) -> Start | None:
     pointers, rest = types[:n_pointers], types[n_pointers:]
     if not all(t.startswith("*") for t in pointers) or not all(t in SIZES for t in rest):
         return None
-    cuda = ctypes.PyDLL("libcuda.so.1")  # keeps Python's lock: the call lasts about a microsecond
+    cuda = _libcuda()
     expected = [8] * n_pointers + [SIZES[t] for t in rest]
     if _argument_sizes(cuda, compiled.function, len(expected)) != expected:
         return None

@@ -118,6 +118,8 @@ def rms_norm_gated(
     Args:
         is_rms_norm: False for layer norm.
         out: `[..., D]`, written and returned; a view with strides of its own, or an input itself.
+            On the CPU a few elements may differ by one unit where its strides are not those of a
+            slice of columns.
 
     Raises:
         RuntimeError: when an input requires a gradient while gradients are on: this function would
@@ -126,7 +128,9 @@ def rms_norm_gated(
     if torch._C._are_functorch_transforms_active():
         _refuse_transforms("rms_norm_gated")
     if torch.is_grad_enabled():
-        for name, t in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
+        for name, t in (
+            ("x", x), ("z", z), ("weight", weight), ("bias", bias), ("out", out)
+        ):  # fmt: skip
             if isinstance(t, Tensor) and t.requires_grad:
                 raise RuntimeError(
                     f"rms_norm_gated is for inference, and {name} requires a gradient; "
@@ -136,7 +140,7 @@ def rms_norm_gated(
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
-    if traced(x):
+    if traced(x, weight, bias, z):
         if out is None:
             out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
         torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)
@@ -252,5 +256,6 @@ def layernorm_backward(
                 )
         inputs["dx"] = dx
     rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
+    mean = None if p.is_rms_norm else mean
     with torch.no_grad():
         return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

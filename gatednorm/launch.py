@@ -115,6 +115,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program may have; None where PyTorch does not say."""
+    if device.type == "cpu":
+        return None
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", None)
+
+
+@functools.cache
 def _overlaps(device: torch.device) -> bool:
     """Whether kernels on this device may be launched before the one before them has ended."""
     return bool(NVIDIA) and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -141,7 +150,7 @@ class Launch:
         self.grid = (grid, 1, 1)
         self.scalars = scalars
         self.options = options | {"PDL": not INTERPRETED and _overlaps(device)}
-        self.start = None
+        self.start = None  # not tried yet; False where it cannot be
         if not INTERPRETED:
             self.options |= {"num_warps": tile.num_warps if tile else 4, "enable_fp_fusion": False}
             if NVIDIA:
@@ -150,7 +159,7 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         start = self.start
-        if start is None:
+        if not start:
             return self._through_triton(tensors)
         pointers = [t.data_ptr() for t in tensors if t is not None]
         bits = 0
@@ -179,7 +188,7 @@ class Launch:
                 and self.start is None
                 and not any(t is not None and t.data_ptr() % 16 for t in tensors)
             ):
-                self.start = direct_start(compiled, self.grid, self.scalars)
+                self.start = direct_start(compiled, self.grid, self.scalars) or False
 
 
 def _pad(strides: tuple[int, ...]) -> tuple[int, int, int]:
@@ -273,9 +282,20 @@ def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> 
     main(x, z, weight, bias, out, mean, rstd)
 
 
+def _fit(tile: Tile, device: torch.device, *loaded: Tensor | None) -> Tile:
+    """The tile as this GPU can hold it; the bits depend on neither."""
+    if torch.version.hip:  # 64 lanes a warp, 1024 a program
+        return tile._replace(num_warps=min(tile.num_warps, 16))
+    room = _shared_memory(device)
+    columns = tile.rows * (tile.block_a + tile.block_b)
+    buffers = 2 * columns * sum(t.element_size() for t in loaded if t is not None) + 1024
+    return tile._replace(stages=1) if room and buffers > room else tile
+
+
 def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     norm = _norm_options(p, z)
     tile = backward_tile(p.group_size, bias is not None, norm["GATE_FIRST"])
+    tile = _fit(tile, x.device, dy, x, z)
     inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
     wide = tile.chunks > 1
     rounding = _rounding(p, x, weight)
@@ -311,10 +331,8 @@ def backward(
     p: Problem, dy: Tensor, x: Tensor, z, weight, bias, mean, rstd: Tensor, dx: Tensor, dz
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    dense = dy.is_contiguous() and dx.is_contiguous() and (dz is None or dz.is_contiguous())
-    key = dy.dtype
-    if not dense:
-        key = (key, *(None if t is None else t.stride() for t in (dy, dx, dz)))
+    # Also x and z: what was saved may come back dense from a hook that moved it away and back.
+    key = (dy.dtype, *(None if t is None else t.stride() for t in (dy, x, z, dx, dz)))
     plan = p.plans.get(key)
     if plan is None:
         plan = p.plans[key] = _plan_backward(p, dy, x, z, weight, bias, dx, dz)

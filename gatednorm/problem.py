@@ -343,7 +343,8 @@ def check_overlap(name: str, other: Tensor, out: Tensor, out_name: str = "out") 
     if same and other.element_size() == size and (b - a) % size == 0:
         if a == b:
             return True
-        dims = [(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]
+        # An expanded output is refused for that; here its stride of 0 brings nothing together.
+        dims = [(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1 and s]
         if not _meets((b - a) // size, sorted(dims, reverse=True)):
             return False
     raise ValueError(

@@ -187,8 +187,8 @@ MUTANTS = {
     "strides of dx and dz swapped": (L, "*sx, *sz, *sdx, *sdz)", "*sx, *sz, *sdz, *sdx)"),
     "plan of other strides": (
         L,
-        "(key, *(None if t is None else t.stride() for t in (dy, dx, dz)))",
-        "(key, 1)",
+        "key = (dy.dtype, *(None if t is None else t.stride() for t in (dy, x, z, dx, dz)))",
+        "key = dy.dtype",
     ),
     # the CPU path
     "cpu: statistics of the wrong rows": (

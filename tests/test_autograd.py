@@ -1,15 +1,21 @@
 """A good citizen of PyTorch: torch.library, compile, export, checkpointing, autocast, memory."""
 
+import contextlib
 import gc
 import subprocess
 import sys
 
 import pytest
 import torch
-from norm_cases import Case, inputs_of, same_bits, through_autograd
+from norm_cases import Case, Layout, inputs_of, same_bits, through_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import gatednorm
 
@@ -149,6 +155,49 @@ def test_activation_checkpointing(small, reentrant):
         assert a is b is None or same_bits(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("first", ["moved", "kept"])
+@pytest.mark.parametrize("strided", ["x", "z"])
+def test_saved_tensors_that_come_back_with_other_strides(path, strided, first):
+    """Offloading (`save_on_cpu`) brings a slice of a packed projection back dense."""
+    layouts = {strided: Layout(left=8, right=8)}
+    case = Case((6,), 8, 2, layouts=layouts)
+    i = inputs_of(case, path.device)
+    dense = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone().contiguous(), lambda t: t)
+    want = gradients(lambda x, w, b, z: gatednorm.rms_norm_ref(x, w, b, z, **case.options), i)
+    for moved in ("kept", "moved", "kept") if first == "kept" else ("moved", "kept"):
+        leaves = leaves_of(i)
+        with dense if moved == "moved" else contextlib.nullcontext():
+            y = gatednorm.rmsnorm_fn(*leaves, **case.options)
+        got = torch.autograd.grad(y, [t for t in leaves if t is not None], i.dy)
+        for a, b in zip(got, want[1:], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_selective_checkpointing_sees_the_operator(small):
+    """A policy that keeps the norm's result is asked about it by name."""
+    case, i = small()
+    asked = []
+
+    def policy(ctx, op, *args, **kwargs):
+        asked.append(str(op))
+        return CheckpointPolicy.MUST_SAVE
+
+    def norm(*leaves):
+        return gatednorm.rmsnorm_fn(*leaves, **case.options)
+
+    want = gradients(norm, i)
+    got = gradients(
+        lambda *leaves: checkpoint(
+            norm, *leaves, use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        ),
+        i,
+    )  # fmt: skip
+    assert "gatednorm.forward.default" in asked
+    for a, b in zip(got, want, strict=True):
+        assert same_bits(a, b)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "jvp", "jacrev"])
 @pytest.mark.parametrize(
     "function", ["layernorm_fn", "rmsnorm_fn", "rms_norm_gated", "layernorm_forward"]
@@ -182,6 +231,17 @@ def test_a_subclass_of_tensor_differentiates(small):
     plain = i.x.detach().requires_grad_()
     gatednorm.rmsnorm_fn(plain, i.weight, None, i.z, **case.options).sum().backward()
     assert same_bits(x.grad.as_subclass(torch.Tensor), plain.grad)
+
+
+@pytest.mark.parametrize("wrapped", [0, 1, 3], ids=["x", "weight", "z"])
+def test_a_subclass_without_memory_of_its_own(small, wrapped):
+    """DTensor's kind: whichever argument is one, the call goes through the operators."""
+    case, i = small()
+    given = [i.x, i.weight, None, i.z]
+    want = gatednorm.rms_norm_gated(*given, **case.options)
+    given[wrapped] = TwoTensor(given[wrapped], given[wrapped].clone())
+    got = gatednorm.rms_norm_gated(*given, **case.options)
+    assert same_bits(got.a if isinstance(got, TwoTensor) else got, want)
 
 
 def test_forward_mode_is_refused(small):

@@ -108,6 +108,18 @@ def test_autocast_changes_nothing(kind, norm_before_gate):
         assert same_bits(got[name], want[name]), name
 
 
+def test_a_default_device_for_new_tensors_changes_nothing():
+    case = Case((6,), 8, 2)
+    i = inputs_of(case, "cpu")
+    want = through_autograd(case, i)
+    with torch.device("meta"):
+        leaves = [t.detach().requires_grad_() for t in (i.x, i.weight, i.z)]
+        y = gatednorm.rmsnorm_fn(*leaves[:2], None, leaves[2], **case.options)
+        grads = torch.autograd.grad(y, leaves, i.dy)
+    for name, t in zip(("y", "dx", "dw", "dz"), (y, *grads), strict=True):
+        assert same_bits(t, want[name]), name
+
+
 def test_large_offset_in_layer_norm():
     """x = 1000 + noise: the mean is subtracted before the squares are summed."""
     x = 1000 + torch.randn(50, 300, generator=torch.Generator().manual_seed(0))

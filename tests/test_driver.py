@@ -58,10 +58,12 @@ def compiled(types=TYPES, **metadata):
 def cuda(monkeypatch):
     def install(sizes=SIZES, code=0) -> Driver:
         fake = Driver(sizes, code)
-        monkeypatch.setattr(ctypes, "PyDLL", lambda name: fake)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: fake)
+        driver._libcuda.cache_clear()
         return fake
 
-    return install
+    yield install
+    driver._libcuda.cache_clear()
 
 
 def test_structures_are_as_large_as_in_cuda_h():
@@ -100,6 +102,13 @@ def test_a_launch_within_a_launch_has_memory_of_its_own(cuda):
     assert (outer.arguments[:2], outer.stream) == (POINTERS, 99)
 
 
+def test_another_number_of_tensors_is_left_to_triton(cuda):
+    fake = cuda()
+    start = driver.direct_start(compiled(), (1, 1, 1), SCALARS)
+    assert start([*POINTERS, 5], 0) is False
+    assert fake.launches == []
+
+
 def test_a_refusal_is_reported(cuda):
     cuda(code=201)
     assert driver.direct_start(compiled(), (1, 1, 1), SCALARS)(POINTERS, 0) is False
@@ -124,5 +133,6 @@ def test_no_driver_is_left_to_triton(monkeypatch):
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(ctypes, "PyDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    driver._libcuda.cache_clear()
     assert driver.direct_start(compiled(), (1, 1, 1), SCALARS) is None

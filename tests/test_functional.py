@@ -128,6 +128,31 @@ def test_bad_out(launched, path, case):
     assert all(same_bits(a, b) for a, b in zip((x, z, weight), kept, strict=True))
 
 
+def test_an_expanded_out_beside_an_expanded_input(launched, path):
+    memory = torch.ones(20, device=path.device)
+    with pytest.raises(ValueError, match=r"out overlaps x"):
+        gatednorm.rms_norm_gated(memory[0:8].expand(4, 8), out=memory[1:9].expand(4, 8))
+    assert launched == []
+
+
+def test_autograd_notices_what_is_written_over(path):
+    """PyTorch refuses a backward through values that were written over since: by kernels too."""
+    h = torch.randn(4, 8, device=path.device, requires_grad=True)
+    a = h * 1
+    b = a.sin()
+    with torch.no_grad():
+        gatednorm.rms_norm_gated(a, out=a)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        b.sum().backward()
+
+    x, dy, dx, dz = (torch.randn(4, 8, device=path.device) for _ in range(4))
+    _, mean, rstd = gatednorm.layernorm_forward(x, z=dy, is_rms_norm=True)
+    before = dx._version, dz._version
+    gatednorm.layernorm_backward(dy, x, None, None, dy, mean, rstd, is_rms_norm=True, dx=dx, dz=dz)
+    assert dx._version > before[0]
+    assert dz._version > before[1]
+
+
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("where", ["x", "z"])
 def test_out_may_be_an_input(path, where, norm_before_gate):
@@ -281,9 +306,9 @@ def test_alias_and_defaults(path):
     torch.testing.assert_close(layer, gatednorm.gated_norm_ref(*given, is_rms_norm=False))
 
 
-@pytest.mark.parametrize("name", ["x", "z", "weight", "bias"])
+@pytest.mark.parametrize("name", ["x", "z", "weight", "bias", "out"])
 def test_inference_refuses_to_cut_a_graph(launched, path, name):
-    tensors = {k: torch.ones(4, 8) for k in ("x", "z")} | {
+    tensors = {k: torch.ones(4, 8) for k in ("x", "z", "out")} | {
         k: torch.ones(8) for k in ("weight", "bias")
     }
     tensors[name].requires_grad_()
@@ -295,6 +320,21 @@ def test_inference_refuses_to_cut_a_graph(launched, path, name):
     with torch.inference_mode():
         gatednorm.rms_norm_gated(**tensors)
     assert launched == ["forward", "forward"]
+
+
+def test_a_mean_that_rms_norm_has_no_use_for(path):
+    """Callers of other copies pass one; it changes neither this call nor those after it."""
+    case = Case((9,), 16, 1)
+    i = inputs_of(case, path.device)
+    given = (i.x, i.weight, None, i.z)
+    _, mean, rstd = gatednorm.layernorm_forward(*given, is_rms_norm=True, **case.options)
+    assert mean is None
+    for mean in (rstd, None, i.x.new_empty(0), None):
+        got = gatednorm.layernorm_backward(
+            i.dy, *given, mean, rstd, is_rms_norm=True, **case.options
+        )
+        for name, t in zip(("dx", "dw", None, "dz"), got, strict=True):
+            assert t is None or same_bits(t, through_autograd(case, i)[name])
 
 
 def test_statistics(path):

@@ -75,7 +75,8 @@ def copy_of_the_library(folder: Path) -> None:
 
 def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    # Under the interpreter, also beside a GPU: there a mutant may be in the branch not taken.
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
     command = [
         sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
