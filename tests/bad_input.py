@@ -66,7 +66,7 @@ class Answer:
 # ------------------------------------------------------------------------------------- the cases
 
 RUN, WEIGHTS, CONFIG = "runs/small", "runs/small/model.safetensors", "runs/small/config.yaml"
-LAST = "runs/stopped/last.ckpt"
+LAST, STOPPED = "runs/stopped/last.ckpt", "runs/stopped/config.yaml"
 PUBLISHED = {
     "model_type": "mamba2",
     "num_heads": 4,
@@ -274,6 +274,20 @@ CHECKPOINTS = [
     resume("cut in half", edit(LAST, lambda data: data[: len(data) // 2])),
     resume("a bit flipped", edit(LAST, lambda data: flip(data, len(data) // 2))),
     resume("a pickle that would run code", write(LAST, pickle.dumps(RunsCode(), 2))),
+    resume("without the state of the optimiser", lambda folder: without_optimizer(folder / LAST)),
+    resume(
+        "a config of other sizes",
+        edit(STOPPED, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 64")),
+    ),
+    resume(
+        "a config of a size that no machine has the memory for",
+        edit(STOPPED, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 2000000")),
+    ),
+    resume(
+        "a config that lacks a value",
+        edit(STOPPED, lambda data: data.replace(b"  weight_decay: 0.1\n", b"")),
+    ),
+    resume("metrics that are no table", write("runs/stopped/metrics.csv", "\0\n1\n")),
     resume("of another learning rate", nothing, "optim.learning_rate=1"),
 ]
 
@@ -282,6 +296,14 @@ def other_weights(folder: Path) -> None:
     write_checkpoint(folder / "other", "fla")
     os.replace(folder / "other/model.safetensors", folder / WEIGHTS)
     shutil.rmtree(folder / "other")
+
+
+def without_optimizer(file: Path) -> None:
+    import torch
+
+    state = torch.load(file, weights_only=True)
+    del state["optimizer_states"]
+    torch.save(state, file)
 
 
 def train_values() -> list[Bad]:

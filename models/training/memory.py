@@ -29,8 +29,8 @@ def check_model(config: TrainConfig, processes: Processes) -> None:
             raise ConfigError(
                 f"model={config.model.name} must fit in the memory of {where}, {_gib(memory)}, got "
                 f"{count_parameters(config.model):,} parameters, {_gib(weights)} with what training"
-                f" adds to them; lower its sizes, such as model.hidden_size="
-                f"{config.model.hidden_size}, or spread it over more machines with trainer=fsdp"
+                f" adds to them; lower one of {_sizes(config.model)}, or spread it over more "
+                "machines with trainer=fsdp"
             )
 
 
@@ -73,7 +73,7 @@ def count_parameters(config: ModelConfig) -> int:
     except (RuntimeError, ArithmeticError, TypeError) as error:
         raise ConfigError(
             f"model={config.name} must have sizes that a machine can count with, got larger ones; "
-            f"lower them, such as model.hidden_size={config.hidden_size}"
+            f"lower one of {_sizes(config)}"
         ) from error
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     return model.num_parameters() + (config.num_layers - 1) * block
@@ -106,6 +106,11 @@ def out_of_memory_in_a_line(rank: int) -> Iterator[None]:
             "trainer.activation_checkpointing=true, or lower optim.batch_size or "
             "data.sequence_length"
         ) from error
+
+
+def _sizes(config: ModelConfig) -> str:
+    names = ("hidden_size", "num_layers", "vocab_size")
+    return ", ".join(f"model.{name}={getattr(config, name)}" for name in names)
 
 
 def _gib(size: float) -> str:
