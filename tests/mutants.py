@@ -148,6 +148,12 @@ MUTANTS = {
     "dx without rstd": (K, "du *= rstd[:, None]", "du *= 1.0"),
     "dz without du": (K, "live, first, du * dz, N", "live, first, dz, N"),
     "dx without the gate": (K, "du *= act", "du *= 1.0"),
+    "dw of values not rounded": (K, "tl.fma(g, rounded, dw_a)", "tl.fma(g, xhat_a, dw_a)"),
+    "dz of values not rounded": (
+        R,
+        "rounded, h = _affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)",
+        "rounded, h = _affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, None)",
+    ),
     # sums over rows
     "dw of the last tile": (K, "dw_a = tl.fma(g, rounded, dw_a)", "dw_a = g * rounded"),
     "db of the last tile": (K, "db_b += g", "db_b = g"),
@@ -195,6 +201,11 @@ MUTANTS = {
         C,
         "slice(start + i * inner, start + stop * inner)",
         "slice(i * inner, stop * inner)",
+    ),
+    "cpu: dw of values not rounded": (
+        C,
+        "(g * rounded if p.round_norm else product)",
+        "product",
     ),
     "cpu: last block left out": (
         C,

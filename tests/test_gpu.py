@@ -51,7 +51,7 @@ def test_more_than_2_to_31_elements(norm_before_gate):
         assert (error <= 2**-8 * want.abs() + 1e-5 * scale).all()
     # dw: the rows in parts, each within 32 bits
     want = torch.zeros(width, dtype=torch.float64, device="cuda")
-    for part in torch.arange(rows, device="cuda").split(2**20):
+    for part in torch.arange(rows, device="cuda").split(2**17):
         u = x[part].double()
         act = torch.nn.functional.silu(z[part].double())
         u = u if norm_before_gate else u * act
@@ -361,28 +361,44 @@ def test_float64_is_refused():
 
 
 FIRST_CALL = """
-import os, sys, tempfile, time
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+import sys, time
 import torch, gatednorm
-warm = torch.randn(4, 32, device="cuda")
-gatednorm.rms_norm_gated(warm, z=warm)
+options = dict(norm_before_gate=False)
+warm = torch.randn(4, 32, device="cuda", requires_grad=True)
+weight = torch.ones(int(sys.argv[1]), device="cuda", requires_grad=True)
+gatednorm.rmsnorm_fn(warm, z=warm, **options).sum().backward()
+x, z = (
+    torch.randn(1000, weight.numel(), device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for _ in "xz"
+)
+dy = torch.randn_like(x)
 torch.cuda.synchronize()
-x = torch.randn(1000, int(sys.argv[1]), device="cuda", dtype=torch.bfloat16)
 start = time.perf_counter()
-gatednorm.rms_norm_gated(x, z=x)
+y = gatednorm.rmsnorm_fn(x, weight, None, z, **options)
 torch.cuda.synchronize()
-print(time.perf_counter() - start)
+forward = time.perf_counter() - start
+y.backward(dy)
+torch.cuda.synchronize()
+print(forward, time.perf_counter() - start - forward)
 """
 
 
 @pytest.mark.parametrize("width", [128, 5120, 16_384, 20_000], ids="n{}".format)
-def test_first_call_of_a_new_shape(width):
-    """Compiled for the first time on this machine, in under two seconds."""
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL, str(width)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 2.0
+def test_first_call_of_a_new_shape(width, tmp_path):
+    """Compiled for the first time on this machine, forward and backward each in under two seconds;
+    the best of three, since other tests compile on the same cores."""
+    best = [float("inf")] * 2
+    for attempt in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL, str(width)],
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / str(attempt))},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        best = [min(pair) for pair in zip(best, map(float, done.stdout.split()), strict=True)]
+        if max(best) < 2.0:
+            break
+    assert max(best) < 2.0, best
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")

@@ -20,6 +20,7 @@ SUBSETS = {
     "cpu": [
         "tests/test_numerics.py::test_every_combination_of_options",
         "tests/test_numerics.py::test_bits_of_the_reference",
+        "tests/test_numerics.py::test_gradients_take_the_rounded_values",
         "tests/test_cpu.py",
         "-k", "cpu and not family and not kernels and not generated",
     ],
@@ -33,6 +34,7 @@ SUBSETS = {
         "tests/test_kernels.py::test_any_number_of_workers",
         "tests/test_kernels.py::test_offsets_beyond_32_bits",
         "tests/test_numerics.py::test_bits_of_the_reference",
+        "tests/test_numerics.py::test_gradients_take_the_rounded_values",
         "-k", "not cpu",
     ],
 }  # fmt: skip
@@ -40,6 +42,8 @@ SUBSETS = {
 
 # Mutants whose name starts so are noticed soonest by this test.
 FIRST = {
+    "dw of values": "tests/test_numerics.py::test_gradients_take_the_rounded_values",
+    "dz of values": "tests/test_numerics.py::test_gradients_take_the_rounded_values",
     "second piece": "tests/test_kernels.py::test_sums_across_warps",
     "two row": "tests/test_kernels.py::test_sums_across_warps",
     "wide": "tests/test_kernels.py::test_wide_schedule",

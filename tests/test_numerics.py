@@ -138,6 +138,52 @@ def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
     assert (error.amax(0) <= 4e-3 * dz.abs().amax(0) + 1e-7).all()
 
 
+def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
+    """`dw`, and `dz` of a gate after, in fp64 from the values that a forward with these rounding
+    points multiplies; the roundings themselves count as constants."""
+    x, z, w, dy = (t.float() for t in (inputs.x, inputs.z, inputs.weight, inputs.dy))
+    s = torch.sigmoid(z)
+    act, slope = z * s, s + z * s * (1 - s)
+    u = x if case.norm_before_gate else x * act
+    xhat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + case.eps)
+    if case.numerics != "fp32":
+        xhat = xhat.to(case.dtype).float()
+    h = xhat * w
+    if case.numerics == "qwen3_next":
+        h = h.to(torch.promote_types(case.dtype, inputs.weight.dtype)).float()
+    g = dy * act if case.norm_before_gate else dy
+    found = {"dw": (g.double() * xhat.double()).sum(0)}
+    if case.norm_before_gate:
+        found["dz"] = dy.double() * h.double() * slope.double()
+    return found
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_gate):
+    """Results kept in fp32 show which values the backward multiplied: those that the forward
+    rounded, and not those of another family, by at least a factor of ten."""
+    dtype = torch.bfloat16 if torch.bfloat16 in path.dtypes else torch.float16
+    case = Case(
+        (37,), 64, 1, True, norm_before_gate, numerics=numerics, dtype=dtype,
+        z_dtype=torch.float32, w_dtype=w_dtype,
+    )  # fmt: skip
+    inputs = inputs_of(case, path.device)
+    got = through_autograd(case, inputs)
+    truths = {
+        name: gradients_of_rounded_values(replace(case, numerics=name), inputs)
+        for name in ("fp32", "mamba2", "qwen3_next")
+    }
+    for name in ("dw", "dz"):
+        if name not in truths[numerics] or got[name].dtype != torch.float32:
+            continue
+        off = {other: (got[name] - truth[name]).norm() for other, truth in truths.items()}
+        for other, truth in truths.items():
+            if not torch.equal(truth[name], truths[numerics][name]):
+                assert off[numerics] < 0.1 * off[other], (name, other)
+
+
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 def test_extreme_values(path, norm_before_gate):
     """Gates that saturate, rows of zeros, rows of 1e-18 and 1e+18: finite, and right."""
