@@ -1,4 +1,4 @@
-"""Generation: one call over the prompt, then one recurrent step per token.
+"""Generation: one call over the prompt, or a few over a long one, then a recurrent step per token.
 
 Shape letters: B batch, T tokens, V vocabulary.
 """
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from models.language_model import LanguageModel, State
+
+PREFILL_TOKENS = 1 << 14  # in one call; with 50,000 words their logits alone are 3 GB
 
 
 def sample(
@@ -180,8 +182,7 @@ def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tenso
     if max_new_tokens == 0:
         return
     with _Inference(model):
-        logits, state = model(tokens, output_state=True, cu_seqlens=cu_seqlens)
-        last = logits[:, -1] if cu_seqlens is None else logits[0, cu_seqlens[1:].long() - 1]
+        last, state = _prefill(model, tokens, cu_seqlens)
         token, log_prob = choose(last)
     yield (token, log_prob) if choose.log_probs else token
     step = None
@@ -190,6 +191,18 @@ def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tenso
             step = _decoder(model, state) if step is None else step
             token, log_prob = choose(step(token))
         yield (token, log_prob) if choose.log_probs else token
+
+
+def _prefill(model, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    """Logits [B, V] of the last tokens, and the state after them; long prompts piece by piece, in
+    memory that does not grow with their length."""
+    if cu_seqlens is not None:
+        logits, state = model(tokens, output_state=True, cu_seqlens=cu_seqlens)
+        return logits[0, cu_seqlens[1:].long() - 1], state
+    state = None
+    for piece in tokens.split(max(1, PREFILL_TOKENS // len(tokens)), dim=1):
+        logits, state = model(piece, state, output_state=True)
+    return logits[:, -1], state
 
 
 class _Inference:

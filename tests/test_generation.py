@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import generation
 from models.generation import generate, sample
 from models.language_model import MIXERS, LanguageModel
 
@@ -47,6 +48,20 @@ def test_prompts_of_different_lengths_equal_one_at_a_time(model):
     together = collect(model, prompts, 10, temperature=0)
     alone = [collect(model, p, 10, temperature=0) for p in prompts]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_long_prompt_is_read_in_pieces(model, rows, monkeypatch):
+    text = torch.stack([prompt(20, seed) for seed in range(rows)])
+    whole = list(generate(model, text, 4, temperature=0, log_probs=True))
+    lengths = []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 7 * rows)
+    pieces = list(generate(model, text, 4, temperature=0, log_probs=True))
+    assert lengths[:3] == [7, 7, 6]
+    for (token, log_prob), (same, expected) in zip(pieces, whole, strict=True):
+        assert torch.equal(token, same)
+        torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batch_equals_list_of_its_rows(model):
@@ -150,8 +165,6 @@ def test_sample_top_p_keeps_the_fewest_that_reach_p():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_graph_equals_eager(model, monkeypatch):
     """The captured step on a GPU, for one prompt and for a ragged batch, against eager steps."""
-    from models import generation
-
     model = model.cuda()
     prompts = [prompt(n, n).cuda() for n in (3, 9, 30)]
     for given in (prompts, prompts[0]):
