@@ -204,10 +204,20 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 def _forward_fake(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, *rest):
     out_dtype = rest[-1] or x.dtype
+    width = x.shape[-1]
+    if z is not None:
+        torch._check(z.dim() == x.dim(), lambda: f"z must have {x.dim()} dimensions, as x has")
+        for mine, theirs in zip(z.shape, x.shape, strict=True):
+            torch._check(mine == theirs, lambda: f"z must have the shape of x, {tuple(x.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
+            torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
+    torch._check(width % (group_size or 1) == 0, lambda: f"group_size must divide {width}")
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    rstd = x.new_empty((rows, x.shape[-1] // (group_size or x.shape[-1])), dtype=_stats_dtype(x))
+    rstd = x.new_empty((rows, width // (group_size or width)), dtype=_stats_dtype(x))
     mean = x.new_empty(0) if is_rms_norm else torch.empty_like(rstd)
     return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 

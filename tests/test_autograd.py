@@ -135,6 +135,21 @@ def test_export(path, norm_path):
         assert same_bits(program.module()(other.x, other.z), norm(other.x, other.z))
 
 
+@pytest.mark.parametrize("bad", ["z", "weight", "group_size"])
+def test_export_refuses_what_the_call_would(small, bad):
+    _case, i = small()
+    z = torch.ones(6, 8, device=i.x.device) if bad == "z" else i.z
+    weight = torch.ones(5, device=i.x.device) if bad == "weight" else i.weight
+    groups = 3 if bad == "group_size" else None
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return gatednorm.rmsnorm_fn(x, weight, None, z, group_size=groups)
+
+    with pytest.raises(Exception, match=rf"{bad} must"):
+        torch.export.export(Norm(), (i.x,))
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 def test_activation_checkpointing(small, reentrant):
     """flash-linear-attention#1071: what is computed again is what was computed."""

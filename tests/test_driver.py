@@ -1,9 +1,11 @@
 """What is handed to the CUDA driver, read back from memory as the driver would read it."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gatednorm import driver
 
@@ -136,3 +138,98 @@ def test_no_driver_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", missing)
     driver._libcuda.cache_clear()
     assert driver.direct_start(compiled(), (1, 1, 1), SCALARS) is None
+
+
+# ---- who starts a kernel: the driver or Triton ----
+
+
+@pytest.fixture
+def launch_on_gpu_1(monkeypatch):
+    """A launch whose kernel is compiled, on a machine of two GPUs of which the first is current;
+    yields it, what was started, and what this world does."""
+    launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
+    world = SimpleNamespace(hooked=False, starts=True, current=0, log=[])
+    monkeypatch.setattr(launch, "hooked", lambda: world.hooked)
+    monkeypatch.setattr(launch, "INTERPRETED", True)  # asks no GPU for its properties
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: world.current, raising=False)
+    stream = lambda index: 100 * index + world.current  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
+
+    class Switched:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, world.current = world.current, self.index
+
+        def __exit__(self, *error):
+            world.current = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", Switched)
+
+    def start(pointers, stream):
+        world.log.append(("driver", pointers, stream, world.current))
+        return world.starts
+
+    one = launch.Launch(None, torch.device("cuda:1"), 7, (), {}, None)
+    one.start = start
+    monkeypatch.setattr(
+        launch.Launch, "_through_triton", lambda self, tensors: world.log.append(("triton",))
+    )
+    return one, world
+
+
+def test_the_driver_starts_it_on_the_tensors_device(launch_on_gpu_1):
+    one, world = launch_on_gpu_1
+    x = torch.zeros(64)
+    for current in (0, 1):
+        world.current = current
+        one(x, None, x[16:])
+        assert world.current == current
+    where = [x.data_ptr(), x.data_ptr() + 64]
+    assert world.log == [("driver", where, 101, 1)] * 2
+
+
+@pytest.mark.parametrize("why", ["not compiled", "cannot be", "unaligned", "hooked", "refused"])
+def test_triton_starts_it(launch_on_gpu_1, why):
+    one, world = launch_on_gpu_1
+    x = torch.zeros(64)
+    one.start = {"not compiled": None, "cannot be": False}.get(why, one.start)
+    world.hooked, world.starts = why == "hooked", why != "refused"
+    one(x, x[1:] if why == "unaligned" else x)
+    assert [entry[0] for entry in world.log] == ["driver"] * (why == "refused") + ["triton"]
+
+
+def test_two_threads_start_one_kernel(cuda):
+    """Each launch finds its own arguments and stream, however the threads take turns."""
+    fake = cuda()
+    start = driver.direct_start(compiled(), (1, 1, 1), SCALARS)
+
+    def many(thread):
+        return all(start([thread, i], thread) for i in range(2000))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(1, 5)))
+    found = {(*launch.arguments[:2], launch.stream) for launch in fake.launches}
+    assert found == {(thread, i, thread) for thread in range(1, 5) for i in range(2000)}
+
+
+@pytest.mark.parametrize(
+    ("room", "element_size", "stages"),
+    [(232448, 4, 3), (101376, 4, 1), (101376, 2, 3), (None, 4, 3)],
+)
+def test_a_pipeline_that_fits_the_gpu(monkeypatch, room, element_size, stages):
+    launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
+    monkeypatch.setattr(launch, "_shared_memory", lambda device: room)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
+    loaded = [torch.empty(1, dtype=dtype)] * 3
+    tile = launch._fit(launch.backward_tile(5120), loaded[0].device, *loaded)
+    assert tile == launch.backward_tile(5120)._replace(stages=stages)
+
+
+def test_no_more_threads_than_an_amd_gpu_has(monkeypatch):
+    launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for n in (128, 5120, 12_288, 16_384, 20_000):
+        tile = launch._fit(launch.backward_tile(n), torch.device("cpu"))
+        assert 64 * tile.num_warps <= 1024
