@@ -6,12 +6,14 @@ import os
 import pytest
 import torch
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_runs import SIX_STEPS
 
 import train
 from configs.command import compose
 from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import load_model
+from models.training import runs
 from models.training.resume import checkpoint_step
 from models.training.runs import check_devices, create_run
 
@@ -59,6 +61,16 @@ def test_torchrun_says_how_many_there_are(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"devices must be at most .*, 1, got 4"):
         check_devices(config)
+
+
+def test_a_trainer_that_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def fails(**_):
+        raise MisconfigurationException("no such thing\nas this")
+
+    monkeypatch.setattr(runs.L, "Trainer", fails)
+    with pytest.raises(ConfigError, match=r"trainer must be one .* got 'no such thing'; change"):
+        train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
+    assert list(tmp_path.iterdir()) == []
 
 
 def full(*_):
