@@ -15,8 +15,6 @@ import gatednorm
 from gatednorm import gated_norm_ref
 
 NAN = float("nan")
-OPTIONS = ("eps", "group_size", "norm_before_gate", "is_rms_norm")
-KEYWORDS = ("activation", "zero_centered", "numerics")
 
 
 @dataclass(frozen=True)
