@@ -1,7 +1,7 @@
 """Time every gated norm that is installed, and the ceiling, on one CUDA machine.
 
     python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
-    python -m benchmarks.gated_norm --only gatednorm --cases 4
+    python -m benchmarks.gated_norm --only gatednorm --cases 4 --append
     python -m benchmarks.gated_norm --replot           # plots and README table from the CSV, no GPU
 
 Each provider is compared with float64 before it is timed. Times on the GPU are medians in
@@ -177,19 +177,21 @@ class EmptyFunction(torch.autograd.Function):
 
 
 class Sheet:
-    """Rows of the CSV, each with what is needed to read it alone."""
+    """Rows of the CSV, each with what is needed to read it alone; those of a new run after the
+    `earlier` ones. Of what was timed twice, the last counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: list[dict] | None = None) -> None:
         import triton
 
+        self.rows = list(earlier or [])
         self.common = {
+            "run": 1 + max((int(row["run"]) for row in self.rows), default=0),
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
         }
-        self.rows: list[dict] = []
 
     def add(
         self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
@@ -399,6 +401,7 @@ def main() -> None:
     parser.add_argument(
         "--replot", action="store_true", help="draw the CSV again, print the README's table; no GPU"
     )
+    parser.add_argument("--append", action="store_true", help="keep the CSV's earlier runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.replot:
@@ -410,9 +413,10 @@ def main() -> None:
         parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
     names = [n for n in args.only if n not in args.skip]
     args.out.mkdir(parents=True, exist_ok=True)
-    console, sheet = Console(width=190), Sheet()
-    cases = CASES[: args.cases]
     path = args.out / "gated_norm.csv"
+    earlier = Sheet.read(path).rows if args.append and path.exists() else []
+    console, sheet = Console(width=190), Sheet(earlier)
+    cases = CASES[: args.cases]
     for case in DECODE:
         console.print(case.name)
         decoding(case, names, sheet, console)
