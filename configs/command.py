@@ -25,7 +25,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from configs.manual import CONFIG_DIR, manual
-from configs.schema import ConfigError, all_keys, infer_config, nearest, train_config
+from configs.schema import MODELS, ConfigError, all_keys, infer_config, nearest, train_config
 
 CHECKS = {"train": train_config, "infer": infer_config}
 
@@ -115,7 +115,7 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if argument.startswith("-"):
                 continue
             if "=" not in argument and not argument.startswith("~"):
-                return f"cannot read {argument!r} as key=value; write for example {argument}=1"
+                return f"cannot read {argument!r} as key=value; write {_meant(argument, groups)}"
             try:
                 override = OverridesParser.create().parse_override(argument)
             except HydraException:
@@ -138,10 +138,21 @@ def explain(name: str, arguments: list[str]) -> str | None:
     return None
 
 
+def _meant(word: str, groups: dict[str, list[str]]) -> str:
+    """How to write a word that stands alone: the option of a group, a group, or a key."""
+    for group, options in {"model": MODELS, **groups}.items():
+        if word in options:
+            return f"{group}={word}"
+    return f"{word}={groups[word][0]}" if word in groups else f"{word}=<value>"
+
+
 def _check_options(name: str, arguments: list[str]) -> None:
     """Raises ConfigError for what argparse would answer with its usage."""
 
     def error(message: str) -> None:
+        dashed = [a.lstrip("-") for a in arguments if a.startswith("-") and "=" in a]
+        if dashed:
+            raise ConfigError(f"{message}; leave out the dashes: {' '.join(dashed)}")
         raise ConfigError(f"{message}; python {name}.py --help says how to write it")
 
     parser = get_args_parser()
