@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D hidden size, E channels of the convolution, 
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from models.chunks import check_mixer_state, packed_projection, sequence_offsets
 from models.short_conv import short_conv
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """A token mixer, from normalised hidden states to the residual's update. A subclass has
     `SCANS`, the chunk-parallel scan and the recurrent one, and `mix`, and calls `reset_parameters`.
 
@@ -121,10 +122,10 @@ class Mixer(nn.Module):
         y, scan_state = self.mix(scan, *parts)
         return self.out_proj(y), (conv_state, scan_state) if output_state else None
 
+    @abstractmethod
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parts of the projection, [B, T, width] each, through the scan and the norm:
         [B, T, inner_size] and the scan's final state."""
-        raise NotImplementedError
 
 
 def check_positive(**sizes: int) -> None:

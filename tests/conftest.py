@@ -85,6 +85,31 @@ def kernels(request, monkeypatch) -> Path:
     return Path("kernels")
 
 
+@pytest.fixture
+def own_cache_and_no_network(tmp_path, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A tokenizer.json."""
+    from text_sets import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.json")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A set laid out like one of the hub, in four files."""
+    from text_sets import write_hub
+
+    return write_hub(tmp_path / "owner" / "texts")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes with numpy, which warns of the infinities that some tests are about.
     ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"

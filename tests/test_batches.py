@@ -1,25 +1,16 @@
-"""Which bytes become which batch, and which files are held out."""
+"""Which tokens become which batch, for training and validation, in each of several processes."""
 
-import zlib
-from dataclasses import asdict
-from itertools import product
-from pathlib import Path
-
-import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from text_sets import TEXTS, TINY, settings, write_table
 
-from configs.command import compose
-from configs.schema import ConfigError, DataConfig
-from models.data import sources
-from models.data.batches import TrainLoader, ValidationLoader
+from configs.schema import ConfigError
+from models.checkpoints.checkpoint import build_model
+from models.data.batches import Packed, TrainLoader, ValidationLoader
 from models.data.corpus import Documents, load_corpus
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+from models.training.lit import LitLanguageModel
 
 
 def counting(tokens: int) -> Documents:
@@ -30,17 +21,8 @@ def counting(tokens: int) -> Documents:
     )
 
 
-def settings(path: Path | str, **values) -> DataConfig:
-    defaults = asdict(compose("train", ["data=text"]).data)
-    defaults |= {"hold_out": 2, "val_tokens": None, "sequence_length": 4, "path": str(path)}
-    return DataConfig(**{**defaults, **values})
-
-
 def rows(loader: TrainLoader, batches: range) -> list[tuple[int, ...]]:
     return [tuple(row) for index in batches for row in loader.batch(index).tolist()]
-
-
-# ------------------------------------------------------------------------------------- batches
 
 
 def test_an_epoch_reads_every_row_once_and_the_next_in_another_order():
@@ -139,6 +121,36 @@ def test_all_processes_read_the_same_text(monkeypatch):
     assert len(next(iter(loaders[0]))) == 1
 
 
+@pytest.mark.usefixtures("own_cache_and_no_network")
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_with_reset_state_a_document_in_a_row_is_as_if_it_stood_alone(model, tmp_path):
+    write_table(tmp_path / "a.jsonl", TEXTS)
+    config = settings("data=text", f"model={model}", *TINY, path=tmp_path / "a.jsonl")
+    documents = load_corpus(config.data).train
+    torch.manual_seed(0)
+    language_model = build_model(config.model, "training")
+    loader = TrainLoader(documents, 4, 150, 3, seed=1, reset_state=True)
+    plain = TrainLoader(documents, 4, 150, 3, seed=1)
+    checked = 0
+    for packed, tokens in zip(loader, plain, strict=True):
+        assert isinstance(packed, Packed)
+        assert torch.equal(packed.tokens, tokens)
+        with torch.no_grad():
+            flat = tokens[:, :-1].reshape(1, -1)
+            together, _ = language_model(flat, cu_seqlens=torch.from_numpy(packed.offsets))
+            for begin, end in zip(packed.offsets, packed.offsets[1:], strict=False):
+                alone, _ = language_model(flat[:, begin:end])
+                torch.testing.assert_close(together[:, begin:end], alone, atol=2e-5, rtol=1e-4)
+                if begin % 150:
+                    assert flat[0, begin:end][:9].tolist() == list(b"document ")[: end - begin]
+                    checked += 1
+            loss = F.cross_entropy(together[0], tokens[:, 1:].flatten())
+            module = LitLanguageModel(language_model, config.optim)
+            assert module.loss(packed).item() == pytest.approx(loss.item())
+            assert module.loss(tokens).item() != pytest.approx(loss.item())
+    assert checked > 15
+
+
 def test_validation_rows_lie_end_to_end():
     documents = Documents(np.arange(100).astype(np.uint8), np.array([0, 100]))
     batches = list(ValidationLoader(documents, 9, batch_size=4))
@@ -178,120 +190,3 @@ def test_fewer_validation_rows_than_processes_are_one_error(max_tokens, says):
     for rank in (0, 11):
         with pytest.raises(ConfigError, match=says):
             ValidationLoader(documents, 9, max_tokens, rank, 12)
-
-
-# ----------------------------------------------------------------------------------- documents
-
-
-def test_the_standard_library_is_split_by_whole_files():
-    data = compose("train").data
-    folder, files = sources.find_files(data)
-    assert not [name for name in files if "site-packages" in name or name.startswith("test/")]
-    loaded = load_corpus(data)
-    held_out = [name for name in files if zlib.crc32(name.encode()) % data.hold_out == 0]
-    assert loaded.val.tokens.tobytes() == b"".join((folder / n).read_bytes() for n in held_out)
-    assert len(loaded.train) + len(loaded.val) == len(files)
-    assert 0.02 < loaded.val.tokens.size / loaded.train.tokens.size < 0.15
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(b"a\r\nb\r\n\r\n" * 9, id="crlf"),
-        pytest.param(bytes(range(256)), id="not-utf8"),
-        pytest.param(b"\xff\xfe" + "caf\u00e9 \U0001f600".encode("utf-16-le") * 9, id="utf16"),
-        pytest.param(b"\0" * 99, id="nul"),
-    ],
-)
-def test_bytes_survive(tmp_path, text):
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for name in ("a.txt", "b.md", "c.py", "d.txt", "skipped.bin"):
-        (folder / name).write_bytes(text)
-    loaded = load_corpus(settings(folder))
-    assert loaded.train.tokens.tobytes() + loaded.val.tokens.tobytes() == text * 4
-    assert np.diff(loaded.train.starts).tolist() == [len(text)] * len(loaded.train)
-
-
-@pytest.mark.parametrize(
-    ("what", "name"),
-    [
-        *product(("folder", "file"), ("a [1]", "b{x,y}", "c*?", "d=e, f", "\u00e9\u00e8")),
-        *product(("glob",), ("b{x,y}", "d=e, f", "\u00e9\u00e8")),
-    ],
-)
-def test_paths_of_all_kinds(tmp_path, name, what):
-    folder = tmp_path / name
-    folder.mkdir()
-    for i in range(8):
-        (folder / f"{name}{i}.txt").write_bytes(b"0123456789" * (i + 1))
-    path = {"folder": folder, "file": folder / f"{name}7.txt", "glob": folder / "*.txt"}[what]
-    loaded = load_corpus(settings(path))
-    expected = 80 if what == "file" else 360
-    assert loaded.train.tokens.size + loaded.val.tokens.size == expected
-
-
-def test_the_end_of_a_single_file_is_held_out(tmp_path):
-    (tmp_path / "book.txt").write_bytes(bytes(range(200)))
-    loaded = load_corpus(settings(tmp_path / "book.txt", hold_out=10))
-    assert loaded.train.tokens.tolist() == list(range(180))
-    assert loaded.val.tokens.tolist() == list(range(180, 200))
-
-
-def test_a_file_more_moves_no_other_between_training_and_validation(tmp_path):
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for i in range(10):
-        (folder / f"{i}.txt").write_bytes(b"%d" % i * 50)
-    before = load_corpus(settings(folder))
-    (folder / "00.txt").write_bytes(b"x" * 50)
-    after = load_corpus(settings(folder))
-    for part in ("train", "val"):
-        kept = getattr(after, part).tokens.tobytes().replace(b"x", b"")
-        assert kept == getattr(before, part).tokens.tobytes()
-
-
-def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(tmp_path, monkeypatch):
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for i in range(6):
-        (folder / f"{i}.txt").write_bytes(b"abcdefgh")
-    read = []
-    rows_of = sources._rows
-
-    def counted(**arguments):
-        read.append(1)
-        yield from rows_of(**arguments)
-
-    monkeypatch.setattr(sources, "_rows", counted)
-    first = load_corpus(settings(folder))
-    second = load_corpus(settings(folder))
-    assert len(read) == 1
-    assert np.array_equal(first.train.tokens, second.train.tokens)
-    (folder / "0.txt").write_bytes(b"something else")
-    third = load_corpus(settings(folder))
-    assert len(read) == 2
-    assert b"something else" in third.train.tokens.tobytes() + third.val.tokens.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        pytest.param({"path": "missing"}, "no such path", id="missing"),
-        pytest.param({"path": "."}, "none there", id="empty-folder"),
-        pytest.param({"path": "*.txt"}, "no such path", id="empty-glob"),
-        pytest.param({"path": "short.rst"}, "sequence_length must be below", id="short-file"),
-        pytest.param({"path": None}, "needs data.path", id="no-path"),
-    ],
-)
-def test_bad_data_is_one_error(tmp_path, monkeypatch, values, says):
-    folder = tmp_path / "files"
-    folder.mkdir()
-    (folder / "short.rst").write_bytes(b"abc")
-    monkeypatch.chdir(folder)
-    config = settings(".")
-    for name, value in values.items():
-        setattr(config, name, value)
-    with pytest.raises(ConfigError, match=says) as error:
-        load_corpus(config)
-    assert "\n" not in str(error.value)
