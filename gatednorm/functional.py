@@ -221,9 +221,9 @@ def layernorm_backward(
         _refuse_transforms("layernorm_backward")
     p = describe(x, weight, bias, z, None, *options, None)
     check_like("dy", dy, x)
-    for name, stat in (("rstd", rstd), ("mean", mean)):
-        if name == "mean" and p.is_rms_norm:
-            continue
+    stats = {"rstd": rstd} if p.is_rms_norm else {"rstd": rstd, "mean": mean}
+    mean = stats.get("mean")  # RMS norm has no use for one that other copies' callers pass
+    for name, stat in stats.items():
         fits = (
             isinstance(stat, Tensor)
             and tuple(stat.shape) == (p.n_rows, p.n_groups)
@@ -256,6 +256,5 @@ def layernorm_backward(
                 )
         inputs["dx"] = dx
     rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
-    mean = None if p.is_rms_norm else mean
     with torch.no_grad():
         return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

@@ -98,6 +98,14 @@ def edit(name: str, how: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(how((folder / name).read_bytes()))
 
 
+def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    def other(data: bytes) -> bytes:
+        assert old in data, f"{name} must hold {old!r}: there is nothing to spoil"
+        return data.replace(old, new)
+
+    return edit(name, other)
+
+
 def flip(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 4]) + data[at:][1:]
 
@@ -205,36 +213,36 @@ CHECKPOINTS = [
     checkpoint("a config without a model", write(CONFIG, "seed: 1\n")),
     checkpoint(
         "a config of other sizes",
-        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 64")),
+        replace(CONFIG, b"hidden_size: 32", b"hidden_size: 64"),
     ),
     checkpoint(
         "a config of a size that no machine has the memory for",
-        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 2000000")),
+        replace(CONFIG, b"hidden_size: 32", b"hidden_size: 2000000"),
     ),
     checkpoint(
         "a config of a size that no number has the digits for",
-        edit(CONFIG, lambda data: data.replace(b"d_state: ", b"d_state: 9" + b"9" * 30)),
+        replace(CONFIG, b"d_state: ", b"d_state: 9" + b"9" * 30),
     ),
     checkpoint(
         "a config of a billion layers",
-        edit(CONFIG, lambda data: data.replace(b"num_layers: 2", b"num_layers: 1000000000")),
+        replace(CONFIG, b"num_layers: 2", b"num_layers: 1000000000"),
     ),
     checkpoint(
         "a config that lacks a size",
-        edit(CONFIG, lambda data: data.replace(b"  hidden_size: 32\n", b"")),
+        replace(CONFIG, b"  hidden_size: 32\n", b""),
     ),
     checkpoint(
         "a config of an unknown size",
-        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 32\n  depth: 3")),
+        replace(CONFIG, b"hidden_size: 32", b"hidden_size: 32\n  depth: 3"),
     ),
     checkpoint("a config that is a list", write(CONFIG, "- model\n")),
     checkpoint(
         "a config of a word for a size",
-        edit(CONFIG, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: wide")),
+        replace(CONFIG, b"hidden_size: 32", b"hidden_size: wide"),
     ),
     checkpoint(
         "a config of no layers",
-        edit(CONFIG, lambda data: data.replace(b"num_layers: 2", b"num_layers: 0")),
+        replace(CONFIG, b"num_layers: 2", b"num_layers: 0"),
     ),
     checkpoint("a damaged `tokenizer.json`", write(f"{RUN}/tokenizer.json", '{"version": ')),
     checkpoint("a `config.json` of another model", published(model_type="llama"), "published"),
@@ -277,15 +285,15 @@ CHECKPOINTS = [
     resume("without the state of the optimiser", lambda folder: without_optimizer(folder / LAST)),
     resume(
         "a config of other sizes",
-        edit(STOPPED, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 64")),
+        replace(STOPPED, b"hidden_size: 32", b"hidden_size: 64"),
     ),
     resume(
         "a config of a size that no machine has the memory for",
-        edit(STOPPED, lambda data: data.replace(b"hidden_size: 32", b"hidden_size: 2000000")),
+        replace(STOPPED, b"hidden_size: 32", b"hidden_size: 2000000"),
     ),
     resume(
         "a config that lacks a value",
-        edit(STOPPED, lambda data: data.replace(b"  weight_decay: 0.1\n", b"")),
+        replace(STOPPED, b"  weight_decay: 0.1\n", b""),
     ),
     resume("metrics that are no table", write("runs/stopped/metrics.csv", "\0\n1\n")),
     resume("of another learning rate", nothing, "optim.learning_rate=1"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -157,10 +158,13 @@ def of_another_version(run: Path, *keys: str) -> None:
     torch.save(state, run / "last.ckpt")
 
 
-def edit(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
+def edited(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+
+    return edit
 
 
 UNREADABLE = {
@@ -180,27 +184,27 @@ UNREADABLE = {
         "it has no model section",
     ),
     "config that refers to nothing": (
-        lambda run: edit(run / "config.yaml", "steps: 12", "steps: ${x}"),
+        edited("config.yaml", "steps: 12", "steps: ${x}"),
         "Interpolation key 'x' not found",
     ),
     "config without a section": (
-        lambda run: edit(run / "config.yaml", "optim:", "optics:"),
+        edited("config.yaml", "optim:", "optics:"),
         "there is no key 'optics'",
     ),
     "config of an older version": (
-        lambda run: edit(run / "config.yaml", "  steps: 12\n", ""),
+        edited("config.yaml", "  steps: 12\n", ""),
         "optim.steps must have a value, got none",
     ),
     "config of other sizes": (
-        lambda run: edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 64"),
+        edited("config.yaml", "hidden_size: 32", "hidden_size: 64"),
         r"its embedding.weight has shape \[256, 32\] and not \[256, 64\]",
     ),
     "config of a huge size": (
-        lambda run: edit(run / "config.yaml", "hidden_size: 32", "hidden_size: 32000000"),
+        edited("config.yaml", "hidden_size: 32", "hidden_size: 32000000"),
         r"its embedding.weight has shape \[256, 32\] and not \[256, 32000000\]",
     ),
     "config of a billion layers": (
-        lambda run: edit(run / "config.yaml", "num_layers: 2", "num_layers: 1000000000"),
+        edited("config.yaml", "num_layers: 2", "num_layers: 1000000000"),
         "too few tensors",
     ),
     "no optimizer": (
@@ -218,7 +222,7 @@ UNREADABLE = {
         "got the parts position in the checkpoint, not position, text",
     ),
     "metrics": (
-        lambda run: edit(run / "metrics.csv", "epoch,step", "epoch,stop"),
+        edited("metrics.csv", "epoch,step", "epoch,stop"),
         "metrics.csv.* must be whole .* not a table of numbers with the column step",
     ),
 }

@@ -18,18 +18,19 @@ def start_model(
 ) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
     """The model and the tokenizer to train with, and the config with the sizes that they have.
     Raises ConfigError."""
+    model = None
     if stopped and stopped.checkpoint:  # the weights come with the optimiser
         tokenizer = _checked(tokenizer_of, stopped.run)
     elif config.checkpoint is not None:
         config, model, tokenizer = _from_checkpoint(config)
-        check_model(config, processes)
-        return config, model, tokenizer
     else:
         tokenizer = _checked(load_tokenizer, config.tokenizer)
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_model(config, processes)
-    return config, build_model(config.model, "training"), tokenizer
+    if model is None:
+        model = build_model(config.model, "training")
+    return config, model, tokenizer
 
 
 def _from_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
