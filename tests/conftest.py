@@ -97,9 +97,11 @@ def own_cache_and_no_network(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
     """A tokenizer.json."""
-    from text_sets import write_tokenizer
+    from text_sets import TEXTS, byte_level
 
-    return write_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.json")
+    file = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    byte_level(TEXTS).save(str(file))
+    return file
 
 
 @pytest.fixture
