@@ -97,11 +97,9 @@ def own_cache_and_no_network(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
     """A tokenizer.json."""
-    from text_sets import TEXTS, byte_level
+    from text_sets import write_tokenizer
 
-    file = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    byte_level(TEXTS).save(str(file))
-    return file
+    return write_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.json")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tokenizers
-from text_sets import byte_level
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer, tokenizer_of
@@ -23,6 +22,21 @@ TEXTS = {
     "empty": b"",
     "spaces": b"  a   b ",
 }
+
+
+def byte_level():
+    """Byte-level BPE, as GPT-2 and GPT-NeoX have: characters span tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
 
 
 def sentencepiece():
@@ -47,7 +61,7 @@ def sentencepiece():
     return tokenizer
 
 
-KINDS = {"byte_level": lambda: byte_level(CORPUS), "sentencepiece": sentencepiece}
+KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
 
 
 def tokenizer(kind):
@@ -129,7 +143,7 @@ EOS = {
 def test_eos(case, tmp_path):
     """What the folder says ends a document, else the usual names; it survives another save."""
     options, expected = EOS[case]
-    raw = byte_level(CORPUS)
+    raw = byte_level()
     raw.save(str(tmp_path / "tokenizer.json"))
     if options is not None:
         content = options if isinstance(options, str) else json.dumps(options)
@@ -143,7 +157,7 @@ def test_eos(case, tmp_path):
 
 
 def test_saved_truncation_and_padding_do_not_apply(tmp_path):
-    raw = byte_level(CORPUS)
+    raw = byte_level()
     raw.enable_truncation(3)
     raw.enable_padding(length=50)
     raw.save(str(tmp_path / "tokenizer.json"))
@@ -162,7 +176,7 @@ def test_load_tokenizer_by_its_names(tmp_path):
 
 def test_transformers_reads_what_is_saved(tmp_path):
     transformers = pytest.importorskip("transformers")
-    subject = TextTokenizer(byte_level(CORPUS), eos=0)
+    subject = TextTokenizer(byte_level(), eos=0)
     subject.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("return x")["input_ids"] == subject.encode(b"return x")

@@ -14,20 +14,19 @@ TEXTS = [f'document {i}: caf\u00e9\r\n, with a comma "and quotes" {"x" * i}' for
 TINY = [*SIX_STEPS, "optim.steps=3", "data.sequence_length=16"]
 
 
-def byte_level(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE, as GPT-2 and GPT-NeoX have, with an end of a document: characters span
-    tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def write_tokenizer(file: Path) -> Path:
+    """A tokenizer.json: byte-level BPE with an end of a document, as the published ones have."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    library.train_from_iterator(TEXTS, trainer)
+    library.save(str(file))
+    return file
 
 
 def write_table(file: Path, texts: list[str], column: str = "text") -> None:
