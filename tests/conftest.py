@@ -1,16 +1,12 @@
 """What every test file shares: the interpreter without a GPU, both paths of the norm, profiles."""
 
-import importlib.util
 import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-GPU = torch.cuda.is_available()
-if not GPU:  # must be in place before anything imports triton
-    os.environ["TRITON_INTERPRET"] = "1"
-TRITON = importlib.util.find_spec("triton") is not None
+from paths import GPU, TRITON, Path
 
 # Several test processes share the cores, and so do the commands that they start.
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -34,23 +30,6 @@ settings.register_profile(
     ],
 )
 settings.load_profile("gatednorm")
-
-
-class Path:
-    """One way to run the norm: where the tensors lie, whether the kernels run, which dtypes."""
-
-    def __init__(self, name: str):
-        self.kernels = name == "kernels"
-        self.device = "cuda" if self.kernels and GPU else "cpu"
-        # The interpreter truncates where bf16 is stored; bf16 is judged on the GPU alone.
-        self.dtypes = [torch.float32, torch.float16]
-        if not self.kernels or GPU:
-            self.dtypes.append(torch.bfloat16)
-        if not self.kernels:
-            self.dtypes.append(torch.float64)
-
-    def __repr__(self) -> str:
-        return "kernels" if self.kernels else "cpu"
 
 
 def _kernels_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +76,11 @@ def own_cache_and_no_network(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
     """A tokenizer.json."""
-    from text_sets import write_tokenizer
+    from text_sets import TEXTS, byte_level
 
-    return write_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.json")
+    file = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    byte_level(TEXTS).save(str(file))
+    return file
 
 
 @pytest.fixture

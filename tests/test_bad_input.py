@@ -6,14 +6,15 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from bad_input import RUN, TABLE, Bad, answer, cases, table
 
+from bad_input import TABLE, answer, table
 from configs.command import command
+from mistakes import CASES, RUN, Bad
 
-CASES = [case for group in cases().values() for case in group]
+ALL = [case for group in CASES.values() for case in group]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.what or 'value'}: {case.command}")
+@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case.what or 'value'}: {case.command}")
 def test_one_line_and_nothing_left(case):
     found = answer(case)
     assert found.code == 2
@@ -24,14 +25,14 @@ def test_one_line_and_nothing_left(case):
 
 
 def test_there_are_enough_cases_and_none_is_there_twice():
-    assert len(CASES) >= 40
-    assert len({(case.what, case.command) for case in CASES}) == len(CASES)
+    assert len(ALL) >= 40
+    assert len({(case.what, case.command) for case in ALL}) == len(ALL)
 
 
 def test_the_table_is_what_the_commands_say():
     written = TABLE.read_text(encoding="utf-8").splitlines()
     for line, expected in zip(written, table().splitlines(), strict=False):
-        assert line == expected, "write it anew with: python tests/bad_input.py"
+        assert line == expected, "write it anew with: python tests/helpers/bad_input.py"
     assert written == table().splitlines()
 
 

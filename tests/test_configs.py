@@ -90,62 +90,6 @@ def test_every_value_has_a_line_in_the_yaml():
         assert set(kind.__dataclass_fields__) <= {line.split(":")[0] for line in text.splitlines()}
 
 
-BAD = [
-    ("modle=fla", "there is no key 'modle'; did you mean model?"),
-    ("model=mamba", "model must be one of fla, mamba2, got 'mamba'; did you mean mamba2?"),
-    ("norm=infrence", "norm must be one of inference, training, got 'infrence'"),
-    ("norm=inference", "train.py needs norm=training, got norm=inference"),
-    ("model.num_head=2", "there is no key 'model.num_head'; did you mean model.num_heads?"),
-    ("model.num_heads=0", "model.num_heads must be at least 1, got 0"),
-    ("model.head_dim=1.5", "model.head_dim: Value '1.5' of type 'float'"),
-    ("model.name=rwkv", "model.name must be one of fla, mamba2, got 'rwkv'"),
-    ("model.norm_eps=0", "model.norm_eps must be above 0, got 0.0"),
-    ("model.norm_eps=nan", "model.norm_eps must be above 0, got nan"),
-    ("optim.steps=0", "optim.steps must be at least 1 and below 2147483648, got 0"),
-    ("optim.steps=many", "optim.steps: Value 'many' of type 'str'"),
-    ("optim.steps=null", "optim.steps: Incompatible value 'None'"),
-    ("optim.betas=[0.9]", "optim.betas must be two numbers"),
-    ("optim.betas=[0.9,1.0]", "optim.betas must be two numbers"),
-    ("optim.min_learning_rate=1", "optim.min_learning_rate must be at most"),
-    ("data.source=web", "data.source must be one of stdlib, text, hub, got 'web'"),
-    ("data.name=a/b", "data.name must be left out with data=stdlib, got 'a/b'"),
-    ("data.streaming=true", "data.streaming must be left out with data=stdlib"),
-    ("data.split=test", "data.split must be left out with data=stdlib, got 'test'"),
-    ("data.column=body", "data.column must be left out with data=stdlib, got 'body'"),
-    ("data.path=", "data.path must be a file, a folder or a glob, got ''"),
-    ("optim.warmup_steps=9999", "optim.warmup_steps must be at most optim.steps="),
-    ("trainer.accumulate=0", "trainer.accumulate must be at least 1 and below 2147483648, got 0"),
-    ("data.sequence_length=0", "data.sequence_length must be at least 1, got 0"),
-    ("data.hold_out=1", "data.hold_out must be at least 2, got 1"),
-    ("data=stdlb", "data must be one of hub, stdlib, text, got 'stdlb'; did you mean stdlib?"),
-    ("trainer=tpu", "trainer must be one of"),
-    ("trainer.precision=fp8", "trainer.precision must be one of"),
-    ("seed=-1", "seed must be at least 0 and below"),
-    ("seed=a(b", "cannot read 'seed=a(b'"),
-    ("seed", "cannot read 'seed' as key=value; write seed=<value>"),
-    ("mamba2", "cannot read 'mamba2' as key=value; write model=mamba2"),
-    ("ten_minutes", "write experiment=ten_minutes"),
-    ("trainer", "write trainer=auto"),
-    ("--model=fla", "leave out the dashes: model=fla"),
-    ("--foo", "unrecognized arguments: --foo; python train.py --help"),
-    ("--cfg", "argument --cfg/-c: expected one argument"),
-    ("+colour=red", "there is no key 'colour'"),
-    ("experiment=huge", "experiment must be one of"),
-]
-
-
-@pytest.mark.parametrize(("argument", "says"), BAD, ids=[argument for argument, _ in BAD])
-def test_a_mistake_is_one_line(argument, says, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as left:
-        run_command("train", [argument], monkeypatch)
-    out, err = capsys.readouterr()
-    assert left.value.code == 2
-    assert err.startswith("train.py: error: ")
-    assert says in err
-    assert err.count("\n") == 1
-    assert out == ""
-
-
 def test_a_config_error_of_the_main_function_is_one_line(monkeypatch, capsys):
     def main(config):
         raise ConfigError("a\n   b")

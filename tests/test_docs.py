@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small_runs import run
 
 from models import Options, Result
+from small_runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")

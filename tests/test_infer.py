@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import run, write_checkpoint
-from test_tokenizer import byte_level
 
 import infer
 from configs.command import compose
@@ -32,6 +30,8 @@ from models.checkpoints.checkpoint import (
 from models.checkpoints.tokenizer import TextTokenizer
 from models.inference.output import Speeds
 from models.inference.prompts import read_prompts
+from small_runs import run, write_checkpoint
+from text_sets import byte_level
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import run
 
 from configs.command import CONFIG_DIR, compose
 from configs.schema import all_keys
+from small_runs import run
 
 
 def printed(script, arguments, monkeypatch, capsys, columns=100):

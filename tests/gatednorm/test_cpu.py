@@ -1,0 +1,142 @@
+"""The closed-form CPU path: blocks of rows, fp64, what it promises, and that it stands alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gatednorm
+from gatednorm import cpu, reference
+from norm_cases import (
+    NAN,
+    Case,
+    Layout,
+    cases,
+    check,
+    inputs_of,
+    same_bits,
+    through_autograd,
+    through_buffers,
+)
+
+OPTIONS = [
+    pytest.param(True, True, True, id="rms-gate_after"),
+    pytest.param(True, False, True, id="rms-gate_before"),
+    pytest.param(False, True, True, id="layer-gate_after"),
+    pytest.param(False, False, True, id="layer-gate_before"),
+    pytest.param(False, True, False, id="layer-plain"),
+]
+
+
+@settings(max_examples=200)
+@given(
+    case=cases([torch.float32, torch.bfloat16]),
+    block=st.sampled_from([1, 300, 2000, 20_000]),
+    route=st.sampled_from([through_autograd, through_buffers]),
+)
+def test_blocks_of_any_size(monkeypatch, case, block, route):
+    """One row at a time, a few, all at once: blocks cover every row, statistics fall in place."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "BLOCK_BYTES", block)
+        check(case, "cpu", route)
+
+
+@pytest.mark.parametrize("outer", [(7,), (3, 5), (2, 3, 4)], ids=str)
+def test_blocks_that_cut_inside_outer_dimensions(monkeypatch, outer):
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 3 * 16 * 4)  # three rows
+    order = tuple(reversed(range(len(outer))))
+    layouts = dict.fromkeys(("x", "dy", "dz"), Layout(order=order, left=2))
+    for is_rms_norm in (True, False):
+        check(Case(outer, 16, 1, is_rms_norm, bias=True, layouts=layouts), "cpu", through_buffers)
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_gradcheck(is_rms_norm, norm_before_gate, gated, activation):
+    """Against finite differences in fp64, which know nothing of the formula."""
+    i = inputs_of(
+        Case((4,), 5, 2, is_rms_norm, norm_before_gate, gated, bias=True, dtype=torch.float64)
+    )
+    leaves = [t.requires_grad_() for t in (i.x, i.weight, i.bias, i.z) if t is not None]
+
+    def norm(x, w, b, z=None):
+        return gatednorm.layernorm_fn(
+            x, w, b, z, 1e-3, 5, norm_before_gate, is_rms_norm, activation=activation
+        )
+
+    assert torch.autograd.gradcheck(norm, leaves)
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize("width", [1, 17, 512, 20_000], ids="n{}".format)
+def test_inference_has_the_bits_of_training(width, is_rms_norm, norm_before_gate, gated):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        case = Case((37,), width, 1, is_rms_norm, norm_before_gate, gated, bias=True, dtype=dtype)
+        i = inputs_of(case)
+        given = (i.x, i.weight, i.bias, i.z)
+        options = dict(is_rms_norm=is_rms_norm, **case.options)
+        training = gatednorm.layernorm_fn(*given, **options)
+        assert same_bits(training, gatednorm.rms_norm_gated(*given, **options))
+        assert same_bits(training, gatednorm.layernorm_forward(*given, **options)[0])
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+def test_a_bad_row_touches_no_other(is_rms_norm, norm_before_gate, gated, bad):
+    case = Case((12,), 40, 2, is_rms_norm, norm_before_gate, gated, bias=True)
+    clean = through_autograd(case, inputs_of(case))
+    for name in ("x", "z", "dy") if gated else ("x", "dy"):
+        spoilt = inputs_of(case)
+        getattr(spoilt, name)[5, 3] = bad
+        got = through_autograd(case, spoilt)
+        others = [r for r in range(12) if r != 5]
+        for result in ("y", "dx", "dz"):
+            if result in got:
+                torch.testing.assert_close(got[result][others], clean[result][others])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+def test_autocast_changes_nothing(kind, norm_before_gate):
+    """fp32 stays fp32, forward and backward, with the same bits."""
+    case = Case((33,), 64, 2, False, norm_before_gate, bias=True)
+    want = through_autograd(case, inputs_of(case))
+    with torch.autocast("cpu", dtype=kind):
+        got = through_autograd(case, inputs_of(case))
+    for name in want:
+        assert got[name].dtype == torch.float32, name
+        assert same_bits(got[name], want[name]), name
+
+
+def test_a_default_device_for_new_tensors_changes_nothing():
+    case = Case((6,), 8, 2)
+    i = inputs_of(case, "cpu")
+    want = through_autograd(case, i)
+    with torch.device("meta"):
+        leaves = [t.detach().requires_grad_() for t in (i.x, i.weight, i.z)]
+        y = gatednorm.rmsnorm_fn(*leaves[:2], None, leaves[2], **case.options)
+        grads = torch.autograd.grad(y, leaves, i.dy)
+    for name, t in zip(("y", "dx", "dw", "dz"), (y, *grads), strict=True):
+        assert same_bits(t, want[name]), name
+
+
+def test_large_offset_in_layer_norm():
+    """x = 1000 + noise: the mean is subtracted before the squares are summed."""
+    x = 1000 + torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    got = gatednorm.layernorm_fn(x)
+    want = reference.gated_norm_ref(x.double(), is_rms_norm=False)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_the_reference_is_not_on_the_path(monkeypatch):
+    """Or the tests would compare it with itself."""
+
+    def called(*args, **kwargs):
+        raise AssertionError("the CPU path called the reference")
+
+    case = Case((5,), 16, 2)
+    i = inputs_of(case)
+    monkeypatch.setattr(reference, "gated_norm_ref", called)
+    monkeypatch.setattr(reference, "rms_norm_ref", called)
+    through_autograd(case, i)
+    assert not hasattr(cpu, "gated_norm_ref")

@@ -1,0 +1,375 @@
+"""The Triton kernels: every schedule, the same bits whatever lies around a row, one kernel."""
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gatednorm
+from norm_cases import (
+    NAN,
+    Case,
+    Layout,
+    check,
+    inputs_of,
+    same_bits,
+    through_autograd,
+    through_buffers,
+)
+from paths import GPU, TRITON
+
+if TRITON:
+    from gatednorm import autograd, launch, problem, row_kernels
+    from gatednorm import kernels as triton_kernels
+
+
+def forget_plans() -> None:
+    """Empty every cache of tiles and launches, so that changed sizes take effect."""
+    for module in (autograd, launch, problem):
+        for value in vars(module).values():
+            if value is not autograd.backend and hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+@pytest.fixture
+def change_tiles(monkeypatch):
+    """Set attributes of `launch` for one test; plans made before and during it are forgotten."""
+
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(launch, name, value)
+        forget_plans()
+
+    yield change
+    monkeypatch.undo()
+    forget_plans()
+
+
+@pytest.fixture
+def launches(kernels, monkeypatch) -> list:
+    """Every kernel object that is started through Triton, in order."""
+    started = []
+    kind = type(triton_kernels.forward_kernel)
+    start = kind.__getitem__
+
+    def recorded(kernel, grid):
+        started.append(kernel)
+        return start(kernel, grid)
+
+    monkeypatch.setattr(kind, "__getitem__", recorded, raising=False)
+    forget_plans()  # a compiled kernel that was kept would be started without Triton
+    yield started
+    forget_plans()
+
+
+OPTIONS = [
+    pytest.param(True, True, True, id="rms-gate_after"),
+    pytest.param(True, False, True, id="rms-gate_before"),
+    pytest.param(False, True, True, id="layer-gate_after"),
+    pytest.param(False, False, True, id="layer-gate_before"),
+    pytest.param(False, True, False, id="layer-plain"),
+]
+SOME_FAST = [
+    case if i in (0, 3) else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+    for i, case in enumerate(OPTIONS)
+]
+
+
+def kinds_of_tile() -> dict[tuple, int]:
+    """The smallest width for each schedule of the launcher: pieces, chunks, other switches."""
+    sizes = {"rows", "block_a", "block_b", "chunks", "num_warps", "stages", "workers_per_sm"}
+    sizes.add("maxnreg")
+    found = {}
+    for n in [*range(1, 3000), *range(3000, 20_000, 257), 5120, 8192, 12_288, 16_384]:
+        kind = []
+        for tile in (launch.forward_tile(n), launch.backward_tile(n)):
+            kind += [tile.block_b > 0, tile.chunks > 1, tile.rows > 1]
+            kind += [value for name, value in tile._asdict().items() if name not in sizes]
+        full = n % (launch.forward_tile(n).block_a + launch.forward_tile(n).block_b) == 0
+        found.setdefault((*kind, full), n)
+    return found
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), SOME_FAST)
+def test_every_schedule(kernels, is_rms_norm, norm_before_gate, gated):
+    """One width for each kind of tile, groups, rows that do not fill the last tile."""
+    for width in kinds_of_tile().values():
+        groups, rows = (1, 2) if width > 1024 else (2, 3)
+        if width < 256:
+            rows = launch.forward_tile(width).rows + 1
+        case = Case((rows,), width, groups, is_rms_norm, norm_before_gate, gated, bias=True)
+        check(case, kernels.device)
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize("width", [17, 32, 40], ids="n{}".format)
+def test_wide_schedule(kernels, change_tiles, width, is_rms_norm, norm_before_gate, gated):
+    """Groups in chunks, forced at small widths: whole and partial last chunks."""
+    change_tiles(WIDEST=15, CHUNK=16)
+    assert launch.forward_tile(width).chunks == -(-width // 16)
+    layouts = {"x": Layout(left=3), "z": Layout(right=5), "dz": Layout(left=1, right=1)}
+    numerics = {17: "fp32", 32: "mamba2", 40: "qwen3_next"}[width]
+    case = Case(
+        (3, 1), width, 2, is_rms_norm, norm_before_gate, gated, bias=True, numerics=numerics,
+        zero_centered=width == 32, dtype=torch.float16, layouts=layouts,
+    )  # fmt: skip
+    check(case, kernels.device, through_buffers)
+    check(replace(case, dtype=torch.float32, bias=False), kernels.device)
+
+
+@pytest.mark.parametrize(
+    ("width", "is_rms_norm", "norm_before_gate"),
+    [
+        pytest.param(65_536, True, True, id="n65536-rms-gate_after"),
+        pytest.param(70_001, False, False, id="n70001-layer-gate_before"),
+    ],
+)
+def test_rows_above_64_kilobytes(kernels, width, is_rms_norm, norm_before_gate):
+    check(Case((2,), width, 1, is_rms_norm, norm_before_gate), kernels.device)
+
+
+@pytest.mark.parametrize("switches", ["hoist", "reload", "both"])
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_before_gate, gated):
+    """What the backward keeps in registers is a matter of speed: off or on, one piece or two."""
+    chosen = launch.backward_tile
+    names = ("hoist", "reload") if switches == "both" else (switches,)
+
+    def flipped(*args):
+        tile = chosen(*args)
+        return tile._replace(**{name: not getattr(tile, name) for name in names})
+
+    change_tiles(backward_tile=flipped)
+    layouts = {"x": Layout(left=8), "z": Layout(left=3, right=1), "dy": Layout(right=5)}
+    for width in (48, 600):
+        case = Case(
+            (3,), width, 2, is_rms_norm, norm_before_gate, gated, bias=True, layouts=layouts
+        )
+        check(case, kernels.device)
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "warps", "spread"),
+    [
+        pytest.param(1300, 1, 1, (1, 1), id="n1300-1_warp"),
+        pytest.param(1300, 1, 4, (4, 4), id="n1300-4_warps"),
+        pytest.param(600, 2, 2, (2, 1), id="n600-2_warps_and_1"),
+    ],
+)
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+def test_sums_across_warps(kernels, change_tiles, is_rms_norm, width, rows, warps, spread):
+    """A row in two pieces, each spread over as many warps as the other, or over fewer."""
+    forward, backward = launch.forward_tile, launch.backward_tile
+    change_tiles(
+        forward_tile=lambda *args: forward(*args)._replace(rows=rows, num_warps=warps),
+        backward_tile=lambda *args: backward(*args)._replace(rows=rows, num_warps=warps),
+    )
+    for tile in (launch.forward_tile(width, True), launch.backward_tile(width, True)):
+        assert (tile.sums["WARPS_A"], tile.sums["WARPS_B"]) == spread
+    check(Case((3,), width, 1, is_rms_norm, bias=True), kernels.device)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 150])
+def test_any_number_of_workers(kernels, change_tiles, workers):
+    """Each worker walks over several row tiles; the last share is smaller than the others. Their
+    sums are added up in several steps when there are many."""
+    chosen = launch.backward_tile
+    change_tiles(
+        backward_tile=lambda *args: chosen(*args)._replace(rows=2, workers_per_sm=workers),
+        _multiprocessors=lambda device: 1,
+    )
+    for rows in (1, 2, 9, 23) if workers < 100 else (401,):
+        check(Case((rows,), 40, 1, False, bias=True), kernels.device)
+    if workers == 1:  # a row in two pieces
+        check(Case((5,), 600, 1, False, bias=True), kernels.device)
+
+
+# ---- the same bits ----
+
+WIDTHS = [1, 17, 128, 600, 1001, 4097]
+
+
+def run(case: Case, x, z, w, b):
+    return gatednorm.layernorm_fn(x, w, b, z, is_rms_norm=case.is_rms_norm, **case.options)
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize("width", WIDTHS, ids="n{}".format)
+def test_batch_does_not_change_a_row(kernels, width, is_rms_norm, norm_before_gate, gated):
+    """vllm#57280: any number of rows, any position, aligned or not (`x[1:]` at odd widths)."""
+    rows = 70 if width < 256 else 9
+    case = Case((rows,), width, 1, is_rms_norm, norm_before_gate, gated, bias=True)
+    i = inputs_of(case, kernels.device)
+    whole = run(case, i.x, i.z, i.weight, i.bias)
+    for part in (
+        slice(0, 1), slice(1, None), slice(2, 5), slice(rows - 1, rows), slice(3, rows - 2),
+        slice(None, None, 2),
+    ):  # fmt: skip
+        alone = run(case, i.x[part], i.z[part] if gated else None, i.weight, i.bias)
+        assert same_bits(alone, whole[part]), part
+    for offset, right in ((1, 0), (3, 5), (8, 8)):
+        layout = Layout(offset=offset, right=right)
+        x, z = (None if t is None else layout.place(t, t.dtype, t.device)[0] for t in (i.x, i.z))
+        assert same_bits(run(case, x, z, i.weight, i.bias), whole), (offset, right)
+    stacked = [torch.cat([t[5:], t]) if t is not None else None for t in (i.x, i.z)]
+    assert same_bits(run(case, *stacked, i.weight, i.bias)[rows - 5 :], whole)
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("width", [17, 128, 600], ids="n{}".format)
+def test_batch_does_not_change_the_gradient_of_a_row(kernels, width, norm_before_gate):
+    case = Case((40 if width < 256 else 6,), width, 2, False, norm_before_gate, bias=True)
+    i = inputs_of(case, kernels.device)
+    parts = (i.weight, i.bias)
+    kwargs = dict(is_rms_norm=False, **case.options)
+    _, mean, rstd = gatednorm.layernorm_forward(i.x, *parts, i.z, **kwargs)
+    dx, _, _, dz = gatednorm.layernorm_backward(i.dy, i.x, *parts, i.z, mean, rstd, **kwargs)
+    for part in (slice(0, 1), slice(1, None), slice(3, 30)):
+        alone = gatednorm.layernorm_backward(
+            i.dy[part], i.x[part], *parts, i.z[part], mean[part], rstd[part], **kwargs
+        )
+        assert same_bits(alone[0], dx[part])
+        assert same_bits(alone[3], dz[part])
+
+
+def test_parameter_gradients_repeat(kernels):
+    """`dw` and `db`: the same bits in every run."""
+    case = Case((300,), 64, 1, False, bias=True)
+    first, *others = (through_autograd(case, inputs_of(case, kernels.device)) for _ in range(3))
+    for other in others:
+        assert same_bits(first["dw"], other["dw"])
+        assert same_bits(first["db"], other["db"])
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+def test_a_bad_row_touches_no_other(kernels, is_rms_norm, norm_before_gate, gated, bad):
+    case = Case((12,), 40, 2, is_rms_norm, norm_before_gate, gated, bias=True)
+    i = inputs_of(case, kernels.device)
+    clean = through_autograd(case, i)
+    for name in ("x", "z", "dy"):
+        if name == "z" and not gated:
+            continue
+        spoilt = inputs_of(case, kernels.device)
+        getattr(spoilt, name)[5, 3] = bad
+        got = through_autograd(case, spoilt)
+        others = [r for r in range(12) if r != 5]
+        for result in ("y", "dx", "dz"):
+            if result in got:
+                assert same_bits(got[result][others], clean[result][others]), (name, result)
+
+
+# ---- one kernel, no copies ----
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+def test_both_roles_start_one_kernel(launches, kernels, is_rms_norm, norm_before_gate, gated):
+    """vllm#35423: duplicates that drifted apart. Training and inference start the same kernel
+    object once each, and their bits are equal."""
+    case = Case((9,), 64, 2, is_rms_norm, norm_before_gate, gated, bias=True)
+    i = inputs_of(case, kernels.device)
+    given = (i.x, i.weight, i.bias, i.z)
+    results = []
+    for function, kwargs in (
+        (gatednorm.layernorm_fn, {}), (gatednorm.rms_norm_gated, {}),
+        (gatednorm.layernorm_forward, {}), (gatednorm.rms_norm_gated, {"out": i.x.clone()}),
+    ):  # fmt: skip
+        launches.clear()
+        forget_plans()
+        result = function(*given, is_rms_norm=is_rms_norm, **case.options, **kwargs)
+        results.append(result[0] if isinstance(result, tuple) else result)
+        assert launches == [triton_kernels.forward_kernel]
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout(left=8, right=24), id="packed_slice"),
+        pytest.param(Layout(order=(1, 0), left=8, right=24), id="heads_outside"),
+    ],
+)
+def test_views_reach_the_kernels_as_they_are(kernels, monkeypatch, layout):
+    """sglang#38749: strided gates were copied. The launchers get the caller's memory."""
+    seen = {}
+    for name, names in (
+        ("forward", ("x", "z", "weight", "bias", "out")),
+        ("backward", ("dy", "x", "z", "weight", "bias", "mean", "rstd", "dx", "dz")),
+    ):
+        original = getattr(launch, name)
+
+        def spy(p, *tensors, original=original, names=names):
+            seen.update({n: t for n, t in zip(names, tensors, strict=False) if t is not None})
+            return original(p, *tensors)
+
+        monkeypatch.setattr(launch, name, spy)
+    names = ("x", "z", "dy", "dx", "dz")
+    case = Case((4, 3), 16, 2, norm_before_gate=False, layouts=dict.fromkeys(names, layout))
+    i = inputs_of(case, kernels.device)
+    given = (i.x, i.weight, i.bias, i.z)
+    dx, dz = (layout.empty(case.shape, case.dtype, kernels.device)[0] for _ in range(2))
+    out = layout.empty(case.shape, case.dtype, kernels.device)[0]
+    _, mean, rstd = gatednorm.layernorm_forward(*given, is_rms_norm=True, **case.options, out=out)
+    gatednorm.layernorm_backward(
+        i.dy, *given, mean, rstd, is_rms_norm=True, **case.options, dx=dx, dz=dz
+    )
+    want = {
+        "x": i.x,
+        "z": i.z,
+        "dy": i.dy,
+        "out": out,
+        "dx": dx,
+        "dz": dz,
+        "weight": i.weight,
+        "rstd": rstd,
+    }
+    for name, tensor in want.items():
+        assert seen[name].data_ptr() == tensor.data_ptr(), name
+        assert seen[name].stride() == tensor.stride(), name
+
+
+@pytest.mark.parametrize(
+    "outer", [pytest.param((3,), id="rows"), pytest.param((2, 2, 2), id="three_outer_dims")]
+)
+def test_offsets_beyond_32_bits(kernels, outer):
+    """Rows more than 2^31 elements apart; of the memory between them nothing is touched."""
+    far, width = 2**31 + 16, 24
+    strides = {1: (far,), 3: (far, 32, 8 * 32)}[len(outer)]
+    small = torch.randn(*outer, width, generator=torch.Generator().manual_seed(0)).half()
+    small = small.to(kernels.device)
+    last = sum((n - 1) * s for n, s in zip(outer, strides, strict=True)) + width
+
+    def distant():
+        return torch.empty(last, dtype=torch.half, device=kernels.device).as_strided(
+            (*outer, width), (*strides, 1)
+        )
+
+    x, dx = distant(), distant()
+    x.copy_(small)
+    y, _, rstd = gatednorm.layernorm_forward(x, z=small, is_rms_norm=True)
+    want, _, _ = gatednorm.layernorm_forward(small, z=small, is_rms_norm=True)
+    assert same_bits(y, want)
+    args = (None, None, small, None, rstd)
+    gatednorm.layernorm_backward(small, x, *args, is_rms_norm=True, dx=dx)
+    want = gatednorm.layernorm_backward(small, small, *args, is_rms_norm=True)[0]
+    assert same_bits(dx.contiguous(), want)
+
+
+def test_every_masked_load_says_what_lies_outside():
+    """A masked load without `other` is undefined on a GPU; the interpreter would return zeros."""
+    files = Path(triton_kernels.__file__).parent.glob("*kernels.py")
+    trees = [ast.parse(file.read_text()) for file in files]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "tl.load"]
+    assert len(loads) > 5
+    for load in loads:
+        given = {keyword.arg for keyword in load.keywords}
+        assert "mask" not in given or "other" in given, ast.unparse(load)
+
+
+def test_what_runs_the_kernels(kernels):
+    """The GPU, or the interpreter: the tests above ran kernels and not the closed form."""
+    assert (not GPU) == row_kernels.INTERPRETED
+    assert autograd.backend(kernels.device) is launch

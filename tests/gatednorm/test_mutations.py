@@ -1,0 +1,167 @@
+"""Break it on purpose: one thing at a time in a copy of the library, and the tests must notice.
+
+Each mutant replaces a text that must occur exactly once, so a change of the library that moves one
+fails here loudly instead of leaving a mutant that mutates nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mutants import MUTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTED = [
+    "pyproject.toml", "tests/conftest.py", "tests/helpers/norm_cases.py", "tests/helpers/paths.py",
+    *(f"tests/gatednorm/test_{name}.py" for name in ("cpu", "kernels", "numerics")),
+]  # fmt: skip
+# Fast tests first; `-x` stops at the first that notices.
+SUBSETS = {
+    "cpu": [
+        "test_numerics.py::test_every_combination_of_options",
+        "test_numerics.py::test_bits_of_the_reference",
+        "test_numerics.py::test_gradients_take_the_rounded_values",
+        "test_cpu.py",
+        "-k", "cpu and not family and not kernels and not generated",
+    ],
+    "kernels": [
+        "test_kernels.py::test_every_masked_load_says_what_lies_outside",
+        "test_kernels.py::test_backward_switches",
+        "test_kernels.py::test_sums_across_warps",
+        "test_numerics.py::test_strides",
+        "test_numerics.py::test_every_combination_of_options",
+        "test_kernels.py::test_wide_schedule",
+        "test_kernels.py::test_any_number_of_workers",
+        "test_kernels.py::test_offsets_beyond_32_bits",
+        "test_numerics.py::test_bits_of_the_reference",
+        "test_numerics.py::test_gradients_take_the_rounded_values",
+        "-k", "not cpu",
+    ],
+}  # fmt: skip
+
+
+# Mutants whose name starts so are noticed soonest by this test.
+FIRST = {
+    "dw of values": "test_numerics.py::test_gradients_take_the_rounded_values",
+    "dz of values": "test_numerics.py::test_gradients_take_the_rounded_values",
+    "second piece": "test_kernels.py::test_sums_across_warps",
+    "two row": "test_kernels.py::test_sums_across_warps",
+    "wide": "test_kernels.py::test_wide_schedule",
+    "mean of a power": "test_kernels.py::test_wide_schedule",
+    "offsets": "test_kernels.py::test_offsets_beyond_32_bits",
+    "reduce": "test_kernels.py::test_any_number_of_workers",
+    "last tile": "test_kernels.py::test_any_number_of_workers",
+    "db of": "test_kernels.py::test_any_number_of_workers",
+    "dw of": "test_kernels.py::test_any_number_of_workers",
+    "no rounding": "test_numerics.py::test_bits_of_the_reference",
+    "rounds": "test_numerics.py::test_bits_of_the_reference",
+    "strides": "test_numerics.py::test_strides",
+    "plan": "test_numerics.py::test_strides",
+    "two outer": "test_numerics.py::test_strides",
+    "third outer": "test_numerics.py::test_strides",
+    "zero-centred": "test_numerics.py::test_every_combination_of_options",
+    "slope of the sigmoid": "test_numerics.py::test_every_combination_of_options",
+    "silu and": "test_numerics.py::test_every_combination_of_options",
+    "always silu": "test_numerics.py::test_every_combination_of_options",
+    "never zero": "test_numerics.py::test_every_combination_of_options",
+}
+
+
+def copy_of_the_library(folder: Path) -> None:
+    shutil.copytree(
+        ROOT / "gatednorm", folder / "gatednorm", ignore=shutil.ignore_patterns("__*__")
+    )
+    for name in TESTED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # Under the interpreter, also beside a GPU: there a mutant may be in the branch not taken.
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
+    command = [
+        sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
+        # A mutant that writes out of bounds ruins the heap: its process may hang as well as crash.
+        # Without a mutation the longest of these tests takes ten seconds.
+        "-o", "faulthandler_timeout=150", "-o", "faulthandler_exit_on_timeout=true",
+    ]  # fmt: skip
+    return subprocess.run(
+        [*command, *first, *SUBSETS[subset]], cwd=folder / "tests/gatednorm", env=environment,
+        check=False, timeout=1800, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def mutate(folder: Path, file: str, old: str, new: str) -> None:
+    path = folder / "gatednorm" / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file} must hold this text once, not {text.count(old)}x: {old}"
+    path.write_text(text.replace(old, new))
+
+
+def verdict(folder: Path, name: str) -> str:
+    """What became of a mutant: the test that noticed it, or why it does not count."""
+    file, old, new = MUTANTS[name]
+    folder.mkdir()
+    copy_of_the_library(folder)
+    mutate(folder, file, old, new)
+    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels", name)
+    shutil.rmtree(folder)
+    if done.returncode == 0:
+        return "NOT NOTICED"
+    if done.returncode < 0:
+        return f"noticed: killed by signal {-done.returncode}"
+    output = done.stdout + done.stderr
+    for nonsense in ("SyntaxError", "NameError", "errors during collection", "no tests ran"):
+        if nonsense in output:
+            return f"BROKEN MUTANT ({nonsense})\n{output[-2000:]}"
+    if "\nTimeout (" in output and "FAILED" not in output:
+        return "noticed: a test hung"
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    return f"noticed: {failed[0].removeprefix('FAILED ').split(' - ')[0]}"
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, tmp_path_factory) -> dict[str, Future]:
+    """Every selected mutant at work in a pool, while the tests ask for them one by one."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = [params["name"] for params in selected if "name" in params]
+    folder = tmp_path_factory.mktemp("mutants")
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        futures = {
+            name: pool.submit(verdict, folder / str(i), name)
+            for i, name in enumerate(names)
+            if name in MUTANTS
+        }
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_without_a_mutation_all_pass(tmp_path, subset):
+    copy_of_the_library(tmp_path)
+    done = run_tests(tmp_path, subset)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_noticed(verdicts, name, record_property):
+    found = verdicts[name].result()
+    record_property("mutant", f"{MUTANTS[name][0]:14} {name:50} {found}")
+    assert found.startswith("noticed"), found
+
+
+def test_every_mutant_still_has_its_text():
+    """The default suite says at once when the library moved and a mutant must follow."""
+    for name, (file, old, new) in MUTANTS.items():
+        count = (ROOT / "gatednorm" / file).read_text().count(old)
+        assert count == 1, f"{name}: {file} must hold this text once, not {count} times: {old}"
+        assert old != new, name

@@ -1,0 +1,301 @@
+"""Values and gradients against float64, for every combination of options, sizes, layouts, dtypes;
+and the rounding points of each model family, bit for bit."""
+
+import importlib
+import importlib.util
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gatednorm
+from gatednorm import gated_norm_ref
+from norm_cases import (
+    Case,
+    Layout,
+    cases,
+    check,
+    inputs_of,
+    same_bits,
+    through_autograd,
+    through_buffers,
+)
+from paths import GPU
+
+ROUTES = st.sampled_from([through_autograd, through_buffers])
+
+
+@settings(max_examples=600)
+@given(case=cases([torch.float32, torch.float16, torch.bfloat16, torch.float64]), route=ROUTES)
+def test_generated_cpu(case, route):
+    """Values and gradients, inputs untouched, nothing read or written outside of a view."""
+    check(case, "cpu", route)
+
+
+@settings(max_examples=40 if GPU else 100)
+@given(data=st.data())
+def test_generated_kernels(kernels, data):
+    """The same for the Triton kernels; fewer, because each one compiles or is interpreted."""
+    case = data.draw(cases(kernels.dtypes, max_elements=30_000 if GPU else 9_000))
+    check(case, kernels.device, data.draw(ROUTES))
+
+
+GATES = {
+    "plain": {"gated": False},
+    "gate_after": {"norm_before_gate": True},
+    "gate_before": {"norm_before_gate": False},
+}
+CROSS = [
+    Case((5,), 17, groups, norm == "rms", activation=act, **GATES[gate], weight=w != "no_weight",
+         zero_centered=w == "zero_centered", bias=bias)
+    for norm, gate, act, w, bias, groups in itertools.product(
+        ["rms", "layer"], GATES, ["silu", "sigmoid"], ["no_weight", "weight", "zero_centered"],
+        [False, True], [1, 3],
+    )
+    if gate != "plain" or act == "silu"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CROSS, ids=Case.id)
+def test_every_combination_of_options(path, case):
+    check(case, path.device)
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("others", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_dtypes(path, others, is_rms_norm, norm_before_gate):
+    """Gate, parameters and result in dtypes of their own; those of a path: paths.Path."""
+    for dtype, name in itertools.product(path.dtypes, ("z_dtype", "w_dtype", "out_dtype")):
+        case = Case((7,), 40, 1, is_rms_norm, norm_before_gate, bias=True, dtype=dtype)
+        check(replace(case, **{name: others}), path.device, through_buffers)
+
+
+PACKED = Layout(left=64, right=32)
+HEADS = Layout(order=(0, 1), left=16, right=16, offset=8)
+TIME_INSIDE = Layout(order=(0, 2, 1), right=8)
+
+
+@pytest.mark.parametrize(
+    ("outer", "layout"),
+    [
+        pytest.param((6,), PACKED, id="packed_slice"),
+        pytest.param((5,), Layout(left=1, right=2, offset=1), id="unaligned_slice"),
+        pytest.param((4, 3), HEADS, id="tokens_heads"),
+        pytest.param((2, 3, 4), TIME_INSIDE, id="batch_heads_time"),
+        pytest.param((3, 4), Layout(order=(1, 0)), id="transposed"),
+        pytest.param((6,), Layout(expand=True), id="one_row_repeated"),
+    ],
+)
+@pytest.mark.parametrize("only", ["x", "z", "dy", "out", "dx", "dz", "all"])
+def test_strides(path, outer, layout, only):
+    """Each tensor alone, and all together, in a layout that is not contiguous."""
+    names = ("x", "z", "dy", "out", "dx", "dz") if only == "all" else (only,)
+    case = Case(outer, 24, 2, norm_before_gate=False, layouts=dict.fromkeys(names, layout))
+    check(case, path.device, through_buffers)
+
+
+# ---- bugs that users of other copies met ----
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+def test_backward_keeps_to_its_group(path, is_rms_norm, norm_before_gate):
+    """state-spaces/mamba#547: the backward ignored group_size. Groups of very different sizes, and
+    a gradient that enters one group alone and must leave through it alone."""
+    case = Case((6,), 24, 4, is_rms_norm, norm_before_gate, bias=True)
+    inputs = inputs_of(case, path.device)
+    powers = torch.tensor([1.0, 100.0, 0.01, 10.0], device=path.device)
+    inputs.x.mul_(powers.repeat_interleave(24))
+    inputs.dy.zero_()[:, 24:48] = 1.0
+    got = through_autograd(case, inputs)
+    for name in ("dx", "dz"):
+        touched = got[name].unflatten(-1, (4, 24)).abs().amax(-1) > 0
+        assert touched.any(0).tolist() == [False, True, False, False], name
+    x = inputs.x.double().requires_grad_()
+    z = inputs.z.double()
+    w, b = inputs.weight.double(), inputs.bias.double()
+    truth = gated_norm_ref(x, w, b, z, is_rms_norm=is_rms_norm, **case.options)
+    (dx,) = torch.autograd.grad(truth, x, inputs.dy.double())
+    torch.testing.assert_close(got["dx"].double(), dx, rtol=1e-4, atol=1e-5 * float(dx.abs().max()))
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
+    """flash-linear-attention#1071: a recompute kept the value from the wrong side of the gate. With
+    gates near 0 the two sides differ by orders of magnitude."""
+    case = Case((9,), 48, 1, bias=True, numerics=numerics, dtype=torch.float16)
+    inputs = inputs_of(case, path.device)
+    inputs.z.copy_(torch.linspace(-9, 9, 48).repeat(9, 1))
+    got = through_autograd(case, inputs)
+    z = inputs.z.double().requires_grad_()
+    parts = (inputs.x.double(), inputs.weight.double(), inputs.bias.double())
+    (dz,) = torch.autograd.grad(gated_norm_ref(*parts, z, **case.options), z, inputs.dy.double())
+    error = (got["dz"].double() - dz).abs()
+    assert (error.amax(0) <= 4e-3 * dz.abs().amax(0) + 1e-7).all()
+
+
+def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
+    """`dw`, and `dz` of a gate after, in fp64 from the values that a forward with these rounding
+    points multiplies; the roundings themselves count as constants."""
+    x, z, w, dy = (t.float() for t in (inputs.x, inputs.z, inputs.weight, inputs.dy))
+    s = torch.sigmoid(z)
+    act, slope = z * s, s + z * s * (1 - s)
+    u = x if case.norm_before_gate else x * act
+    xhat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + case.eps)
+    if case.numerics != "fp32":
+        xhat = xhat.to(case.dtype).float()
+    h = xhat * w
+    if case.numerics == "qwen3_next":
+        h = h.to(torch.promote_types(case.dtype, inputs.weight.dtype)).float()
+    g = dy * act if case.norm_before_gate else dy
+    found = {"dw": (g.double() * xhat.double()).sum(0)}
+    if case.norm_before_gate:
+        found["dz"] = dy.double() * h.double() * slope.double()
+    return found
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_gate):
+    """Results kept in fp32 show which values the backward multiplied: those that the forward
+    rounded, and not those of another family, by at least a factor of ten."""
+    dtype = torch.bfloat16 if torch.bfloat16 in path.dtypes else torch.float16
+    case = Case(
+        (37,), 64, 1, True, norm_before_gate, numerics=numerics, dtype=dtype,
+        z_dtype=torch.float32, w_dtype=w_dtype,
+    )  # fmt: skip
+    inputs = inputs_of(case, path.device)
+    got = through_autograd(case, inputs)
+    truths = {
+        name: gradients_of_rounded_values(replace(case, numerics=name), inputs)
+        for name in ("fp32", "mamba2", "qwen3_next")
+    }
+    for name in ("dw", "dz"):
+        if name not in truths[numerics] or got[name].dtype != torch.float32:
+            continue
+        off = {other: (got[name] - truth[name]).norm() for other, truth in truths.items()}
+        for other, truth in truths.items():
+            if not torch.equal(truth[name], truths[numerics][name]):
+                assert off[numerics] < 0.1 * off[other], (name, other)
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+def test_extreme_values(path, norm_before_gate):
+    """Gates that saturate, rows of zeros, rows of 1e-18 and 1e+18: finite, and right."""
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([1.0, 0.0, 1e-18, 1e18, 1.0, 1e-3])[:, None]
+    z = torch.linspace(-120, 120, 64).repeat(6, 1)
+    z[3] = 1.0
+    x, z = (t.to(path.device).requires_grad_() for t in (x, z))
+    y = gatednorm.rmsnorm_fn(x, z=z, norm_before_gate=norm_before_gate)
+    dx, dz = torch.autograd.grad(y.sum(), (x, z))
+    x64, z64 = (t.detach().double().requires_grad_() for t in (x, z))
+    truth = gatednorm.rms_norm_ref(x64, None, None, z64, norm_before_gate=norm_before_gate)
+    tx, tz = torch.autograd.grad(truth.sum(), (x64, z64))
+    for got, want in ((y, truth), (dx, tx), (dz, tz)):
+        assert got.isfinite().all()
+        # a row of its own scale; dx of the row of 1e18 is below what fp32 holds
+        scale = want.abs().amax(-1, keepdim=True)
+        assert ((got - want).abs() <= 1e-5 * scale + 1e-6 * scale.clamp(max=1)).all()
+
+
+# ---- rounding points of the model families ----
+
+FAMILIES = {
+    # transformers module and class: numerics, activation, gate after, takes a group size
+    "mamba2.Mamba": ("mamba2", "silu", False, True),
+    "bamba.Bamba": ("mamba2", "silu", False, True),
+    "zamba2.Zamba2": ("mamba2", "silu", False, True),
+    "nemotron_h.NemotronH": ("mamba2", "silu", False, True),
+    "granitemoehybrid.GraniteMoeHybrid": ("mamba2", "silu", False, True),
+    "qwen3_next.Qwen3Next": ("qwen3_next", "silu", True, False),
+    "qwen3_5.Qwen3_5": ("qwen3_next", "silu", True, False),
+    "qwen3_5_moe.Qwen3_5Moe": ("qwen3_next", "silu", True, False),
+    "olmo_hybrid.OlmoHybrid": ("qwen3_next", "silu", True, False),
+    "qwen4_exp.Qwen4ExpText": ("qwen3_next", "silu", True, False),
+    "kimi_linear.KimiLinear": ("fp32", "sigmoid", True, False),
+    "bailing_hybrid.BailingHybrid": ("fp32", "sigmoid", True, False),
+    "glm5_next.Glm5NextText": ("fp32", "sigmoid", True, False),
+    "falcon_h1.FalconH1": ("fp32", "silu", True, False),
+}
+
+
+def _installed() -> list[str]:
+    """The families that the installed transformers knows; `find_spec` imports no model file."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    return [
+        name for name in FAMILIES
+        if importlib.util.find_spec(f"transformers.models.{name.split('.')[0]}")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32], ids=["w_bf16", "w_fp32"])
+@pytest.mark.parametrize("family", _installed())
+def test_reference_equals_the_family(family, w_dtype):
+    """The family's own PyTorch code on the CPU, bf16 activations: equal in every bit."""
+    module, prefix = family.split(".")
+    numerics, activation, after, groups = FAMILIES[family]
+    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    group_size = 32 if groups else None
+    made = getattr(module, f"{prefix}RMSNormGated")(96, **({"group_size": 32} if groups else {}))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, 96, generator=g).bfloat16()
+    z = torch.randn(3, 50, 96, generator=g).mul(2).bfloat16()
+    made.weight.data = torch.randn(96, generator=g).to(w_dtype)
+    with torch.no_grad():
+        theirs = made(x, z)
+        ours = gated_norm_ref(
+            x, made.weight, None, z, made.variance_epsilon, group_size, after,
+            numerics=numerics, activation=activation, out_dtype=theirs.dtype,
+        )  # fmt: skip
+    assert same_bits(ours, theirs)
+    other = {"mamba2": "fp32", "qwen3_next": "fp32", "fp32": "mamba2"}[numerics]
+    differs = gated_norm_ref(
+        x, made.weight, None, z, made.variance_epsilon, group_size, after,
+        numerics=other, activation=activation, out_dtype=theirs.dtype,
+    )  # fmt: skip
+    assert not same_bits(differs, theirs)  # or this test could not tell them apart
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How many representable numbers lie between `a` and `b`, two-byte floats."""
+
+    def index(t):
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (index(a) - index(b)).abs()
+
+
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
+    """At least 99.99% of the elements equal the reference, the rest are one unit off.
+
+    In bf16, and in fp16 where the interpreter cannot judge bf16: fp16 rounds eight times as finely,
+    so eight times as many elements lie close enough to a rounding boundary for fp32 noise to cross.
+    """
+    dtype = torch.bfloat16 if torch.bfloat16 in path.dtypes else torch.float16
+    rows = 2000 if dtype == torch.bfloat16 else 200
+    case = Case(
+        (rows,), 128, 1, is_rms_norm, norm_before_gate, numerics=numerics, dtype=dtype,
+        w_dtype=w_dtype, layouts={"z": Layout(right=128)},
+    )  # fmt: skip
+    inputs = inputs_of(case, path.device)
+    given_tensors = (inputs.x, inputs.weight, inputs.bias, inputs.z)
+    got = gatednorm.layernorm_fn(*given_tensors, is_rms_norm=is_rms_norm, **case.options)
+    want = gated_norm_ref(*given_tensors, is_rms_norm=is_rms_norm, **case.options)
+    off = ulps(got, want)
+    # A last rounding that crosses a boundary moves one unit; an early one (norm, weight) moves what
+    # follows by at most two units of the result.
+    assert int(off.max()) <= (1 if numerics == "fp32" else 2)
+    share = float((off > 0).double().mean())
+    assert share <= (1e-4 if dtype == torch.bfloat16 else 8e-4), f"{share:.2%} differ"

@@ -1,0 +1,54 @@
+"""Every schedule of the kernels once: `compute-sanitizer python tests/helpers/sanitized.py`.
+
+The caller turns PyTorch's caching allocator off (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that each
+tensor is an allocation of its own and a read one element too far is seen.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import gatednorm
+
+# rows, group_size, groups: tiles of many rows, two pieces, registers, reload, chunks; odd sizes.
+SHAPES = {
+    "many_rows_a_tile": (37, 64, 1),
+    "odd_width": (19, 129, 1),
+    "groups": (9, 64, 3),
+    "row_a_tile": (5, 2048, 1),
+    "two_pieces": (5, 5120, 1),
+    "two_odd_pieces": (3, 1537, 1),
+    "reload": (3, 16_384, 1),
+    "chunks": (3, 17_001, 1),
+}
+
+
+def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after: bool) -> None:
+    """Forward, backward and inference with weight and bias; dense, and as odd slices of more."""
+    width = group_size * groups
+    options = {
+        "eps": 1e-5, "group_size": group_size, "norm_before_gate": gate_after,
+        "is_rms_norm": not layer_norm,
+    }  # fmt: skip
+    weight, bias = (torch.randn(width, device="cuda") for _ in range(2))
+    bias = bias if layer_norm else None
+    dense = [torch.randn(rows, width, device="cuda").bfloat16() for _ in range(3)]
+    sliced = [torch.randn(rows, width + 3, device="cuda").bfloat16()[:, 1:-2] for _ in range(3)]
+    for x, z, dy in (dense, sliced):
+        y, mean, rstd = gatednorm.layernorm_forward(x, weight, bias, z, **options)
+        gatednorm.layernorm_backward(dy, x, weight, bias, z, mean, rstd, **options)
+        if not layer_norm:
+            again = gatednorm.rms_norm_gated(x, weight, None, z, 1e-5, group_size, gate_after)
+            assert torch.equal(again, y)
+        assert y.isfinite().all()
+
+
+if __name__ == "__main__":
+    for name, shape in SHAPES.items():
+        for layer_norm in (False, True):
+            for gate_after in (True, False):
+                run(*shape, layer_norm=layer_norm, gate_after=gate_after)
+        print(name, flush=True)
+    torch.cuda.synchronize()

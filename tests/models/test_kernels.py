@@ -1,0 +1,207 @@
+"""The models' Triton kernels: on a GPU, and under Triton's interpreter without one."""
+
+import pytest
+import torch
+
+from models import chunks, gated_delta_rule, short_conv, ssd
+from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from models.ssd import chunk_ssd, recurrent_ssd
+from paths import GPU, TRITON
+from scan_checks import assert_close, results
+
+pytestmark = [
+    pytest.mark.skipif(not TRITON, reason="needs triton"),
+    *([pytest.mark.gpu] if GPU else []),
+]
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    """The GPU's route on any device; without a GPU the interpreter runs the kernels."""
+    from models import kernels
+
+    for module in (gated_delta_rule, short_conv, ssd):
+        monkeypatch.setattr(module, "gpu_kernels", lambda x: kernels)
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1 << 40)
+
+
+def inputs(batch, tokens, heads, dim_k, dim_v, sequences=None):
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, tokens, heads, dim_k, generator=g) for _ in range(2))
+    tensors = (
+        q,
+        torch.nn.functional.normalize(k, dim=-1),
+        torch.randn(batch, tokens, heads, dim_v, generator=g),
+        -torch.rand(batch, tokens, heads, generator=g),
+        torch.rand(batch, tokens, heads, generator=g),
+        torch.randn(sequences or batch, heads, dim_k, dim_v, generator=g),
+    )
+    return [x.to(DEVICE).requires_grad_() for x in tensors]
+
+
+CASES = {
+    "T70-K16-V24": ((2, 70, 2, 16, 24), None),
+    "T33-K32-V16": ((1, 33, 1, 32, 16), None),
+    "packed-K16-V16": ((1, 60, 2, 16, 16), [0, 3, 3, 35, 60]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_delta_kernels_equal_the_recurrence(case):
+    """Outputs, final states and gradients; more columns than a tile holds, packed sequences."""
+    shape, offsets = CASES[case]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    tensors = inputs(*shape, sequences=None if offsets is None else len(offsets) - 1)
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=16, cu_seqlens=cu_seqlens)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = results(recurrent_gated_delta_rule, wide, cu_seqlens=cu_seqlens)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+def test_delta_kernels_ran(monkeypatch):
+    """A size that the kernels take goes through them, and one that they do not take does not."""
+    from models import kernels
+
+    calls = []
+    original = kernels.delta_forward
+    monkeypatch.setattr(kernels, "delta_forward", lambda *a: (calls.append(1), original(*a)))
+    with torch.no_grad():
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 16, 8)[:5], chunk_size=16)
+        assert len(calls) == 1
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 12, 8)[:5], chunk_size=16)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+def test_ssd_kernel_equals_the_recurrence(offsets, groups, monkeypatch):
+    """Outputs, final states and gradients; a state of more elements than a program takes."""
+    from models import kernels
+
+    calls = []
+    original = kernels.decay_scan
+    counted = lambda *args, **options: (calls.append(1), original(*args, **options))  # noqa: E731
+    monkeypatch.setattr(kernels, "decay_scan", counted)
+    g = torch.Generator().manual_seed(0)
+    batch = 2 if offsets is None else 1
+    shapes = {"x": (batch, 60, 4, 16), "dt": (batch, 60, 4), "A": (4,)}
+    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12)}
+    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].abs()
+    tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
+    options = {"dt_softplus": True, "chunk_size": 16}
+    options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
+    actual = results(chunk_ssd, tensors, **options)
+    assert len(calls) == 2
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    assert_close(actual, results(recurrent_ssd, wide, **options), 1e-5 if not GPU else 1e-3)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The route of models/ssd_kernels.py, and how often it was taken."""
+    from models import ssd_kernels
+
+    calls = []
+
+    def take(x):
+        calls.append(ssd_kernels.supports(x))
+        return ssd_kernels if calls[-1] else None
+
+    monkeypatch.setattr(ssd, "fused_kernels", take)
+    return calls
+
+
+def ssd_results(function, tensors, **options):
+    """As scan_checks.results, with D after the five tensors of the scan, from a packed projection:
+    x is a slice of it with tokens far apart."""
+    packed, dt, a, b, c, d, state = tensors
+    x = packed[..., 3 : 3 + d.shape[0] * 16].unflatten(-1, (d.shape[0], 16))
+    y, final = function(
+        x, dt, a, b, c, D=d, initial_state=state, output_final_state=True, **options
+    )
+    g = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(t.shape, generator=g).to(t) for t in (y, final)]
+    return (y, final, *torch.autograd.grad((y, final), tensors, cotangents))
+
+
+@pytest.mark.parametrize("chunk_size", [12, 16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+def test_fused_ssd_equals_the_recurrence(offsets, groups, chunk_size, fused):
+    """Outputs, final states and all gradients, D and decays too; chunks that are no power of 2."""
+    g = torch.Generator().manual_seed(0)
+    batch = 2 if offsets is None else 1
+    shapes = {"packed": (batch, 60, 77), "dt": (batch, 60, 4), "A": (4,)}
+    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12), "D": (4,)}
+    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].abs()
+    tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
+    options = {"dt_softplus": True, "chunk_size": chunk_size}
+    options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
+    actual = ssd_results(chunk_ssd, tensors, **options)
+    assert fused == [True]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = ssd_results(recurrent_ssd, wide, **options)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+def test_fused_ssd_in_chunks_of_one_token(fused):
+    g = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 3, 40, generator=g).to(DEVICE)
+    dt, a = torch.rand(2, 3, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -0.1]).to(DEVICE)
+    b, c = (torch.randn(2, 3, 1, 8, generator=g).to(DEVICE) for _ in range(2))
+    inputs = (packed[..., 5:37].unflatten(-1, (2, 16)), dt, a, b, c)
+    y, _ = chunk_ssd(*inputs, chunk_size=1)
+    assert fused == [True]
+    torch.testing.assert_close(y, recurrent_ssd(*inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fused_ssd_without_a_skip_and_for_large_decays(fused):
+    """Decays whose inverse overflows; no D; a chunk that does not fit takes the other route."""
+    g = torch.Generator().manual_seed(0)
+    x, b, c = (torch.randn(1, 40, n, 16, generator=g).to(DEVICE) for n in (2, 1, 1))
+    dt, a = torch.rand(1, 40, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -200.0]).to(DEVICE)
+    tensors = [t.requires_grad_() for t in (x, dt, a, b, c)]
+
+    def gradients(function, inputs, **options):
+        y, _ = function(*inputs, **options)
+        cotangent = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)
+        return (y, *torch.autograd.grad(y, inputs, cotangent.to(y.dtype)))
+
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = gradients(recurrent_ssd, wide)
+    for size, taken in ((32, True), (128, False)):
+        fused.clear()
+        actual = gradients(chunk_ssd, tensors, chunk_size=size)
+        assert fused == [taken]
+        assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 45])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_conv_kernels(taps, state, bias, tokens):
+    """Outputs, states and gradients, on a slice of a packed projection with an odd width."""
+    g = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, tokens, 141, generator=g, device="cpu").to(DEVICE).requires_grad_()
+    weight = torch.randn(131, taps, generator=g).to(DEVICE).requires_grad_()
+    b = torch.randn(131, generator=g).to(DEVICE).requires_grad_() if bias else None
+    s = torch.randn(2, taps - 1, 131, generator=g).to(DEVICE).requires_grad_() if state else None
+    leaves = [x for x in (packed, weight, b, s) if x is not None and x.numel()]
+    y, final = short_conv.short_conv(packed[..., 5:136], weight, b, s)
+    zeros = torch.zeros(2, taps - 1, 131, device=DEVICE)
+    padded = torch.cat((zeros if s is None else s, packed[..., 5:136]), 1)
+    conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], b, groups=131)
+    expected, last = torch.nn.functional.silu(conv.mT), padded[:, tokens:]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(final, last)
+    cotangents = [torch.randn(x.shape, generator=g).to(DEVICE) for x in (y, final)]
+    ours = torch.autograd.grad((y, final), leaves, cotangents, allow_unused=True)
+    theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
