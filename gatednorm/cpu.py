@@ -27,15 +27,18 @@ def _rows_per_block(p: Problem) -> int:
 def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[Tensor | None]]]:
     """Cut tensors `[..., D]` into blocks of rows; yields the rows' slice and the views.
 
-    The views of one block share a shape `[..., D]` of at most three outer dimensions.
+    The views of one block share a shape `[..., D]`.
     """
+    rows_per_block = _rows_per_block(p)
+    if p.n_rows <= rows_per_block:
+        yield slice(0, p.n_rows), list(tensors)
+        return
     present = [t for t in tensors if t is not None]
     sizes, strides = rows_of(p.shape, *(t.stride() for t in present))
     views = iter(
         t.as_strided((*sizes, p.width), (*s, 1)) for t, s in zip(present, strides, strict=True)
     )
     whole = [None if t is None else next(views) for t in tensors]
-    rows_per_block = _rows_per_block(p)
 
     def cut(start: int, sizes: tuple[int, ...], parts: list[Tensor | None]):
         inner = 1
@@ -67,11 +70,12 @@ class _Workspace:
 
     def __init__(self, p: Problem):
         self.p = p
+        self.rows = min(p.n_rows, _rows_per_block(p))  # of the largest block
         self.buffers: list[Tensor] = []
 
-    def of(self, rows: int, count: int, *results: Tensor | None) -> list[Tensor]:
-        """`count` buffers, and one for each of `results` `[..., D]`: itself where its memory may
-        hold other values first, else (or for None) another."""
+    def of(self, like: Tensor, count: int, *results: Tensor | None) -> list[Tensor]:
+        """`count` buffers for a block `like`, and one for each of `results` `[..., D]`: itself where
+        its memory may hold other values first, else (or for None) another."""
         p = self.p
         given = []
         for t in results:
@@ -79,12 +83,11 @@ class _Workspace:
             given.append(t.view(-1, p.n_groups, p.group_size) if direct else None)
         count += sum(t is None for t in given)
         while len(self.buffers) < count:
-            most = min(max(p.n_rows, 1), _rows_per_block(p))
-            shape = (most, p.n_groups, p.group_size)
-            self.buffers.append(torch.empty(shape, dtype=p.compute_dtype, device="cpu"))
-        spare = iter(self.buffers[:count])
-        found = [next(spare)[:rows] if t is None else t for t in given]
-        return [*(buffer[:rows] for buffer in spare), *found]
+            self.buffers.append(like.new_empty(self.rows, p.n_groups, p.group_size))
+        rows = like.shape[0]
+        spare = iter([b if rows == self.rows else b[:rows] for b in self.buffers[:count]])
+        found = [next(spare) if t is None else t for t in given]
+        return [*spare, *found]
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -163,7 +166,7 @@ def forward(
     workspace = _Workspace(p)
     for rows, (xb, zb, ob) in _blocks(p, x, z, out):
         u = _grouped(p, xb)
-        one, spare, two = workspace.of(u.shape[0], 2, ob)
+        one, spare, two = workspace.of(u, 2, ob)
         act = None if zb is None else _act(p, _grouped(p, zb), one)
         if act is not None and not p.norm_before_gate:
             u = torch.mul(u, act, out=one)
@@ -205,9 +208,9 @@ def backward(
     for rows, (dyb, xb, zb, dxb, dzb) in _blocks(p, dy, x, z, dx, dz):
         g, xg = _grouped(p, dyb), _grouped(p, xb)
         if zb is None:
-            xhat, one = workspace.of(g.shape[0], 1, dxb)
+            xhat, one = workspace.of(g, 1, dxb)
         else:
-            act, xhat, one, slope = workspace.of(g.shape[0], 2, dxb, dzb)
+            act, xhat, one, slope = workspace.of(g, 2, dxb, dzb)
             _act_and_slope(p, _grouped(p, zb), act, slope)
         u = torch.mul(xg, act, out=xhat) if gate_first else xg
         if not p.is_rms_norm:
