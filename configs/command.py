@@ -48,6 +48,9 @@ def command(
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us
+            for stream in ("stdout", "stderr"):
+                if getattr(sys, stream) is None:  # closed by the shell, as with `>&-`
+                    setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
             several = bool({"-m", "--multirun"} & set(sys.argv))
             arguments = list(sys.argv)
             verbatim = _take_verbatim(texts, () if several else names)

@@ -74,8 +74,8 @@ class _Workspace:
         self.buffers: list[Tensor] = []
 
     def of(self, like: Tensor, count: int, *results: Tensor | None) -> list[Tensor]:
-        """`count` buffers for a block `like`, and one for each of `results` `[..., D]`: itself where
-        its memory may hold other values first, else (or for None) another."""
+        """`count` buffers for a block `like`, and one for each of `results` `[..., D]`: itself
+        where its memory may hold other values first, else (or for None) another."""
         p = self.p
         given = []
         for t in results:

@@ -351,6 +351,19 @@ def test_a_reader_that_leaves_is_no_error(run_folder):
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize(
+    ("closed", "other", "says"),
+    [("1", "stderr", b"decode 2 tokens"), ("2", "stdout", b"import ")],
+    ids=["stdout", "stderr"],
+)
+def test_a_stream_that_the_shell_closed_is_no_error(closed, other, says, run_folder):
+    command = [sys.executable, infer.__file__, "model=mamba2", "max_new_tokens=2"]
+    shell = ["sh", "-c", f'exec "$0" "$@" {closed}>&-', *command]
+    done = subprocess.run(shell, capture_output=True, check=True)
+    assert says in getattr(done, other)
+    assert b"Traceback" not in done.stderr
+
+
 def test_the_command_streams_text_and_prints_speeds(run_folder):
     script = Path(infer.__file__)
     done = subprocess.run(
