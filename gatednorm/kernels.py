@@ -12,22 +12,22 @@ import triton.language as tl
 
 from .row_kernels import (
     UNSPECIALIZED,
-    _act,
-    _affine,
-    _centre,
-    _gated_input,
-    _load,
-    _load_parameters,
-    _mean,
-    _overlap,
-    _read,
-    _row_offset,
-    _rsqrt,
-    _store,
-    _sum_pieces,
-    _sum_pieces_twice,
-    _terms,
-    _warp_sums,
+    act_of,
+    affine,
+    centre,
+    gated_input,
+    load,
+    load_parameters,
+    mean_of,
+    overlap_launches,
+    read,
+    row_offset,
+    rsqrt,
+    store,
+    sum_pieces,
+    sum_pieces_twice,
+    terms,
+    warp_sums,
 )
 
 
@@ -37,10 +37,10 @@ def _finish(u, z, rstd, w, b, y_ptr, y_off, live, first,
             FULL: tl.constexpr, GATE_LAST: tl.constexpr, SIGMOID: tl.constexpr,
             ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
     """One piece from the centred value to the stored result."""
-    _, h = _affine(u * rstd[:, None], w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
+    _, h = affine(u * rstd[:, None], w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
     if GATE_LAST:
-        h = h * _act(z.to(tl.float32), SIGMOID)
-    _store(y_ptr, y_off, live, first, h, N, BLOCK, FULL)
+        h = h * act_of(z.to(tl.float32), SIGMOID)
+    store(y_ptr, y_off, live, first, h, N, BLOCK, FULL)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -68,7 +68,7 @@ def forward_kernel(
     HAS_W: tl.constexpr = w_ptr is not None
     HAS_B: tl.constexpr = b_ptr is not None
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
-    _overlap(PDL)
+    overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     column_tile = pid % (GROUPS * CHUNKS)
     row = pid // (GROUPS * CHUNKS) * ROWS + tl.arange(0, ROWS)
@@ -82,57 +82,57 @@ def forward_kernel(
     stat = row.to(tl.int64) * GROUPS + group
     x_ptr += group * N
     y_ptr += group * N
-    x_off = _row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
-    y_off = _row_offset(row, size1, size2, y_s0, y_s1, y_s2, DIMS, ALIGN)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+    y_off = row_offset(row, size1, size2, y_s0, y_s1, y_s2, DIMS, ALIGN)
     z_off = x_off
     if z_ptr is not None:
         z_ptr += group * N
-        z_off = _row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
     if w_ptr is not None:
         w_ptr += group * N
     if b_ptr is not None:
         b_ptr += group * N
 
-    u_a, z_a = _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK_A, FULL_A,
-                            GATE_FIRST, SIGMOID)  # fmt: skip
+    u_a, z_a = gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK_A, FULL_A,
+                           GATE_FIRST, SIGMOID)  # fmt: skip
     if HOIST:
-        w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+        w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
     if BLOCK_B > 0:
         if HOIST:
-            w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
-        u_b, z_b = _gated_input(x_ptr, x_off, z_ptr, z_off, live, BLOCK_A, N, BLOCK_B, FULL,
-                                GATE_FIRST, SIGMOID)  # fmt: skip
+            w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+        u_b, z_b = gated_input(x_ptr, x_off, z_ptr, z_off, live, BLOCK_A, N, BLOCK_B, FULL,
+                               GATE_FIRST, SIGMOID)  # fmt: skip
     if STATS_GIVEN:
         rstd = tl.load(rstd_ptr + stat, mask=live, other=0.0)
         if not IS_RMS:
             u_a -= tl.load(mean_ptr + stat, mask=live, other=0.0)[:, None]
     else:
         if not IS_RMS:
-            sums_a = _warp_sums(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_a = warp_sums(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
             sums_b = sums_a
             if BLOCK_B > 0:
-                sums_b = _warp_sums(u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
-            mean = _mean(_sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B), N)
-            u_a = _centre(u_a, mean, 0, N, BLOCK_A, FULL_A)
+                sums_b = warp_sums(u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+            mean = mean_of(sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B), N)
+            u_a = centre(u_a, mean, 0, N, BLOCK_A, FULL_A)
             if BLOCK_B > 0:
-                u_b = _centre(u_b, mean, BLOCK_A, N, BLOCK_B, FULL)
+                u_b = centre(u_b, mean, BLOCK_A, N, BLOCK_B, FULL)
             if mean_ptr is not None:
                 tl.store(mean_ptr + stat, mean, mask=live)
-        sums_a = _warp_sums(u_a * u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+        sums_a = warp_sums(u_a * u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
         sums_b = sums_a
         if BLOCK_B > 0:
-            sums_b = _warp_sums(u_b * u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
-        total = _sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
-        rstd = _rsqrt(_mean(total, N) + eps)
+            sums_b = warp_sums(u_b * u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+        total = sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
+        rstd = rsqrt(mean_of(total, N) + eps)
         if rstd_ptr is not None:
             tl.store(rstd_ptr + stat, rstd, mask=live)
     if not HOIST:
-        w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+        w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
     _finish(u_a, z_a, rstd, w_a, b_a, y_ptr, y_off, live, first, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
             GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
     if BLOCK_B > 0:
         if not HOIST:
-            w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+            w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
         _finish(u_b, z_b, rstd, w_b, b_b, y_ptr, y_off, live, BLOCK_A, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, GATE_LAST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
 
@@ -141,9 +141,9 @@ def forward_kernel(
 def _xhat(x_ptr, x_off, live, mean, rstd, first, N: tl.constexpr, BLOCK: tl.constexpr,
           FULL: tl.constexpr, IS_RMS: tl.constexpr):  # fmt: skip
     """One piece's `xhat` from memory once more, for a gate that comes last."""
-    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "evict_first").to(tl.float32)
+    u = load(x_ptr, x_off, live, first, N, BLOCK, FULL, "evict_first").to(tl.float32)
     if not IS_RMS:
-        u = _centre(u, mean, first, N, BLOCK, FULL)
+        u = centre(u, mean, first, N, BLOCK, FULL)
     return u * rstd[:, None]
 
 
@@ -157,9 +157,9 @@ def _tail(xhat, dxhat, act, dz, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, li
         du -= c2[:, None]
     du *= rstd[:, None]
     if GATE_FIRST:
-        _store(dz_ptr, dz_off, live, first, du * dz, N, BLOCK, FULL)
+        store(dz_ptr, dz_off, live, first, du * dz, N, BLOCK, FULL)
         du *= act
-    _store(dx_ptr, dx_off, live, first, du, N, BLOCK, FULL)
+    store(dx_ptr, dx_off, live, first, du, N, BLOCK, FULL)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def backward_kernel(
     HAS_B: tl.constexpr = b_ptr is not None
     HAS_Z: tl.constexpr = z_ptr is not None
     KEEP: tl.constexpr = "evict_last" if RELOAD else ""
-    _overlap(PDL)
+    overlap_launches(PDL)
     zero = (n_workers >> 40) * 16  # 0, which only the caller knows; divisible by any alignment
     pid = tl.program_id(0).to(tl.int64)
     column_tile = pid % (GROUPS * CHUNKS)
@@ -226,54 +226,54 @@ def backward_kernel(
     dw_a = tl.zeros([ROWS, BLOCK_A], tl.float32)
     db_a = dw_a
     if HOIST:
-        w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+        w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
     if BLOCK_B > 0:
         dw_b = tl.zeros([ROWS, BLOCK_B], tl.float32)
         db_b = dw_b
         if HOIST:
-            w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+            w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
     for tile in tl.range(worker, tl.cdiv(n_rows, ROWS), n_workers, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         live = row < n_rows
         stat = row * GROUPS + group
         if not LONG:
             row = row.to(tl.int32)
-        dy_off = _row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
-        x_off = _row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
-        dx_off = _row_offset(row, size1, size2, dx_s0, dx_s1, dx_s2, DIMS, ALIGN)
+        dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
+        x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+        dx_off = row_offset(row, size1, size2, dx_s0, dx_s1, dx_s2, DIMS, ALIGN)
         z_off = x_off
         dz_off = dx_off
         if z_ptr is not None:
-            z_off = _row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
-            dz_off = _row_offset(row, size1, size2, dz_s0, dz_s1, dz_s2, DIMS, ALIGN)
+            z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+            dz_off = row_offset(row, size1, size2, dz_s0, dz_s1, dz_s2, DIMS, ALIGN)
         rstd = tl.load(rstd_ptr + stat, mask=live, other=0.0)
         mean = rstd
         if not IS_RMS:
             mean = tl.load(mean_ptr + stat, mask=live, other=0.0)
 
         if not HOIST:
-            w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
-        dy_a, x_a, z_a = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
-                               N, BLOCK_A, FULL_A, KEEP)  # fmt: skip
-        xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
+            w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+        dy_a, x_a, z_a = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
+                              N, BLOCK_A, FULL_A, KEEP)  # fmt: skip
+        xhat_a, rounded, g, dxhat_a, act_a, dz_a = terms(
             dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
             IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
         if HAS_Z and not GATE_FIRST:
-            _store(dz_ptr, dz_off, live, first, dz_a, N, BLOCK_A, FULL_A)
+            store(dz_ptr, dz_off, live, first, dz_a, N, BLOCK_A, FULL_A)
         if HAS_W:
             dw_a = tl.fma(g, rounded, dw_a)
         if HAS_B:
             db_a += g
         if BLOCK_B > 0:
             if not HOIST:
-                w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
-            dy_b, x_b, z_b = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
-                                   N, BLOCK_B, FULL, KEEP)  # fmt: skip
-            xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
+                w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+            dy_b, x_b, z_b = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
+                                  N, BLOCK_B, FULL, KEEP)  # fmt: skip
+            xhat_b, rounded, g, dxhat_b, act_b, dz_b = terms(
                 dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
             if HAS_Z and not GATE_FIRST:
-                _store(dz_ptr, dz_off, live, BLOCK_A, dz_b, N, BLOCK_B, FULL)
+                store(dz_ptr, dz_off, live, BLOCK_A, dz_b, N, BLOCK_B, FULL)
             if HAS_W:
                 dw_b = tl.fma(g, rounded, dw_b)
             if HAS_B:
@@ -284,30 +284,30 @@ def backward_kernel(
             if not IS_RMS:
                 c2 = tl.load(c2_ptr + stat, mask=live, other=0.0)
         else:
-            sums_a = _warp_sums(dxhat_a * xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_a = warp_sums(dxhat_a * xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
             sums_b = sums_a
             if BLOCK_B > 0:
-                sums_b = _warp_sums(dxhat_b * xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+                sums_b = warp_sums(dxhat_b * xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
             if IS_RMS:
-                c1 = _sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
+                c1 = sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
             else:
-                plain_a = _warp_sums(dxhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+                plain_a = warp_sums(dxhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
                 plain_b = plain_a
                 if BLOCK_B > 0:
-                    plain_b = _warp_sums(dxhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
-                c1, c2 = _sum_pieces_twice(
+                    plain_b = warp_sums(dxhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+                c1, c2 = sum_pieces_twice(
                     sums_a, sums_b, plain_a, plain_b, ROWS, WARPS_A, WARPS_B)  # fmt: skip
-                c2 = _mean(c2, N)
-            c1 = _mean(c1, N)
+                c2 = mean_of(c2, N)
+            c1 = mean_of(c1, N)
         if RELOAD and not GATE_FIRST:
             xhat_a = _xhat(x_ptr, x_off + zero, live, mean, rstd, first, N, BLOCK_A, FULL_A,
                            IS_RMS)  # fmt: skip
         if RELOAD and GATE_FIRST:
-            dy_a, x_a, z_a = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
-                                   live, first, N, BLOCK_A, FULL_A, "evict_first")  # fmt: skip
+            dy_a, x_a, z_a = read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr, z_off + zero,
+                                  live, first, N, BLOCK_A, FULL_A, "evict_first")  # fmt: skip
             if not HOIST:
-                w_a, b_a = _load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
-            xhat_a, rounded, g, dxhat_a, act_a, dz_a = _terms(
+                w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
+            xhat_a, rounded, g, dxhat_a, act_a, dz_a = terms(
                 dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
                 FULL_A, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
         _tail(xhat_a, dxhat_a, act_a, dz_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
@@ -317,12 +317,12 @@ def backward_kernel(
                 xhat_b = _xhat(x_ptr, x_off + zero, live, mean, rstd, BLOCK_A, N, BLOCK_B, FULL,
                                IS_RMS)  # fmt: skip
             if RELOAD and GATE_FIRST:
-                dy_b, x_b, z_b = _read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr,
-                                       z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL,
-                                       "evict_first")  # fmt: skip
+                dy_b, x_b, z_b = read(dy_ptr, dy_off + zero, x_ptr, x_off + zero, z_ptr,
+                                      z_off + zero, live, BLOCK_A, N, BLOCK_B, FULL,
+                                      "evict_first")  # fmt: skip
                 if not HOIST:
-                    w_b, b_b = _load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
-                xhat_b, rounded, g, dxhat_b, act_b, dz_b = _terms(
+                    w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
+                xhat_b, rounded, g, dxhat_b, act_b, dz_b = terms(
                     dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
                     FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
             _tail(xhat_b, dxhat_b, act_b, dz_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,

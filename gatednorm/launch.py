@@ -15,9 +15,8 @@ from torch import Tensor
 from . import kernels, sum_kernels
 from .driver import direct_start
 from .problem import Problem, rows_of
-from .row_kernels import INTERPRETED, NVIDIA, hooked, tl
+from .row_kernels import INTERPRETED, NVIDIA, TL_DTYPES, hooked
 
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WIDEST = 16384  # a wider group goes in chunks
 CHUNK = 4096
 

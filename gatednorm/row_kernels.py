@@ -1,6 +1,6 @@
 """What the kernels do with a piece of some rows: sums, loads and stores, gate, norm, affine.
 
-Every sum over a row is a tree fixed by column numbers (`_warp_sums`) and no multiply-add is fused
+Every sum over a row is a tree fixed by column numbers (`warp_sums`) and no multiply-add is fused
 behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on the layout that the
 compiler picks for aligned or unaligned, whole or partial tiles.
 
@@ -18,6 +18,8 @@ NVIDIA = tl.constexpr(
     not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 )
 
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 def hooked() -> bool:
     """Whether somebody, a profiler say, wants to be called at every launch."""
@@ -34,7 +36,7 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def _overlap(PDL: tl.constexpr):
+def overlap_launches(PDL: tl.constexpr):
     """Let the next kernel be set up now, and wait until the one before has written its results.
 
     Programmatic dependent launch (NVIDIA, from compute capability 9.0 on) hides the launch latency
@@ -46,7 +48,7 @@ def _overlap(PDL: tl.constexpr):
 
 
 @triton.jit
-def _warp_sums(
+def warp_sums(
     v, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
 ):
     """The first part of a row's sum: `v` `[ROWS, BLOCK]` to one sum a warp, `[ROWS, WARPS]`.
@@ -66,7 +68,7 @@ def _warp_sums(
 
 
 @triton.jit
-def _across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """The rest of it, `[ROWS, WARPS]` to `[ROWS]`, pair by pair. `tl.split` fetches the sums of all
     warps in one exchange, where a reduction would meet at a barrier for each step."""
     if WARPS > 1:
@@ -79,18 +81,18 @@ def _across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _sum_pieces(a, b, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+def sum_pieces(a, b, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
     """One number a row from the warps' sums of both pieces (`b` is unused where WARPS_B is 0)."""
     if WARPS_B == WARPS_A:
         a += b
-    total = _across_warps(a, ROWS, WARPS_A)
+    total = across_warps(a, ROWS, WARPS_A)
     if WARPS_B > 0 and WARPS_B != WARPS_A:
-        total += _across_warps(b, ROWS, WARPS_B)
+        total += across_warps(b, ROWS, WARPS_B)
     return total
 
 
 @triton.jit
-def _across_warps_twice(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def across_warps_twice(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """`[ROWS, WARPS, 2]` to `[ROWS, 2]`: two sums a row in one exchange."""
     for i in tl.static_range(6):
         if (WARPS >> i) > 1:
@@ -101,26 +103,26 @@ def _across_warps_twice(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _sum_pieces_twice(a, b, c, d, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
-    """`_sum_pieces` of `a, b` and of `c, d` in one exchange."""
+def sum_pieces_twice(a, b, c, d, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARPS_B: tl.constexpr):
+    """`sum_pieces` of `a, b` and of `c, d` in one exchange."""
     first = tl.join(a, c)
     if WARPS_B == WARPS_A:
         first += tl.join(b, d)
-    total = _across_warps_twice(first, ROWS, WARPS_A)
+    total = across_warps_twice(first, ROWS, WARPS_A)
     if WARPS_B > 0 and WARPS_B != WARPS_A:
-        total += _across_warps_twice(tl.join(b, d), ROWS, WARPS_B)
+        total += across_warps_twice(tl.join(b, d), ROWS, WARPS_B)
     return tl.split(total)
 
 
 @triton.jit
-def _row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
+def row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
     """All of it for one row: `[1, BLOCK]` to `[1]`."""
-    v = _warp_sums(v, 1, BLOCK, REPEATS, WARPS)
-    return _sum_pieces(v, v, 1, WARPS, 0)
+    v = warp_sums(v, 1, BLOCK, REPEATS, WARPS)
+    return sum_pieces(v, v, 1, WARPS, 0)
 
 
 @triton.jit
-def _mean(total, N: tl.constexpr):
+def mean_of(total, N: tl.constexpr):
     """`total / N`, rounded once; a product does it where `1 / N` is exact."""
     if N & (N - 1) == 0:
         return total * (1.0 / N)
@@ -129,14 +131,14 @@ def _mean(total, N: tl.constexpr):
 
 
 @triton.jit
-def _rsqrt(v):
+def rsqrt(v):
     """`1 / sqrt(v)` to within an ulp: the hardware's estimate and one step of Newton's method."""
     r = tl.rsqrt(v)
     return tl.where((v > 0) & (v < float("inf")), r * tl.fma(-0.5 * v * r, r, 1.5), r)
 
 
 @triton.jit
-def _row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.constexpr):
+def row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.constexpr):
     """Offset in elements of each row; `ALIGN` divides every stride."""
     if DIMS == 1:
         offset = row.to(tl.int64) * s0
@@ -150,8 +152,8 @@ def _row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.con
 
 
 @triton.jit
-def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-          EVICT: tl.constexpr):  # fmt: skip
+def load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+         EVICT: tl.constexpr):  # fmt: skip
     """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
     col = first + tl.arange(0, BLOCK)
     mask = live[:, None]
@@ -162,7 +164,7 @@ def _load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: 
 
 
 @triton.jit
-def _store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     col = first + tl.arange(0, BLOCK)
     mask = live[:, None]
     if not FULL:
@@ -171,7 +173,7 @@ def _store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FU
 
 
 @triton.jit
-def _load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """`[1, BLOCK]` of the weight, plus `ADD`, and of the bias, in fp32; 0 for an absent one."""
     col = (first + tl.arange(0, BLOCK))[None, :]
     w = 0.0
@@ -186,7 +188,7 @@ def _load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BL
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     if NVIDIA:
         # The portable form spends four times the instructions on results below 2^-126.
         return tl.inline_asm_elementwise(
@@ -204,15 +206,15 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _act(z, SIGMOID: tl.constexpr):
-    s = _sigmoid(z)
+def act_of(z, SIGMOID: tl.constexpr):
+    s = sigmoid(z)
     return s if SIGMOID else z * s
 
 
 @triton.jit
-def _act_slope(z, SIGMOID: tl.constexpr):
+def act_slope(z, SIGMOID: tl.constexpr):
     """`act(z)` and `d act / dz`."""
-    s = _sigmoid(z)
+    s = sigmoid(z)
     if SIGMOID:
         act = s
         slope = s * (1.0 - s)
@@ -223,7 +225,7 @@ def _act_slope(z, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def _centre(u, mean, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def centre(u, mean, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """`u - mean`, and 0 outside the group, where the sums must not see the mean."""
     u = u - mean[:, None]
     if not FULL:
@@ -232,8 +234,8 @@ def _centre(u, mean, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.const
 
 
 @triton.jit
-def _affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
-            ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+def affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+           ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
     """`xhat` with its rounding point, and `xhat * w + b` with its own."""
     if ROUND_NORM is not None:
         xhat = xhat.to(ROUND_NORM).to(tl.float32)
@@ -248,36 +250,36 @@ def _affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
 
 
 @triton.jit
-def _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
-                 FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
+def gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
+                FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
     """What is normalised, and the gate as loaded: `x` or `x * act(z)`, and `z`."""
-    u = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
+    u = load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
     z = u
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
+        z = load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
     u = u.to(tl.float32)
     if GATE_FIRST:
-        u = u * _act(z.to(tl.float32), SIGMOID)
+        u = u * act_of(z.to(tl.float32), SIGMOID)
     return u, z
 
 
 @triton.jit
-def _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
-          BLOCK: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+def read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
+         BLOCK: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
     """`dy`, `x`, `z` of one piece as they lie in memory; without a gate `z` is `x`."""
-    dy = _load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT)
-    x = _load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT)
+    dy = load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT)
+    x = load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT)
     z = x
     if z_ptr is not None:
-        z = _load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT)
+        z = load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT)
     return dy, x, z
 
 
 @triton.jit
-def _terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
-           HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-           IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
-           ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
+def terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
+          HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+          IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
+          ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
     """One piece: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, and `dz`: the whole of it for a
     gate that comes last, its factor `x * act'(z)` for a gate that comes first."""
     g = dy.to(tl.float32)
@@ -285,14 +287,14 @@ def _terms(dy, x, z, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.con
     act = u
     dz = u
     if HAS_Z:
-        act, slope = _act_slope(z.to(tl.float32), SIGMOID)
+        act, slope = act_slope(z.to(tl.float32), SIGMOID)
         if GATE_FIRST:
             dz = u * slope
             u = u * act
     if not IS_RMS:
-        u = _centre(u, mean, first, N, BLOCK, FULL)
+        u = centre(u, mean, first, N, BLOCK, FULL)
     xhat = u * rstd[:, None]
-    rounded, h = _affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
+    rounded, h = affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
     if HAS_Z and not GATE_FIRST:
         dz = g * h * slope
         g = g * act

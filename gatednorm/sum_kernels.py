@@ -5,16 +5,16 @@ import triton.language as tl
 
 from .row_kernels import (
     UNSPECIALIZED,
-    _centre,
-    _gated_input,
-    _load_parameters,
-    _mean,
-    _overlap,
-    _read,
-    _row_offset,
-    _row_sum,
-    _rsqrt,
-    _terms,
+    centre,
+    gated_input,
+    load_parameters,
+    mean_of,
+    overlap_launches,
+    read,
+    row_offset,
+    row_sum,
+    rsqrt,
+    terms,
 )
 
 
@@ -29,7 +29,7 @@ def forward_sums_kernel(
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`mean` and `rstd` `[rows, GROUPS]` of one wide row and group per program, in chunks."""
-    _overlap(PDL)
+    overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
@@ -38,32 +38,32 @@ def forward_sums_kernel(
         row = row.to(tl.int32)
         size1 = size1.to(tl.int32)
         size2 = size2.to(tl.int32)
-    x_off = _row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
     z_off = x_off
     x_ptr += group * N
     if GATE_FIRST:
         z_ptr += group * N
-        z_off = _row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
     else:
         z_ptr = None
     mean = tl.zeros([1], tl.float32)
     if not IS_RMS:
         total = tl.zeros([1, BLOCK], tl.float32)
         for first in range(0, N, BLOCK):
-            u, _ = _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
-                                GATE_FIRST, SIGMOID)  # fmt: skip
+            u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+                               GATE_FIRST, SIGMOID)  # fmt: skip
             total += u
-        mean = _mean(_row_sum(total, BLOCK, REPEATS, WARPS), N)
+        mean = mean_of(row_sum(total, BLOCK, REPEATS, WARPS), N)
         tl.store(mean_ptr + pid + tl.arange(0, 1), mean)
     total = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
-        u, _ = _gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
-                            GATE_FIRST, SIGMOID)  # fmt: skip
+        u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+                           GATE_FIRST, SIGMOID)  # fmt: skip
         if not IS_RMS:
-            u = _centre(u, mean, first, N, BLOCK, FULL)
+            u = centre(u, mean, first, N, BLOCK, FULL)
         total += u * u
-    total = _row_sum(total, BLOCK, REPEATS, WARPS)
-    rstd = _rsqrt(_mean(total, N) + eps)
+    total = row_sum(total, BLOCK, REPEATS, WARPS)
+    rstd = rsqrt(mean_of(total, N) + eps)
     tl.store(rstd_ptr + pid + tl.arange(0, 1), rstd)
 
 
@@ -81,7 +81,7 @@ def backward_sums_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`c1` and `c2` `[rows, GROUPS]` of one wide row and group per program, in chunks."""
-    _overlap(PDL)
+    overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
@@ -90,14 +90,14 @@ def backward_sums_kernel(
         row = row.to(tl.int32)
         size1 = size1.to(tl.int32)
         size2 = size2.to(tl.int32)
-    dy_off = _row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
-    x_off = _row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+    dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
     z_off = x_off
     dy_ptr += group * N
     x_ptr += group * N
     if z_ptr is not None:
         z_ptr += group * N
-        z_off = _row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
     if w_ptr is not None:
         w_ptr += group * N
     rstd = tl.load(rstd_ptr + pid + tl.arange(0, 1))
@@ -107,19 +107,19 @@ def backward_sums_kernel(
     c1 = tl.zeros([1, BLOCK], tl.float32)
     c2 = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
-        w, b = _load_parameters(w_ptr, None, first, ADD, N, BLOCK)
-        dy, x, z = _read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
-                         "")  # fmt: skip
-        xhat, _, _, dxhat, _, _ = _terms(
+        w, b = load_parameters(w_ptr, None, first, ADD, N, BLOCK)
+        dy, x, z = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+                        "")  # fmt: skip
+        xhat, _, _, dxhat, _, _ = terms(
             dy, x, z, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
             BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip
         c1 += dxhat * xhat
         c2 += dxhat
-    c1 = _row_sum(c1, BLOCK, REPEATS, WARPS)
-    tl.store(c1_ptr + pid + tl.arange(0, 1), _mean(c1, N))
+    c1 = row_sum(c1, BLOCK, REPEATS, WARPS)
+    tl.store(c1_ptr + pid + tl.arange(0, 1), mean_of(c1, N))
     if not IS_RMS:
-        c2 = _row_sum(c2, BLOCK, REPEATS, WARPS)
-        tl.store(c2_ptr + pid + tl.arange(0, 1), _mean(c2, N))
+        c2 = row_sum(c2, BLOCK, REPEATS, WARPS)
+        tl.store(c2_ptr + pid + tl.arange(0, 1), mean_of(c2, N))
 
 
 @triton.jit(do_not_specialize=["n_workers"])
@@ -128,7 +128,7 @@ def reduce_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up `[n_workers, D]` partial sums of `dw` and `db`, always in the same order."""
-    _overlap(PDL)
+    overlap_launches(PDL)
     col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
