@@ -16,7 +16,6 @@ from torch.autograd.graph import increment_version  # autograd must know of what
 
 from .problem import Problem, describe, rows_of
 
-Options = tuple  # eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, ...
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 

@@ -8,6 +8,7 @@ functions round differently in the tail of a buffer.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ from .problem import Problem, rows_of
 
 # Under two megabytes for each of the handful of buffers in flight: they stay in cache, and each
 # operator still has enough to do that its own cost does not count.
-BLOCK_BYTES = 14 << 17
+BLOCK_BYTES = 7 * 2**18
 
 
 def _rows_per_block(p: Problem) -> int:
@@ -41,9 +42,7 @@ def _blocks(p: Problem, *tensors: Tensor | None) -> Iterator[tuple[slice, list[T
     whole = [None if t is None else next(views) for t in tensors]
 
     def cut(start: int, sizes: tuple[int, ...], parts: list[Tensor | None]):
-        inner = 1
-        for n in sizes[1:]:
-            inner *= n
+        inner = math.prod(sizes[1:])
         if inner > rows_per_block:
             for i in range(sizes[0]):
                 yield from cut(

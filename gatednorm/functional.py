@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .autograd import LayerNormFn, run_backward, run_forward, traced
-from .problem import check_like, check_no_overlap_within, check_overlap, describe, rows_of
+from .problem import check_backward, describe
 
 NORM_PATHS = ("training", "inference")
 
@@ -220,41 +220,8 @@ def layernorm_backward(
     if torch._C._are_functorch_transforms_active():
         _refuse_transforms("layernorm_backward")
     p = describe(x, weight, bias, z, None, *options, None)
-    check_like("dy", dy, x)
-    stats = {"rstd": rstd} if p.is_rms_norm else {"rstd": rstd, "mean": mean}
-    mean = stats.get("mean")  # RMS norm has no use for one that other copies' callers pass
-    for name, stat in stats.items():
-        fits = (
-            isinstance(stat, Tensor)
-            and tuple(stat.shape) == (p.n_rows, p.n_groups)
-            and stat.dtype == p.compute_dtype
-            and stat.device == x.device
-            and stat.is_contiguous()
-        )
-        if not fits:
-            raise ValueError(
-                f"{name} must be a contiguous [rows, groups] = {[p.n_rows, p.n_groups]} tensor in "
-                f"{p.compute_dtype} on {x.device}, got "
-                f"{(list(stat.shape), stat.dtype) if isinstance(stat, Tensor) else stat}; "
-                "pass what layernorm_forward returned for the same x and options"
-            )
-    inputs = {"dy": dy, "x": x, "weight": weight, "bias": bias, "z": z, "mean": mean, "rstd": rstd}
-    for out_name, out, like in (("dx", dx, x), ("dz", dz, z)):
-        if out is None:
-            continue
-        if like is None:
-            raise ValueError(f"{out_name} is given, but there is no gate; pass {out_name}=None")
-        check_like(out_name, out, x)
-        if out.dtype != like.dtype:
-            raise TypeError(f"{out_name} must be {like.dtype} like its input, got {out.dtype}")
-        check_no_overlap_within(out_name, out.shape, out.stride())
-        for name, other in inputs.items():
-            if other is not None and check_overlap(name, other, out, out_name):
-                raise ValueError(
-                    f"{out_name} must not be {name}, which is read after {out_name} is written; "
-                    "pass None for a new tensor"
-                )
-        inputs["dx"] = dx
-    rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))
+    if p.is_rms_norm:
+        mean = None  # RMS norm has no use for one that other copies' callers pass
+    check_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)
     with torch.no_grad():
         return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)

@@ -7,7 +7,7 @@ tensors of a call into at most three that every one of them can address by strid
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,7 +190,7 @@ def _describe(
     if out is not None:
         if out_dtype is not None and out[2] != out_dtype:
             raise TypeError(f"out must have out_dtype, got {out[2]} and {out_dtype}")
-        check_no_overlap_within("out", *out[:2])
+        _check_no_overlap_within("out", *out[:2])
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
     return Problem(
@@ -246,7 +246,7 @@ def describe(
     if out is not None:
         for name, other in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
             if other is not None:
-                check_overlap(name, other, out)
+                _check_overlap("out", out, name, other)
     metas = (
         _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
         _meta("out", out),
@@ -270,7 +270,7 @@ def _span(t: Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * t.element_size()
 
 
-def check_like(name: str, t: Tensor, x: Tensor) -> None:
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
     """A gradient: dtype and unit stride of its own, shape and device of `x`."""
     meta, like = _meta(name, t), _meta("x", x)
     if meta is None:
@@ -282,7 +282,7 @@ def check_like(name: str, t: Tensor, x: Tensor) -> None:
         )
 
 
-def check_no_overlap_within(name: str, shape: torch.Size, strides: tuple[int, ...]) -> None:
+def _check_no_overlap_within(name: str, shape: torch.Size, strides: tuple[int, ...]) -> None:
     """Refuse an output in which two indices name one element.
 
     Raises:
@@ -322,32 +322,77 @@ def _meets(distance: int, dims: list[tuple[int, int]]) -> bool:
     return any(_meets(distance - k * step, rest) for k in range(first, last + 1))
 
 
-def check_overlap(name: str, other: Tensor, out: Tensor, out_name: str = "out") -> bool:
-    """Refuse an output that shares elements with an input, unless the two are one view.
+def _overlap(a: Tensor, b: Tensor) -> Literal["none", "same", "partial"]:
+    """Whether two tensors share elements: "same" for one view, "partial" also where it takes too
+    long to tell."""
+    if a.numel() == 0 or a.device != b.device or a.device.type == "meta":
+        return "none"
+    (start, end), (b_start, b_end) = _span(a), _span(b)
+    if end <= b_start or b_end <= start:
+        return "none"
+    size, distance = b.element_size(), b_start - start
+    same = a.shape == b.shape and a.stride() == b.stride() and a.element_size() == size
+    if not same or distance % size:
+        return "partial"
+    # An expanded output is refused for that; here its stride of 0 brings nothing together.
+    dims = [(s, n) for n, s in zip(b.shape, b.stride(), strict=True) if n > 1 and s]
+    if distance and not _meets(distance // size, sorted(dims, reverse=True)):
+        return "none"
+    return "partial" if distance else "same"
 
-    Returns:
-        Whether they are one view.
+
+def _check_overlap(name: str, out: Tensor, other_name: str, other: Tensor, same: str = "") -> None:
+    """Refuse an output that shares elements with an input; where `same` is empty, one that is the
+    same view of it may."""
+    if not isinstance(out, Tensor) or not isinstance(other, Tensor):
+        return
+    overlap = _overlap(other, out)
+    if overlap == "partial":
+        raise ValueError(
+            f"{name} overlaps {other_name} without being the same view of it, and would corrupt "
+            f"it; pass a slice that shares no element with {other_name}, or None for a new tensor"
+        )
+    if overlap == "same" and same:
+        raise ValueError(f"{name} must not be {other_name}, {same}; pass None for a new tensor")
+
+
+def check_backward(
+    p: Problem, dy: Tensor, x: Tensor, weight, bias, z, mean, rstd: Tensor, dx, dz
+) -> None:
+    """What a backward is given besides the inputs of its forward.
 
     Raises:
-        ValueError: when they share an element and are not, or cannot be told to share none.
+        ValueError, TypeError: naming value, rule and remedy.
     """
-    if not isinstance(out, Tensor) or not isinstance(other, Tensor):
-        return False
-    if other.numel() == 0 or other.device != out.device or other.device.type == "meta":
-        return False
-    (a, a_end), (b, b_end) = _span(other), _span(out)
-    if a_end <= b or b_end <= a:
-        return False
-    size = out.element_size()
-    same = other.shape == out.shape and other.stride() == out.stride()
-    if same and other.element_size() == size and (b - a) % size == 0:
-        if a == b:
-            return True
-        # An expanded output is refused for that; here its stride of 0 brings nothing together.
-        dims = [(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1 and s]
-        if not _meets((b - a) // size, sorted(dims, reverse=True)):
-            return False
-    raise ValueError(
-        f"{out_name} overlaps {name} without being the same view of it, and would corrupt it; "
-        f"pass a slice that shares no element with {name}, or None for a new tensor"
-    )
+    _check_like("dy", dy, x)
+    stats = {"rstd": rstd} if p.is_rms_norm else {"rstd": rstd, "mean": mean}
+    for name, stat in stats.items():
+        fits = (
+            isinstance(stat, Tensor)
+            and tuple(stat.shape) == (p.n_rows, p.n_groups)
+            and stat.dtype == p.compute_dtype
+            and stat.device == x.device
+            and stat.is_contiguous()
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} must be a contiguous [rows, groups] = {[p.n_rows, p.n_groups]} tensor in "
+                f"{p.compute_dtype} on {x.device}, got "
+                f"{(list(stat.shape), stat.dtype) if isinstance(stat, Tensor) else stat}; "
+                "pass what layernorm_forward returned for the same x and options"
+            )
+    read = {"dy": dy, "x": x, "weight": weight, "bias": bias, "z": z, "mean": mean, "rstd": rstd}
+    for name, out, like in (("dx", dx, x), ("dz", dz, z)):
+        if out is None:
+            continue
+        if like is None:
+            raise ValueError(f"{name} is given, but there is no gate; pass {name}=None")
+        _check_like(name, out, x)
+        if out.dtype != like.dtype:
+            raise TypeError(f"{name} must be {like.dtype} like its input, got {out.dtype}")
+        _check_no_overlap_within(name, out.shape, out.stride())
+        for other_name, other in read.items():
+            _check_overlap(name, out, other_name, other, f"which is read after {name} is written")
+    if dx is not None and dz is not None:
+        _check_overlap("dz", dz, "dx", dx, "which is written as well")
+    rows_of(p.shape, *(t.stride() for t in (dy, x, z, dx, dz) if t is not None))

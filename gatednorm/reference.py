@@ -8,6 +8,7 @@ Nothing here is fast, and nothing on the product's own path imports it.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 # Where a family of models rounds to the input's dtype besides the store:
@@ -53,11 +54,13 @@ def gated_norm_ref(
     h = x.to(compute)
     if gate is not None and not norm_before_gate:
         h = h * gate
-    h = h.unflatten(-1, (-1, group_size or x.shape[-1]))
+    h = rearrange(
+        h, "... (groups channels) -> ... groups channels", channels=group_size or x.shape[-1]
+    )
     if not is_rms_norm:
         h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    h = h.flatten(-2)
+    h = rearrange(h, "... groups channels -> ... (groups channels)")
     if round_norm:
         h = h.to(dtype).to(compute)
     if weight is not None:
