@@ -87,7 +87,8 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from models.checkpoints.checkpoint import build_model
     from models.data.batches import TrainLoader
     from models.data.corpus import Documents
-    from models.training.lit import LitLanguageModel, ProgressBar, peak_memory
+    from models.training.callbacks import ProgressBar, process_peak_memory
+    from models.training.lit import LitLanguageModel
     from models.training.parallel import prepare_blocks
     from models.training.processes import find_processes
     from models.training.runs import build_trainer, create_run, record
@@ -128,7 +129,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     if processes.rank == 0:
         tokens = optim.batch_size * data.sequence_length
         device = trainer.strategy.root_device  # the module lies on the CPU again
-        peak = peak_memory(device)
+        peak = process_peak_memory(device)
         row = {
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",

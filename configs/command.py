@@ -25,7 +25,15 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from configs.manual import CONFIG_DIR, manual
-from configs.schema import MODELS, ConfigError, all_keys, infer_config, nearest, train_config
+from configs.schema import (
+    MODELS,
+    ConfigError,
+    all_keys,
+    first_line,
+    infer_config,
+    nearest,
+    train_config,
+)
 
 CHECKS = {"train": train_config, "infer": infer_config}
 
@@ -95,7 +103,7 @@ def command(
                 if folders:  # a job had begun: it is not about the arguments
                     raise
                 found = _explain_first(name, sys.argv[1:], several)
-                _fail(name, found or _first_line(error))
+                _fail(name, found or first_line(error))
 
         return run
 
@@ -255,11 +263,6 @@ def _leave_pipe() -> None:
     """`... | head`: nobody reads on, which is no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
     sys.exit(128 + signal.SIGPIPE)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _fail(name: str, message: str) -> None:

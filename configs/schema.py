@@ -9,7 +9,8 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -30,6 +31,23 @@ class ConfigError(ValueError):
 
 class RunError(ConfigError):
     """A run that had to stop; the message says what is left and how to go on."""
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """A ValueError that comes out of it becomes a ConfigError about `key`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def one_of(*choices: str, default: Any = MISSING) -> Any:
@@ -302,7 +320,7 @@ def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key} must have a value, got none; give one") from error
     except OmegaConfBaseException as error:
-        rule = str(error).splitlines()[0].rstrip(".")
+        rule = first_line(error).rstrip(".")
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key}: {rule}; give another value") from error
     for key, value in (verbatim or {}).items():

@@ -270,7 +270,7 @@ def bmm_wide(a: Tensor, b: Tensor) -> Tensor:
     """Batched product [X, I, J] x [X, J, K] in fp32 (fp64), whatever the operands' dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
-    if a.device.type == "cuda" and torch.__version__ >= "2.8":
+    if a.device.type == "cuda":
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 

@@ -17,7 +17,8 @@ from configs.schema import ConfigError, OptimConfig
 from models.checkpoints.checkpoint import load_model
 from models.data.corpus import load_corpus
 from models.generation import generate
-from models.training.lit import Throughput, learning_rate_factor
+from models.training.callbacks import Throughput
+from models.training.lit import learning_rate_factor
 from models.training.plots import compressors, plot_loss, smooth
 from small_runs import SIX_STEPS
 

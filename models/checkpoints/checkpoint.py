@@ -19,8 +19,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from configs.schema import MIXERS, MODELS, NORM_PATHS, ConfigError, ModelConfig
-from models.checkpoints.files import write_whole
+from configs.schema import MIXERS, MODELS, NORM_PATHS, ConfigError, ModelConfig, about, first_line
+from models.checkpoints.files import unreadable, write_whole
 from models.checkpoints.hub import is_hub_id
 from models.checkpoints.published import (
     download_published,
@@ -86,16 +86,12 @@ def load(
             names = ", ".join(choice for choice in choices if choice)
             raise ConfigError(f"{key} must be one of {names}, got {value!r}; use one of them")
     folder = find_checkpoint(model, checkpoint, str(runs_dir))
-    try:
+    with about("checkpoint"):
         if _is_run(folder):
             language_model, tokenizer = load_model(folder, norm_path), tokenizer_of(folder)
         else:
             language_model = load_published(folder, norm_path=norm_path)
             tokenizer = published_tokenizer(folder)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"checkpoint: {error}") from error
     if tokenizer.vocab_size > language_model.vocab_size:
         raise ConfigError(
             f"checkpoint: the tokenizer in {str(folder)!r} must have at most the model's "
@@ -107,15 +103,12 @@ def load(
     return Loaded(language_model, tokenizer, folder, NAMES[language_model.mixer])
 
 
-def build_model(
-    config: ModelConfig, norm_path: str, vocab_size: int | None = None
-) -> LanguageModel:
-    """The language model that `config` describes, with the vocabulary of `config` unless another
-    size is given. Raises ConfigError for sizes that do not fit."""
-    try:
+def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
+    """The language model that `config` describes. Raises ConfigError for sizes that do not fit."""
+    with about(f"model={config.name}"):
         return LanguageModel(
             MIXERS[config.name],
-            vocab_size=config.vocab_size if vocab_size is None else vocab_size,
+            vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             mlp_ratio=config.mlp_ratio,
@@ -124,8 +117,6 @@ def build_model(
             norm_path=norm_path,
             mixer_args=config.mixer_args(),
         )
-    except ValueError as error:
-        raise ConfigError(f"model={config.name}: {error}") from error
 
 
 def save_config(folder: Path, config: Any) -> None:
@@ -153,17 +144,13 @@ def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: 
         runs = sorted(Path(runs_dir).glob(f"*/{WEIGHTS}"), key=lambda path: -path.stat().st_mtime)
         return next((run.parent for run in runs if is_of(run.parent, model)), SHIPPED / model)
     path = Path(checkpoint)
-    try:
+    with about("checkpoint"):
         if _on_hub(path):
             path = download_published(path.as_posix())
         folder = path.parent if path.is_file() or path.name in (WEIGHTS, CONFIG) else path
         if not _is_run(folder) and (folder / "config.json").is_file():
             _check_name(checkpoint, model, NAMES[published_mixer(folder)])
             return folder
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"checkpoint: {error}") from error
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             if not path.exists():
@@ -205,8 +192,7 @@ def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
             tensors = {name: weights.get_tensor(name) for name in names}
             checksum = (weights.metadata() or {}).get("crc32")
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
-        raise ConfigError(damaged(file, f"it cannot be read ({reason})")) from error
+        raise ConfigError(damaged(file, f"it cannot be read ({unreadable(error)})")) from error
     if checksum != _checksum(tensors):
         raise ConfigError(damaged(file, "its checksum is wrong"))
     model = build_model(config, norm_path)
@@ -271,7 +257,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, ConfigKeyError):
         return f"there is no key 'model.{error.full_key or error.key}'"
     if isinstance(error, OmegaConfBaseException):
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return f"its model{'.' * bool(error.full_key)}{error.full_key or ''} is wrong: {reason}"
     return f"it has no model section whose name is one of {', '.join(MODELS)}"
 

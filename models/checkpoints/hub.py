@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from configs.schema import first_line
+
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` could be one: ``owner/name``, or an old ``name`` alone."""
@@ -26,8 +28,7 @@ def download(name: str, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # a dozen kinds, some of other packages
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{name!r} is neither on this machine nor reached on the hub ({lines[0]}); give a "
-            "path, or a hub id owner/name and a network"
+            f"{name!r} is neither on this machine nor reached on the hub ({first_line(error)}); "
+            "give a path, or a hub id owner/name and a network"
         ) from error

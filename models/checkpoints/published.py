@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from configs.schema import first_line
+from models.checkpoints.files import unreadable
 from models.checkpoints.hub import download
 from models.checkpoints.tokenizer import FILE as TOKENIZER
 from models.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
@@ -84,15 +86,13 @@ def load_published(
     folder: str | Path,
     *,
     norm_path: str = "inference",
-    dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """A model with the configuration and weights of a published checkpoint, on the CPU.
+    """A model with the configuration and weights of a published checkpoint, in fp32 on the CPU.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``, a sharded one with its index, or
             the state-spaces project's ``pytorch_model.bin``.
         norm_path: "training" or "inference".
-        dtype: of the parameters.
     Raises:
         ValueError: naming the file, option or weight: an unknown format, an option that this
             model does not have, and a weight that is missing, left over or of the wrong shape.
@@ -117,11 +117,11 @@ def load_published(
         ) from error
     except (TypeError, ArithmeticError, RuntimeError) as error:  # the last two for absurd sizes
         raise ValueError(
-            f"{folder / 'config.json'} must have numbers for sizes ({_first_line(error)}); take "
+            f"{folder / 'config.json'} must have numbers for sizes ({first_line(error)}); take "
             "the one of the checkpoint"
         ) from error
     _fill(shapes, dict(weights), list(entries(shapes)), folder)
-    model = LanguageModel(**arguments).to(dtype)
+    model = LanguageModel(**arguments)
     _fill(model, weights, list(entries(model)), folder)
     return model
 
@@ -164,7 +164,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return {key: value for name in names for key, value in load_file(folder / name).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{file} cannot be read ({_first_line(error)}); download it again"
+            f"{file} cannot be read ({unreadable(error)}); download it again"
         ) from error
 
 
@@ -190,11 +190,6 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             "model alone, not those of its training"
         )
     return weights
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.removeprefix("Error while deserializing header: ")
 
 
 def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry], folder: Path):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from configs.schema import first_line
 from models.checkpoints.files import write_whole
 from models.checkpoints.hub import download, is_hub_id
 
@@ -188,10 +189,9 @@ def _read(file: Path) -> TextTokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises Exception itself
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{str(file)!r} must be a file of the tokenizers library, but it cannot be read "
-            f"({reason}); download or train it again"
+            f"({first_line(error)}); download or train it again"
         ) from error
     return TextTokenizer(tokenizer, _find_eos(tokenizer, file.with_name(OPTIONS)))
 

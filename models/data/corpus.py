@@ -44,12 +44,14 @@ class Documents:
     def bytes_per_token(self) -> float:
         return 1.0 if self.text_size is None else self.text_size / max(1, self.tokens.size)
 
-    @staticmethod
-    def of(documents: Sequence[Any], dtype: Any = np.uint8, text_size: int | None = None) -> Any:
+    @classmethod
+    def of(
+        cls, documents: Sequence[Any], dtype: Any = np.uint8, text_size: int | None = None
+    ) -> "Documents":
         """From each document's tokens."""
         starts = np.array([0, *map(len, documents)], dtype=np.int64).cumsum()
         tokens = np.concatenate([np.empty(0, dtype), *(np.asarray(d, dtype) for d in documents)])
-        return Documents(tokens, starts, text_size)
+        return cls(tokens, starts, text_size)
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,10 @@ def check_length(documents: Documents, config: DataConfig, part: str, of: int) -
         )
 
 
-def choose_held_out(keys: Iterable[Any], one_in: int) -> list[bool]:
-    """Which of the documents of these keys (strings or bytes) are for validation: those whose crc32
+def choose_held_out(keys: Iterable[bytes], one_in: int) -> list[bool]:
+    """Which of the documents of these keys are for validation: those whose crc32
     is a multiple of `one_in`; at least one is, and at least one is not."""
-    crc = [zlib.crc32(key.encode() if isinstance(key, str) else key) for key in keys]
+    crc = [zlib.crc32(key) for key in keys]
     held_out = [value % one_in == 0 for value in crc]
     if crc and not any(held_out):
         held_out[crc.index(min(crc))] = True

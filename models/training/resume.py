@@ -7,23 +7,19 @@ import csv
 import functools
 import io
 import os
-import random
 import zipfile
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.command import compose
-from configs.schema import ConfigError, ModelConfig, TrainConfig, train_config
+from configs.schema import ConfigError, ModelConfig, TrainConfig, first_line, train_config
 from models.checkpoints.checkpoint import (
     CONFIG,
     LAST,
@@ -134,7 +130,7 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
     try:
         saved = train_config(OmegaConf.create((run / CONFIG).read_text(encoding="utf-8")))
     except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(damaged(run / CONFIG, str(error).splitlines()[0])) from error
+        raise ConfigError(damaged(run / CONFIG, first_line(error))) from error
     was = _flat(saved)
     for key, value in asked_for(asked).items():
         section, _, name = key.partition(".")
@@ -159,13 +155,6 @@ def asked_for(config: TrainConfig) -> dict[str, Any]:
     default = _flat(compose("train", [f"model={config.model.name}"]))
     values = _flat(config)
     return {key: v for key, v in values.items() if key in typed or v != default.get(key)}
-
-
-def checkpoint_step(run: Path) -> int:
-    """The step that the run's last.ckpt was written after, 0 where there is none yet. Raises
-    ConfigError when it is damaged."""
-    state = read_state(run)
-    return 0 if state is None else state["global_step"]
 
 
 def read_state(run: Path, model: ModelConfig | None = None) -> dict[str, Any] | None:
@@ -234,38 +223,6 @@ def continue_metrics(
     logger.save()
     first = next((values["val_bpb"] for _, values in rows if "val_bpb" in values), float("nan"))
     return {"val_bpb": first}
-
-
-class RandomState(Callback):
-    """Keeps the state of all random generators in the checkpoint, as tensors and plain numbers."""
-
-    def __init__(self) -> None:
-        self.restored: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        name, keys, *rest = np.random.get_state()  # noqa: NPY002
-        state = {
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.restored = state
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if (state := self.restored) is None:
-            return
-        torch.set_rng_state(state["torch"])
-        version, numbers, gauss = state["python"]
-        random.setstate((version, tuple(numbers), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-        if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

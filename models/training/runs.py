@@ -17,21 +17,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import ConfigError, TrainConfig, TrainerConfig
+from configs.schema import ConfigError, TrainConfig, TrainerConfig, first_line
 from models.checkpoints.checkpoint import METRICS, save_config
 from models.checkpoints.tokenizer import Tokenizer
 from models.language_model import LanguageModel
-from models.training.lit import (
+from models.training.callbacks import (
     Checkpoints,
     FiniteLoss,
-    Metrics,
     ProgressBar,
+    RandomState,
     Throughput,
-    WholeCheckpoints,
 )
 from models.training.parallel import ShardedStrategy
 from models.training.processes import Processes, on_gpu
-from models.training.resume import RandomState
+from models.training.writing import Metrics, WholeCheckpoints
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def build_trainer(
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise ConfigError(
             "trainer must be one that Lightning can build here, got "
-            f"{str(error).splitlines()[0]!r}; change trainer=, or the environment it speaks of"
+            f"{first_line(error)!r}; change trainer=, or the environment it speaks of"
         ) from error
     return trainer, throughput
 

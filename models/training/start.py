@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import ConfigError, FlaConfig, Mamba2Config, ModelConfig, TrainConfig
+from configs.schema import ConfigError, FlaConfig, Mamba2Config, ModelConfig, TrainConfig, about
 from models.checkpoints.checkpoint import build_model, load
 from models.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from models.language_model import LanguageModel
@@ -20,11 +20,13 @@ def start_model(
     Raises ConfigError."""
     model = None
     if stopped and stopped.checkpoint:  # the weights come with the optimiser
-        tokenizer = _checked(tokenizer_of, stopped.run)
+        with about("tokenizer"):
+            tokenizer = tokenizer_of(stopped.run)
     elif config.checkpoint is not None:
         config, model, tokenizer = _from_checkpoint(config)
     else:
-        tokenizer = _checked(load_tokenizer, config.tokenizer)
+        with about("tokenizer"):
+            tokenizer = load_tokenizer(config.tokenizer)
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_model(config, processes)
@@ -103,12 +105,3 @@ def describe(model: LanguageModel) -> ModelConfig:
             "got one whose sizes it cannot; start from another one"
         )
     return config
-
-
-def _checked(read, source) -> Tokenizer:
-    try:
-        return read(source)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"tokenizer: {error}") from error

@@ -54,6 +54,14 @@ def curve(run: Path, column: str = "train_bpb") -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
+def checkpoint_step(run: Path) -> int:
+    """The step that the run's last.ckpt was written after, 0 where there is none yet."""
+    from models.training.resume import read_state
+
+    state = read_state(run)
+    return 0 if state is None else state["global_step"]
+
+
 def write_checkpoint(folder: Path, model: str, seed: int = 0, sharp: float = 1) -> torch.nn.Module:
     """An untrained model and its files; with `sharp` far above 1 no two tokens are as likely."""
     config = compose("train", [f"model={model}", *SMALL])

@@ -13,9 +13,8 @@ from configs.command import compose
 from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import load_model
 from models.training import runs
-from models.training.resume import checkpoint_step
 from models.training.runs import check_devices, create_run
-from small_runs import SIX_STEPS
+from small_runs import SIX_STEPS, checkpoint_step
 
 SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]
 

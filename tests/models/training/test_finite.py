@@ -9,9 +9,8 @@ import train
 from configs.command import compose
 from configs.schema import RunError
 from models.checkpoints.checkpoint import LAST, load_model
-from models.training import lit
-from models.training.resume import checkpoint_step
-from small_runs import SIX_STEPS
+from models.training import callbacks, lit
+from small_runs import SIX_STEPS, checkpoint_step
 
 TOO_FAST = "optim.learning_rate=1e38"
 
@@ -44,13 +43,13 @@ def test_the_command_leaves_with_an_error(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The loss is looked at before a checkpoint only."""
-    start = lit.FiniteLoss.on_train_start
+    start = callbacks.FiniteLoss.on_train_start
 
     def waits(self, trainer, module):
         start(self, trainer, module)
         self.waits = True
 
-    monkeypatch.setattr(lit.FiniteLoss, "on_train_start", waits)
+    monkeypatch.setattr(callbacks.FiniteLoss, "on_train_start", waits)
 
 
 @pytest.mark.parametrize("bad", [4, 5], ids=["last but one", "last"])
@@ -84,7 +83,7 @@ def test_a_validation_that_is_not_a_number_is_an_error(tmp_path, monkeypatch):
 
 def test_one_bad_parameter_is_enough():
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    assert lit.all_finite(module, 1)
+    assert callbacks.all_finite(module, 1)
     with torch.no_grad():
         module[1].bias[2] = float("inf")
-    assert not lit.all_finite(module, 1)
+    assert not callbacks.all_finite(module, 1)

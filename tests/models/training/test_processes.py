@@ -15,8 +15,7 @@ from configs.command import compose
 from configs.schema import ConfigError
 from models.checkpoints.checkpoint import load_model
 from models.training.processes import Processes, find_processes
-from models.training.resume import checkpoint_step
-from small_runs import TWELVE_STEPS, curve
+from small_runs import TWELVE_STEPS, checkpoint_step, curve
 
 SMALL = [*TWELVE_STEPS, "model=mamba2"]
 

@@ -19,8 +19,9 @@ from configs.command import compose
 from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import load_model
 from models.training import lit
-from models.training.resume import RandomState, checkpoint_step, find_stopped, read_metrics
-from small_runs import TWELVE_STEPS, train_until
+from models.training.callbacks import RandomState
+from models.training.resume import find_stopped, read_metrics
+from small_runs import TWELVE_STEPS, checkpoint_step, train_until
 
 SMALL = [*TWELVE_STEPS, "model=mamba2", "trainer.checkpoint_every=4"]
 
