@@ -14,26 +14,40 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd must know of what a kernel writes
 
-from .problem import Problem, describe, rows_of
+from .problem import DEVICES, Problem, describe, rows_of
 
+SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 
 @functools.cache
 def backend(device_type: str) -> ModuleType:
     """The module whose `forward` and `backward` run on this device; triton is imported late."""
-    return importlib.import_module(
-        ".cpu" if device_type == "cpu" else ".launch", package=__package__
-    )
+    try:
+        return importlib.import_module(
+            ".cpu" if device_type == "cpu" else ".launch", package=__package__
+        )
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"tensors on a {device_type} device need the package triton, got none that can be "
+            f"imported ({error}); pip install 'gatednorm[triton]', or move them with .cpu()"
+        ) from error
+
+
+def is_subclass(t: Tensor | None) -> bool:
+    """Whether this is a tensor that may be no memory of its own: DTensor, FakeTensor and so on."""
+    return type(t) not in PLAIN_TENSORS and isinstance(t, Tensor)
 
 
 def traced(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a call must go through the registered operators instead of a launcher: for tensors
     that are no memory of their own, and where somebody watches the operators."""
     for t in (x, *others):
-        if type(t) not in PLAIN_TENSORS and isinstance(t, Tensor):
+        if is_subclass(t):
             return True
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._is_tracing():  # torch.jit.trace
         return True
     return isinstance(x, Tensor) and x.is_meta
 
@@ -96,6 +110,18 @@ def _addressable(p: Problem, dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy if dense else dy.contiguous()
 
 
+def _check_saved(p: Problem, x, weight, bias, z, mean, rstd) -> None:
+    """Hooks of saved tensors may bring back anything; a kernel is compiled for what was saved."""
+    stats = p.compute_dtype
+    expected = (*p.dtypes, stats, stats)
+    for name, t, dtype in zip(SAVED, (x, weight, bias, z, mean, rstd), expected, strict=True):
+        if t is not None and (t.dtype != dtype or t.device != p.device):
+            raise RuntimeError(
+                f"{name} was saved for the backward as {dtype} on {p.device}, and a hook of saved "
+                f"tensors brought it back as {t.dtype} on {t.device}; have it bring back the same"
+            )
+
+
 @functools.lru_cache(maxsize=4096)
 def _dense(shape: torch.Size) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
@@ -111,7 +137,7 @@ class LayerNormFn(torch.autograd.Function):
     `LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
     activation, zero_centered, numerics, out_dtype)`; shapes and options as in
     :func:`gatednorm.layernorm_fn`. Kept for the backward: `x`, `z`, the parameters and one
-    `rstd` (for layer norm also `mean`) per row and group, in fp32.
+    `rstd` (for layer norm also `mean`) per row and group, in fp32 (fp64 for fp64).
     """
 
     @staticmethod
@@ -150,9 +176,11 @@ class LayerNormFn(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_second_derivative(ctx)
         x, weight, bias, z, mean, rstd = ctx.saved_tensors
-        if ctx.problem is None or traced(dy):
+        # Batched gradients (is_grads_batched) have no memory of their own either.
+        if ctx.problem is None or traced(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
             grads = _backward_op(dy, x, weight, bias, z, mean, rstd, ctx.options)
         else:
+            _check_saved(ctx.problem, x, weight, bias, z, mean, rstd)
             dy = _addressable(ctx.problem, dy, x, z)
             grads = run_backward(ctx.problem, dy, x, weight, bias, z, mean, rstd)
         return *grads, *(None,) * len(ctx.options)
@@ -172,7 +200,6 @@ _library.define(
     f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}) "
     "-> (Tensor dx, Tensor dw, Tensor db, Tensor dz)"
 )
-DEVICES = ("CPU", "CUDA", "XPU")  # torch calls AMD GPUs CUDA
 
 
 def _none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -203,6 +230,7 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 def _forward_fake(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, *rest):
     out_dtype = rest[-1] or x.dtype
+    torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
     width = x.shape[-1]
     if z is not None:
         torch._check(z.dim() == x.dim(), lambda: f"z must have {x.dim()} dimensions, as x has")
@@ -258,7 +286,7 @@ for _name, _impl in (
     ("forward", _forward_impl), ("forward_out", _forward_out_impl), ("backward", _backward_impl),
 ):  # fmt: skip
     for _device in DEVICES:
-        _library.impl(_name, _impl, _device)
+        _library.impl(_name, _impl, _device.upper())
 torch.library.register_fake("gatednorm::forward", _forward_fake, lib=_library)
 torch.library.register_fake("gatednorm::forward_out", lambda *args: None, lib=_library)
 torch.library.register_fake("gatednorm::backward", _backward_fake, lib=_library)

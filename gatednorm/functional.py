@@ -2,18 +2,37 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, run_backward, run_forward, traced
+from .autograd import LayerNormFn, is_subclass, run_backward, run_forward, traced
 from .problem import check_backward, describe
 
 NORM_PATHS = ("training", "inference")
 
 
-def _refuse_transforms(name: str) -> None:
-    raise RuntimeError(
-        f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
-        "gatednorm.rms_norm_ref there, or torch.autograd"
-    )
+def _refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError where the result would lack a derivative or a batch that is asked for."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
+            "gatednorm.rms_norm_ref there, or torch.autograd"
+        )
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    f"{name} has no forward-mode derivative, and an input has a tangent; use "
+                    "gatednorm.rms_norm_ref there, or torch.autograd"
+                )
+
+
+def _refuse_subclasses(name: str, *tensors: Tensor | None) -> None:
+    for t in tensors:
+        if is_subclass(t):
+            raise TypeError(
+                f"{name} takes plain tensors, got {type(t).__name__}; use layernorm_fn, which "
+                "PyTorch sees as an operator"
+            )
 
 
 def layernorm_fn(
@@ -63,8 +82,7 @@ def layernorm_fn(
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
-    if torch._C._are_functorch_transforms_active():
-        _refuse_transforms("layernorm_fn")
+    _refuse_transforms("layernorm_fn", x, weight, bias, z)
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -117,7 +135,7 @@ def rms_norm_gated(
 
     Args:
         is_rms_norm: False for layer norm.
-        out: `[..., D]`, written and returned; a view with strides of its own, or an input itself.
+        out: `[..., D]`, written and returned; a view with strides of its own, or `x` or `z` itself.
             On the CPU a few elements may differ by one unit where its strides are not those of a
             slice of columns.
 
@@ -125,8 +143,7 @@ def rms_norm_gated(
         RuntimeError: when an input requires a gradient while gradients are on: this function would
             cut the graph.
     """
-    if torch._C._are_functorch_transforms_active():
-        _refuse_transforms("rms_norm_gated")
+    _refuse_transforms("rms_norm_gated", x, weight, bias, z)
     if torch.is_grad_enabled():
         for name, t in (
             ("x", x), ("z", z), ("weight", weight), ("bias", bias), ("out", out)
@@ -140,9 +157,9 @@ def rms_norm_gated(
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
-    if traced(x, weight, bias, z):
+    if traced(x, weight, bias, z, out):
         if out is None:
-            out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+            out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
         torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)
         return out
     p = describe(x, weight, bias, z, out, *options)
@@ -171,10 +188,10 @@ def layernorm_forward(
     by torch.compile: call it inside an operator of your own, or use :func:`layernorm_fn`.
 
     Returns:
-        `y` `[..., D]`, `mean` (None for RMS) and `rstd`, both fp32 `[rows, groups]`.
+        `y` `[..., D]`, `mean` (None for RMS) and `rstd`, `[rows, groups]` in fp32 (fp64 for fp64).
     """
-    if torch._C._are_functorch_transforms_active():
-        _refuse_transforms("layernorm_forward")
+    _refuse_transforms("layernorm_forward", x, weight, bias, z)
+    _refuse_subclasses("layernorm_forward", x, weight, bias, z, out)
     p = describe(
         x, weight, bias, z, out, eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -217,8 +234,8 @@ def layernorm_backward(
     options = (
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
     )  # fmt: skip
-    if torch._C._are_functorch_transforms_active():
-        _refuse_transforms("layernorm_backward")
+    _refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
+    _refuse_subclasses("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
     p = describe(x, weight, bias, z, None, *options, None)
     if p.is_rms_norm:
         mean = None  # RMS norm has no use for one that other copies' callers pass

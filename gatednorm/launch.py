@@ -282,7 +282,7 @@ def forward(p: Problem, x: Tensor, z, weight, bias, out: Tensor, mean, rstd) -> 
 
 
 def _fit(tile: Tile, device: torch.device, *loaded: Tensor | None) -> Tile:
-    """The tile as this GPU can hold it; the bits depend on neither."""
+    """The tile as this GPU can hold it; on one GPU it is always the same one."""
     if torch.version.hip:  # 64 lanes a warp, 1024 a program
         return tile._replace(num_warps=min(tile.num_warps, 16))
     room = _shared_memory(device)

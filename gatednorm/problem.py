@@ -18,6 +18,7 @@ ACTIVATIONS = ("silu", "swish", "sigmoid")
 ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
 NUMERICS = tuple(ROUNDING)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda", "xpu")
 MAX_OUTER_DIMS = 3
 
 
@@ -43,6 +44,8 @@ class Problem:
     round_weight: bool
     out_dtype: torch.dtype
     compute_dtype: torch.dtype
+    device: torch.device
+    dtypes: tuple[torch.dtype | None, ...]  # of x, weight, bias, z
     plans: dict = field(default_factory=dict, repr=False)
 
 
@@ -165,6 +168,11 @@ def _describe(
         raise ValueError(
             f"x must have at least one channel in its last dimension, got shape {tuple(shape)}"
         )
+    if x[3].type not in DEVICES:
+        raise ValueError(
+            f"x must be on one of {', '.join(DEVICES)} (torch calls AMD GPUs cuda), got {x[3]}; "
+            "move the tensors with .cpu(), or use gatednorm.rms_norm_ref"
+        )
     width = shape[-1]
     for name, meta in (("z", z), ("out", out)):
         _check_tensor(name, meta, x)
@@ -208,6 +216,8 @@ def _describe(
         round_weight=round_weight,
         out_dtype=out_dtype or dtype,
         compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        device=x[3],
+        dtypes=tuple(None if meta is None else meta[2] for meta in (x, weight, bias, z)),
     )
 
 
@@ -244,9 +254,10 @@ def describe(
     if x is None:
         raise TypeError("x must be a torch.Tensor, got None")
     if out is not None:
-        for name, other in (("x", x), ("z", z), ("weight", weight), ("bias", bias)):
-            if other is not None:
-                _check_overlap("out", out, name, other)
+        for name, other in (("x", x), ("z", z)):
+            _check_overlap("out", out, name, other)
+        for name, other in (("weight", weight), ("bias", bias)):
+            _check_overlap("out", out, name, other, "which every row needs")
     metas = (
         _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
         _meta("out", out),

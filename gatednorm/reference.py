@@ -38,7 +38,8 @@ def gated_norm_ref(
         x, z: `[..., D]`; `z` may be None (no gate).
         weight, bias: `[D]` or None.
         upcast: compute in fp32 (fp64 for fp64 input); False computes in the dtype of `x`, the
-            plain expression whose error the tests grant to the kernels twice over.
+            plain expression whose error the tests grant to the kernels twice over (mamba's
+            reference keeps the parameters in fp32 even then).
         numerics: rounding points, as in :func:`gatednorm.rmsnorm_fn`.
 
     Returns:

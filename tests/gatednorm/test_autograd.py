@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 import gatednorm
+from gatednorm import autograd
 from norm_cases import Case, Layout, inputs_of, same_bits, through_autograd
 
 OPTIONS = [
@@ -259,12 +260,76 @@ def test_a_subclass_without_memory_of_its_own(small, wrapped):
     assert same_bits(got.a if isinstance(got, TwoTensor) else got, want)
 
 
-def test_forward_mode_is_refused(small):
+FUNCTIONS = [gatednorm.rmsnorm_fn, gatednorm.rms_norm_gated, gatednorm.layernorm_forward]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_forward_mode_is_refused(small, function):
+    """Also where no graph is recorded, which would drop the tangent."""
     _case, i = small()
-    with torch.autograd.forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        function(i.x)
         x = torch.autograd.forward_ad.make_dual(i.x, i.x)
-        with pytest.raises(RuntimeError, match=r"jvp|forward"):
-            gatednorm.rmsnorm_fn(x)
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*rms_norm_ref"):
+            function(x)
+
+
+def test_batched_gradients(small):
+    """What a vectorised Jacobian asks for, row by row the gradients of a loop."""
+    case, i = small()
+    given = [t.requires_grad_() for t in (i.x, i.weight, i.z)]
+    y = gatednorm.rmsnorm_fn(i.x, i.weight, None, i.z, **case.options)
+    dys = torch.stack([i.dy, -2 * i.dy, i.dy.flip(0)])
+    batched = torch.autograd.grad(y, given, dys, is_grads_batched=True, retain_graph=True)
+    for n, dy in enumerate(dys):
+        single = torch.autograd.grad(y, given, dy, retain_graph=True)
+        for got, want in zip(batched, single, strict=True):
+            assert same_bits(got[n], want)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, torch.Tensor.double], ids=["half", "double"])
+def test_saved_tensors_that_come_back_as_others(small, change):
+    case, i = small()
+    x = i.x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+        y = gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options)
+    with pytest.raises(
+        RuntimeError, match=r"^x was saved .* as torch.float32 on .* brought it back"
+    ):
+        y.sum().backward()
+
+
+def test_a_trace_of_torchscript(small):
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = gatednorm.RMSNorm(16)
+
+        def forward(self, x, z):
+            return self.norm(x, z) + gatednorm.rms_norm_gated(x, None, None, z)
+
+    _case, i = small()
+    module = Both().to(i.x.device).requires_grad_(False)
+    traced = torch.jit.trace(module, (i.x, i.z))
+    assert same_bits(traced(i.x + 1, i.z), module(i.x + 1, i.z))
+
+
+@pytest.mark.parametrize("function", ["layernorm_forward", "layernorm_backward"])
+def test_the_bare_functions_refuse_subclasses(small, function):
+    _case, i = small()
+    x = TwoTensor(i.x, i.x.clone())
+    given = (x,) if function == "layernorm_forward" else (i.dy, x, None, None, None, None, None)
+    with pytest.raises(TypeError, match="takes plain tensors, got TwoTensor; use layernorm_fn"):
+        getattr(gatednorm, function)(*given)
+
+
+def test_without_triton_the_way_out_is_named(monkeypatch):
+    def missing(name, package):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(autograd.importlib, "import_module", missing)
+    with pytest.raises(RuntimeError, match=r"a cuda device need .* triton.*gatednorm\[triton\]"):
+        autograd.backend.__wrapped__("cuda")
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "operator"])

@@ -128,6 +128,20 @@ def test_bad_out(launched, path, case):
     assert all(same_bits(a, b) for a, b in zip((x, z, weight), kept, strict=True))
 
 
+def test_a_device_without_a_kernel():
+    with pytest.raises(ValueError, match=r"x must be on one of cpu, .*got meta; .* \.cpu\(\)"):
+        gatednorm.layernorm_forward(torch.ones(4, 8, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_is_no_out(launched, path, name):
+    """Also where it has the shape of the only row: later rows, and later calls, need it."""
+    x, parameter = (torch.randn(8, device=path.device) for _ in range(2))
+    with pytest.raises(ValueError, match=f"out must not be {name}, .* None for a new tensor"):
+        gatednorm.rms_norm_gated(x, **{name: parameter}, out=parameter)
+    assert launched == []
+
+
 def test_an_expanded_out_beside_an_expanded_input(launched, path):
     memory = torch.ones(20, device=path.device)
     with pytest.raises(ValueError, match=r"out overlaps x"):
