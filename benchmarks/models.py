@@ -6,13 +6,12 @@
 
 Gated DeltaNet with 185M parameters and Mamba-2 with 171M, in bf16, at batch 8 x 2048. Wall times
 are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. Every part
-runs with the plain PyTorch scans (MODELS_TRITON=0), with the models' own Triton kernels ("kernels",
-1) and with those of models/ssd_kernels.py too ("fused"). A part that fails prints why, and the
-others go on. benchmarks/profiles.py says how the norms' share is found.
+runs on each route of models/routes.py ("scan"): plain PyTorch, the models' own Triton kernels, and
+with those of models/ssd_kernels.py too. A part that fails prints why, and the others go on.
+benchmarks/profiles.py says how the norms' share is found.
 """
 
 import argparse
-import os
 import statistics
 import time
 import traceback
@@ -30,9 +29,10 @@ from benchmarks.profiles import (
     record,
     synchronize,
 )
-from models import chunks, generation
 from models.gated_delta_rule import chunk_gated_delta_rule
+from models.generation import generate
 from models.language_model import LanguageModel
+from models.routes import ROUTES, use_route
 from models.ssd import chunk_ssd
 
 MODELS = {
@@ -61,7 +61,6 @@ TINY = {
         "mixer_args": {"d_state": 16, "head_dim": 16, "expand": 2},
     },
 }
-SCANS = {"kernels": "1", "fused": "fused", "plain": "0"}
 PARTS = ("check", "train", "profile", "decode", "scans")
 
 
@@ -82,9 +81,7 @@ class Setup:
             print("  ", *self.rows[-1].values(), flush=True)
 
     def use_kernels(self, scan: str) -> None:
-        """Switch the models' Triton kernels, which the models look for once."""
-        os.environ["MODELS_TRITON"] = SCANS[scan]
-        chunks._kernels.cache_clear()
+        use_route(scan)
         self.kernels = scan
 
     def model(self, name: str) -> LanguageModel:
@@ -225,18 +222,16 @@ def decode(setup: Setup, name: str) -> None:
     model = setup.model(name).eval()
     model.set_norm_path("inference")
     prompt = torch.randint(0, setup.vocab, (setup.batch, prompt_length), device=setup.device)
-    graph = generation._GraphDecoder
     texts = {}
     for mode in ("graph", "eager"):
-        if mode == "eager":
-            generation._GraphDecoder = generation._EagerDecoder
+        options = {"temperature": 0, "cuda_graph": mode == "graph"}
         try:
             prefill, steps, whole = [], [], []
             for _ in range(2 + setup.repeats):
                 setup.synchronize()
                 times = [time.perf_counter()]
                 tokens = []
-                for token in generation.generate(model, prompt, count, temperature=0):
+                for token in generate(model, prompt, count, **options):
                     tokens.append(token)
                     if len(tokens) <= 2:  # the second one pays for the capture
                         setup.synchronize()
@@ -254,8 +249,6 @@ def decode(setup: Setup, name: str) -> None:
             setup.add(*place, tokens_per_s_with_prefill=setup.batch * count / seconds)
         except Exception:
             traceback.print_exc()
-        finally:
-            generation._GraphDecoder = graph
     if len(texts) == 2:
         same = (texts["graph"] == texts["eager"]).float().mean().item()
         setup.add("decode", name, "graph", same_tokens_as_eager=same)
@@ -304,7 +297,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--scan", nargs="+", default=list(SCANS), choices=list(SCANS))
+    parser.add_argument("--scan", nargs="+", default=list(ROUTES), choices=ROUTES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV files")

@@ -3,16 +3,12 @@
 Shape letters: B batch, T tokens, H heads, D features per head, C chunk size, N chunks.
 """
 
-import functools
-import importlib.util
 import itertools
-import os
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -86,25 +82,6 @@ def check_state(
             f"{name} must be on the device of the input, {like.device}, got {state.device}; "
             f"move it with .to({str(like.device)!r})"
         )
-
-
-# Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.
-BLOCK_ELEMENTS = 1 << 17
-
-
-def check_mixer_state(
-    state: tuple[Tensor, Tensor] | None, shapes: tuple[tuple, tuple], x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """A mixer's state as its two tensors, checked before any work: the convolution's, in the dtype
-    that a product of x and weight has, and the scan's."""
-    if state is None:
-        return None, None
-    conv, scan = state
-    device = x.device.type
-    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    check_state(conv, shapes[0], half, x, "the convolution's state")
-    check_state(scan, shapes[1], state_dtype(weight), x, "the scan's state")
-    return conv, scan
 
 
 def first_state(
@@ -190,6 +167,10 @@ def empty_chunks(x: Tensor) -> Tensor:
     return memory.movedim((0, 1, 2, 3), (1, 0, 3, 2))
 
 
+# Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.
+BLOCK_ELEMENTS = 1 << 17
+
+
 def block_ranges(x: Tensor, dim: int) -> list[tuple[int, int]]:
     """Ranges of chunks to work on together, for x with its chunks along ``dim``.
 
@@ -210,45 +191,6 @@ def sequence_ends(segments: tuple[int, ...]) -> tuple[dict[int, int], dict[int, 
             first[chunk], last[chunk + count - 1] = sequence, sequence
         chunk += count
     return first, last
-
-
-def gpu_kernels(x: Tensor) -> ModuleType | None:
-    """``models.kernels`` for a tensor on a GPU, with triton, unless MODELS_TRITON=0; else None."""
-    return _kernels() if x.device.type == "cuda" else None
-
-
-def fused_kernels(x: Tensor) -> ModuleType | None:
-    """``models.ssd_kernels`` for chunks x [B, N, C, H, P] that it takes, unless MODELS_TRITON is 0
-    or 1; else None."""
-    if gpu_kernels(x) is None or os.environ.get("MODELS_TRITON") == "1":
-        return None
-    kernels = importlib.import_module("models.ssd_kernels")
-    return kernels if kernels.supports(x) else None
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    # A like loop of another project goes wrong on Hopper with Triton 3.4 to 3.7.0; these were
-    # compared with float64 on an H200 with Triton 3.6 (docs/models.md).
-    asked = os.environ.get("MODELS_TRITON") != "0"
-    if not asked or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("models.kernels")
-
-
-def packed_projection(linear: nn.Linear, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-    """One product for several projections: x [B, T, D] to slices [B, T, width] of one tensor.
-
-    On a GPU its rows are padded to a multiple of 64 channels, 128 bytes in 16 bits: Hopper's fast
-    matrix kernels, and whole vectors in all that reads the slices, need rows that begin so. For a
-    few tokens the copy of the weight would cost more than that gains.
-    """
-    rest = -linear.out_features % 64
-    if x.device.type != "cuda" or rest == 0 or x.shape[0] * x.shape[1] < 256:
-        return linear(x).split(widths, dim=-1)
-    weight = F.pad(linear.weight, (0, 0, 0, rest))
-    bias = None if linear.bias is None else F.pad(linear.bias, (0, rest))
-    return F.linear(x, weight, bias).split([*widths, rest], dim=-1)[:-1]
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -40,12 +40,12 @@ from models.chunks import (
     each_sequence,
     empty_chunks,
     first_state,
-    gpu_kernels,
     operand_dtype,
     sequence_ends,
     sequence_offsets,
     state_dtype,
 )
+from models.routes import gpu_kernels
 
 
 def unit_lower_inverse(a: Tensor) -> Tensor:

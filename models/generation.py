@@ -74,6 +74,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] | None = None,
     log_probs: bool = False,
+    cuda_graph: bool = True,
 ) -> Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]:
     """Yields one new token for each sequence, [B] int64, ``max_new_tokens`` times.
 
@@ -89,6 +90,7 @@ def generate(
             sequence its own generator: it then draws what it would draw alone.
         log_probs: yield pairs instead, of the tokens and their natural log-probabilities, [B]
             fp32: those of the model itself, before penalty, temperature, top_k and top_p.
+        cuda_graph: on a GPU, capture a step once and replay it; the tokens are the same without.
     Raises:
         ValueError: at once for an empty prompt and for options out of range.
     """
@@ -116,7 +118,7 @@ def generate(
         generator = _generator(tokens.device, seed)
     options = (temperature, top_k, top_p, generator)
     choose = _Chooser(tokens, cu_seqlens, repetition_penalty, log_probs, options)
-    return _tokens(model, tokens, cu_seqlens, max_new_tokens, choose)
+    return _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph)
 
 
 def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +180,7 @@ class _Chooser:
         return seen
 
 
-def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tensor]:
+def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
     with _Inference(model):
@@ -188,7 +190,9 @@ def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose) -> Iterator[Tenso
     step = None
     for _ in range(max_new_tokens - 1):
         with _Inference(model):
-            step = _decoder(model, state) if step is None else step
+            if step is None:
+                graph = cuda_graph and tokens.is_cuda
+                step = _GraphDecoder(model, state) if graph else _EagerDecoder(model, state)
             token, log_prob = choose(step(token))
         yield (token, log_prob) if choose.log_probs else token
 
@@ -277,8 +281,3 @@ class _GraphDecoder:
         with torch.cuda.device(self.device):
             self.graph.replay()
         return self.logits
-
-
-def _decoder(model: LanguageModel, state: State):
-    on_gpu = state[0][1].device.type == "cuda"
-    return _GraphDecoder(model, state) if on_gpu else _EagerDecoder(model, state)

@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.chunks import check_mixer_state, packed_projection, sequence_offsets
+from models.chunks import check_state, sequence_offsets, state_dtype
 from models.short_conv import short_conv
 
 
@@ -106,8 +107,8 @@ class Mixer(nn.Module, ABC):
         batch, tokens = x.shape[:2]
         offsets = sequence_offsets(cu_seqlens, batch, tokens)
         shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
-        conv_state, scan_state = check_mixer_state(state, shapes, x, self.in_proj.weight)
-        parts = list(packed_projection(self.in_proj, x, self.widths))
+        conv_state, scan_state = _check_state(state, shapes, x, self.in_proj.weight)
+        parts = list(_packed_projection(self.in_proj, x, self.widths))
         parts[self.convolved], conv_state = short_conv(
             parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, offsets
         )
@@ -133,3 +134,33 @@ def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_state(
+    state: tuple[Tensor, Tensor] | None, shapes: tuple[tuple, tuple], x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mixer's state as its two tensors, checked before any work: the convolution's, in the dtype
+    that a product of x and weight has, and the scan's."""
+    if state is None:
+        return None, None
+    conv, scan = state
+    device = x.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    check_state(conv, shapes[0], half, x, "the convolution's state")
+    check_state(scan, shapes[1], state_dtype(weight), x, "the scan's state")
+    return conv, scan
+
+
+def _packed_projection(linear: nn.Linear, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """One product for several projections: x [B, T, D] to slices [B, T, width] of one tensor.
+
+    On a GPU its rows are padded to a multiple of 64 channels, 128 bytes in 16 bits: Hopper's fast
+    matrix kernels, and whole vectors in all that reads the slices, need rows that begin so. For a
+    few tokens the copy of the weight would cost more than that gains.
+    """
+    rest = -linear.out_features % 64
+    if x.device.type != "cuda" or rest == 0 or x.shape[0] * x.shape[1] < 256:
+        return linear(x).split(widths, dim=-1)
+    weight = F.pad(linear.weight, (0, 0, 0, rest))
+    bias = None if linear.bias is None else F.pad(linear.bias, (0, rest))
+    return F.linear(x, weight, bias).split([*widths, rest], dim=-1)[:-1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.chunks import gpu_kernels
+from models.routes import gpu_kernels
 
 
 class _TapSum(torch.autograd.Function):

@@ -36,13 +36,12 @@ from models.chunks import (
     decay_matrix,
     each_sequence,
     first_state,
-    fused_kernels,
-    gpu_kernels,
     operand_dtype,
     sequence_ends,
     sequence_offsets,
     state_dtype,
 )
+from models.routes import fused_kernels, gpu_kernels
 
 
 class _Chunks:

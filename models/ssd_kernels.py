@@ -1,4 +1,5 @@
-"""SSD on a GPU: matrix products by the library, all between them in seven Triton kernels.
+"""SSD on a GPU: matrix products by the library, all between them in six Triton kernels and
+`models.kernels.decay_scan`.
 
 The steps and the symbols are those of models/ssd.py; there each line of arithmetic is an operator
 that reads and writes tensors as large as the input, here a kernel does all that one pass allows.

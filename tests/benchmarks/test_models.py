@@ -9,16 +9,14 @@ import torch
 import gatednorm
 from benchmarks import models as benchmark
 from benchmarks import profiles
-from models import chunks
+from models import routes
 from models.language_model import LanguageModel
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """The benchmark switches the models' kernels for the whole process."""
-    monkeypatch.setenv("MODELS_TRITON", "1")
-    yield
-    chunks._kernels.cache_clear()
+def own_route(monkeypatch):
+    """The benchmark chooses a route for the whole process."""
+    monkeypatch.setattr(routes, "_chosen", routes.route())
 
 
 def rows(folder, *arguments, monkeypatch):

@@ -159,16 +159,3 @@ def test_sample_top_p_keeps_the_fewest_that_reach_p():
     expected /= expected.sum(-1, keepdim=True)
     assert (frequencies(top_p=0.8) - expected).abs().max() < 0.015
     assert sample(LOGITS, top_p=1e-9).tolist() == [0, 1]  # the most likely token always stays
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_graph_equals_eager(model, monkeypatch):
-    """The captured step on a GPU, for one prompt and for a ragged batch, against eager steps."""
-    model = model.cuda()
-    prompts = [prompt(n, n).cuda() for n in (3, 9, 30)]
-    for given in (prompts, prompts[0]):
-        graph = collect(model, given, 20, temperature=0)
-        with monkeypatch.context() as patch:
-            patch.setattr(generation, "_GraphDecoder", generation._EagerDecoder)
-            assert torch.equal(collect(model, given, 20, temperature=0), graph)
