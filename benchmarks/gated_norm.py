@@ -181,8 +181,7 @@ class Sheet:
     `earlier` ones. Of what was timed twice, the last counts."""
 
     def __init__(self, earlier: list[dict] | None = None) -> None:
-        import triton
-
+        self.missing: set[str] = set()  # providers that are not installed
         self.rows = list(earlier or [])
         self.common = {
             "run": 1 + max((int(row["run"]) for row in self.rows), default=0),
@@ -190,7 +189,7 @@ class Sheet:
             "commit": commit(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": version("triton"),
         }
 
     def add(
@@ -239,6 +238,9 @@ def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Consol
         try:
             functions = build(case)
         except ImportError:
+            if name not in sheet.missing:
+                console.print(f"  {name} is not installed, and is left out")
+                sheet.missing.add(name)
             continue
         if functions is None:
             continue

@@ -5,7 +5,6 @@ installed is left out, and the benchmark says so.
 """
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ and then trains for `--seconds`. Writes benchmarks/results/scaling.csv.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import subprocess
 import sys
@@ -21,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
+from benchmarks import report  # noqa: E402
+
 WARM_UP, LOOK_EVERY = 20, 10  # steps
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
     parser.add_argument("--rows", type=int, default=8, help="of 2048 tokens, per process and step")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "scaling.csv")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="further key=value of train.py")
     args = parser.parse_intermixed_args()
@@ -46,6 +45,7 @@ def main() -> None:
             row = measure(model, count, args)
             one = one or row["tokens_per_s"] / count
             row["times_one_process"] = f"{row['tokens_per_s'] / one:.3f}"
+            row["tokens_per_s"] = round(row["tokens_per_s"])
             rows.append(row)
             print(
                 f"{row['model']:8}{row['parameters'] / 1e6:7.1f}M  {row['strategy']}  "
@@ -53,13 +53,7 @@ def main() -> None:
                 f"{row['times_one_process']} times one  {row['gib']:.1f} GiB each",
                 flush=True,
             )
-            args.out.parent.mkdir(exist_ok=True)
-            with args.out.open("w", newline="") as file:  # what there is, should the next one fail
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(
-                    {**row, "tokens_per_s": round(row["tokens_per_s"])} for row in rows
-                )
+            report.write(args.out, rows, {})  # what there is, should the next one fail
 
 
 def measure(model: str, count: int, args: argparse.Namespace) -> dict:
@@ -131,9 +125,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         device = trainer.strategy.root_device  # the module lies on the CPU again
         peak = process_peak_memory(device)
         row = {
-            "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-            "torch": torch.__version__,
+            **report.about(device.type),
             "model": config.model.name,
             "parameters": model.num_parameters(),
             "strategy": config.trainer.strategy,

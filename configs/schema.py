@@ -114,7 +114,7 @@ class Mamba2Config(ModelConfig):
 
 
 MODELS = {"fla": FlaConfig, "mamba2": Mamba2Config}
-MIXERS = {"fla": "gated_deltanet", "mamba2": "mamba2"}
+MIXER_NAMES = {"fla": "gated_deltanet", "mamba2": "mamba2"}
 
 
 @dataclass

@@ -83,7 +83,7 @@ class GatedDeltaNet(Mixer):
         )
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_v_heads, self.v_head_dim = num_v_heads, v_head_dim
-        self.allow_neg_eigval = allow_neg_eigval
+        self.allow_neg_eigval, self.use_gate = allow_neg_eigval, use_gate
         # rmsnorm(x) * K^-0.5 with eps / K is x / sqrt(sum(x^2) + eps)
         self.register_buffer("l2_scale", torch.full((head_dim,), head_dim**-0.5), persistent=False)
         self.reset_parameters()

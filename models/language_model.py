@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         if mlp_size is None:
             mlp_size = -(-int(hidden_size * mlp_ratio * 2 / 3) // 256) * 256
         args = DEFAULT_MIXER_ARGS[mixer] if mixer_args is None else mixer_args
-        self.mixer, self.hidden_size, self.vocab_size = mixer, hidden_size, vocab_size
+        self.mixer_name, self.hidden_size, self.vocab_size = mixer, hidden_size, vocab_size
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList()
         for _ in range(num_layers):

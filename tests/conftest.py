@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from paths import GPU, TRITON, Path
+from paths import GPU, TRITON, NormPath
 
 # Several test processes share the cores, and so do the commands that they start.
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -49,19 +49,19 @@ KERNELS = pytest.param(
 
 
 @pytest.fixture(params=["cpu", KERNELS])
-def path(request, monkeypatch) -> Path:
+def path(request, monkeypatch) -> NormPath:
     """The closed form on CPU tensors, and the kernels: on a GPU, or under the interpreter."""
     if request.param == "kernels" and not GPU:
         _kernels_on_cpu_tensors(monkeypatch)
-    return Path(request.param)
+    return NormPath(request.param)
 
 
 @pytest.fixture(params=[KERNELS])
-def kernels(request, monkeypatch) -> Path:
+def kernels(request, monkeypatch) -> NormPath:
     """The Triton kernels alone."""
     if not GPU:
         _kernels_on_cpu_tensors(monkeypatch)
-    return Path("kernels")
+    return NormPath("kernels")
 
 
 @pytest.fixture

@@ -19,7 +19,15 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from configs.schema import MIXERS, MODELS, NORM_PATHS, ConfigError, ModelConfig, about, first_line
+from configs.schema import (
+    MIXER_NAMES,
+    MODELS,
+    NORM_PATHS,
+    ConfigError,
+    ModelConfig,
+    about,
+    first_line,
+)
 from models.checkpoints.files import unreadable, write_whole
 from models.checkpoints.hub import is_hub_id
 from models.checkpoints.published import (
@@ -35,7 +43,7 @@ from models.language_model import LanguageModel
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 
-NAMES = {mixer: name for name, mixer in MIXERS.items()}
+NAMES = {mixer: name for name, mixer in MIXER_NAMES.items()}
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 
@@ -100,14 +108,14 @@ def load(
         )
     training = norm_path == "training"
     language_model.train(training).requires_grad_(training)
-    return Loaded(language_model, tokenizer, folder, NAMES[language_model.mixer])
+    return Loaded(language_model, tokenizer, folder, NAMES[language_model.mixer_name])
 
 
 def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
     """The language model that `config` describes. Raises ConfigError for sizes that do not fit."""
     with about(f"model={config.name}"):
         return LanguageModel(
-            MIXERS[config.name],
+            MIXER_NAMES[config.name],
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,

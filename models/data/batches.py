@@ -38,7 +38,7 @@ Batch = torch.Tensor | Packed
 ANOTHER_TEXT = "put that text back, or start another run from its weights with checkpoint="
 
 
-def check_state(state: dict[str, Any], keys: set[str]) -> None:
+def check_loader_state(state: dict[str, Any], keys: set[str]) -> None:
     """Raises ConfigError when a loader's state in a checkpoint does not have these keys."""
     if set(state) != keys:
         raise ConfigError(
@@ -132,7 +132,7 @@ class TrainLoader:
         """Raises ConfigError when `state`, of the run that is to go on, is not one in this text."""
         if state is None:
             return
-        check_state(state, {"position", "text"})
+        check_loader_state(state, {"position", "text"})
         if state["text"] != self._text:
             raise ConfigError(
                 "the training tokens must be those of the run that is resumed, "

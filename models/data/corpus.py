@@ -103,6 +103,11 @@ def check_length(documents: Documents, config: DataConfig, part: str, of: int) -
         )
 
 
+def is_held_out(key: bytes, one_in: int) -> bool:
+    """Whether a document of this key is for validation, whatever others there are."""
+    return zlib.crc32(key) % one_in == 0
+
+
 def choose_held_out(keys: Iterable[bytes], one_in: int) -> list[bool]:
     """Which of the documents of these keys are for validation: those whose crc32
     is a multiple of `one_in`; at least one is, and at least one is not."""
@@ -115,16 +120,20 @@ def choose_held_out(keys: Iterable[bytes], one_in: int) -> list[bool]:
     return held_out
 
 
+def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
+    """The tokens of a document and its end, if the tokenizer has one."""
+    return tokenizer.encode(text) + ([] if tokenizer.eos is None else [tokenizer.eos])
+
+
 def tokenize(table: "datasets.Dataset", tokenizer: Tokenizer) -> "datasets.Dataset":
     """A table with the column `tokens`, from the cache when table and tokenizer are not new. Each
     document ends with the tokenizer's end of a document, if it has one."""
     import datasets
 
-    end = [] if tokenizer.eos is None else [tokenizer.eos]
     dtype = token_dtype(tokenizer)
 
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        return {"tokens": [tokenizer.encode(as_bytes(text)) + end for text in batch["text"]]}
+    def encode_all(batch: dict[str, list]) -> dict[str, list]:
+        return {"tokens": [encode(tokenizer, as_bytes(text)) for text in batch["text"]]}
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
@@ -132,7 +141,7 @@ def tokenize(table: "datasets.Dataset", tokenizer: Tokenizer) -> "datasets.Datas
         contents = b"\0".join(file.read_bytes() for file in files)
     state = f"{table._fingerprint} {dtype} {tokenizer.eos} ".encode() + contents
     return table.map(
-        encode,
+        encode_all,
         batched=True,
         batch_size=100,
         remove_columns=table.column_names,

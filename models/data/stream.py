@@ -17,8 +17,15 @@ import torch
 
 from configs.schema import ConfigError, DataConfig
 from models.checkpoints.tokenizer import Tokenizer
-from models.data.batches import ANOTHER_TEXT, Batch, check_state, make_batch
-from models.data.corpus import Corpus, Documents, check_length, token_dtype
+from models.data.batches import ANOTHER_TEXT, Batch, check_loader_state, make_batch
+from models.data.corpus import (
+    Corpus,
+    Documents,
+    check_length,
+    encode,
+    is_held_out,
+    token_dtype,
+)
 from models.data.sources import read_stream
 
 if TYPE_CHECKING:
@@ -106,7 +113,7 @@ class StreamLoader:
             if (rank := next(without, None)) is not None:
                 raise self._no_text(rank)
             return
-        check_state(state, {"position", "beginning", "shards", "processes"})
+        check_loader_state(state, {"position", "beginning", "shards", "processes"})
         count = len(state["processes"])
         if count != self.world_size:
             raise ConfigError(
@@ -202,12 +209,3 @@ def validation_corpus(
     val = Documents.of(documents, dtype, len(held_out))
     check_length(val, config, "validation", len(documents))
     return Corpus(Documents.of([], dtype), val, held_out), beginning
-
-
-def is_held_out(text: bytes, one_in: int) -> bool:
-    return zlib.crc32(text) % one_in == 0
-
-
-def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
-    """The tokens of a document and its end, if the tokenizer has one."""
-    return tokenizer.encode(text) + ([] if tokenizer.eos is None else [tokenizer.eos])

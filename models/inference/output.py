@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.schema import ConfigError
 from models.checkpoints.checkpoint import Loaded
-from models.inference.texts import Batch, Options, Result
+from models.inference.texts import Options, PromptBatch, Result
 
 
 class Speeds:
@@ -116,12 +116,12 @@ def readable(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _batches(loaded, prompts, batch_size, options) -> Iterator[Batch]:
+def _batches(loaded, prompts, batch_size, options) -> Iterator[PromptBatch]:
     for start in range(0, len(prompts), batch_size):
-        yield Batch(loaded, prompts[start : start + batch_size], options)
+        yield PromptBatch(loaded, prompts[start : start + batch_size], options)
 
 
-def _in_order(batch: Batch) -> Iterator[Iterator[str]]:
+def _in_order(batch: PromptBatch) -> Iterator[Iterator[str]]:
     """For each prompt its pieces: as they come for the first that is not complete, and what had
     to wait for the others."""
     steps = iter(batch)

@@ -106,7 +106,7 @@ def generate(
     one = isinstance(prompts, (str, bytes))
     texts, results = [prompts] if one else list(prompts), []
     for start in range(0, len(texts), batch_size):
-        batch = Batch(loaded, texts[start : start + batch_size], Options(**options))
+        batch = PromptBatch(loaded, texts[start : start + batch_size], Options(**options))
         for _ in batch:
             pass
         results += batch.results
@@ -115,10 +115,10 @@ def generate(
 
 def stream_text(loaded: "Loaded", prompt: str | bytes, **options: Any) -> Iterator[str]:
     """The continuation of one prompt, piece by piece; arguments and errors as for `generate`."""
-    return (text for _, text in Batch(loaded, [prompt], Options(**options)))
+    return (text for _, text in PromptBatch(loaded, [prompt], Options(**options)))
 
 
-class Batch:
+class PromptBatch:
     """Prompts that are continued together. Iterate over it, once, for pairs of a prompt's index
     and the next piece of its text, as soon as that is certain.
 

@@ -92,18 +92,23 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
             color=GREY,
             size=8,
         )
-    axes.set(yscale="log", ylim=(low * 0.93, high * 1.07), xlabel="step", ylabel="bits per byte")
-    axes.set_xlim(0, max(1, *steps, *val_steps))
-    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if low * 0.93 <= t <= high * 1.07]
+    axes.set(xlim=(0, max(1, *steps, *val_steps)), xlabel="step")
+    title = title if len(title) <= 80 else f"{title[:40]} ... {title[-35:]}"
+    _bits_axis(axes, low * 0.93, high * 1.07, title)
+    axes.legend(frameon=False, loc="upper right")
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
+    """Bits per byte on a logarithmic axis with numbers that one reads, and the title."""
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if bottom <= t <= top]
+    axes.set(yscale="log", ylim=(bottom, top), ylabel="bits per byte")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eceff4", zorder=0)
-    title = title if len(title) <= 80 else f"{title[:40]} ... {title[-35:]}"
     axes.set_title(title, loc="left", color=INK, size=11)
-    axes.legend(frameon=False, loc="upper right")
-    figure.savefig(target)
-    plt.close(figure)
 
 
 def plot_comparison(runs: dict[str, Path], target: Path) -> None:
@@ -120,15 +125,9 @@ def plot_comparison(runs: dict[str, Path], target: Path) -> None:
         axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
         lows.append(min(losses.min(), val_losses.min()))
         highs.append(val_losses.max())
-    bottom, top = min(lows) * 0.95, max(highs) * 1.05
-    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if bottom <= t <= top]
-    axes.set(yscale="log", ylim=(bottom, top), xlim=(0, 100))
-    axes.set(xlabel="per cent of the steps", ylabel="bits per byte")
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#eceff4", zorder=0)
-    axes.set_title("Training, smoothed, and validation at the end", loc="left", color=INK, size=11)
+    axes.set(xlim=(0, 100), xlabel="per cent of the steps")
+    title = "Training, smoothed, and validation at the end"
+    _bits_axis(axes, min(lows) * 0.95, max(highs) * 1.05, title)
     axes.legend(frameon=False, loc="upper right", title="validation, bits per byte")
     figure.savefig(target)
     plt.close(figure)

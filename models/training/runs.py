@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import ConfigError, TrainConfig, TrainerConfig, first_line
-from models.checkpoints.checkpoint import METRICS, save_config
+from models.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, WEIGHTS, save_config
+from models.checkpoints.tokenizer import FILE as TOKENIZER
 from models.checkpoints.tokenizer import Tokenizer
 from models.language_model import LanguageModel
 from models.training.callbacks import (
@@ -31,6 +32,8 @@ from models.training.callbacks import (
 from models.training.parallel import ShardedStrategy
 from models.training.processes import Processes, on_gpu
 from models.training.writing import Metrics, WholeCheckpoints
+
+FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def print_summary(summary: Summary) -> None:
     table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}")
     table.add_row("validation before", f"{summary.before:.3f} bits per byte")
     table.add_row("validation after", f"[bold]{summary.after:.3f}[/bold] bits per byte")
-    files = ["model.safetensors", "config.yaml", "last.ckpt", "metrics.csv", "loss.png"]
+    files = [name for name in FILES if (summary.run / name).exists()]
     table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
     Console().print(table)
 

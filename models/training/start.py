@@ -72,7 +72,7 @@ def describe(model: LanguageModel) -> ModelConfig:
     }
     if model.blocks[0].mlp is not None:
         shared["mlp_ratio"] = 1.5 * model.blocks[0].mlp.out_proj.in_features / model.hidden_size
-    if model.mixer == "mamba2":
+    if model.mixer_name == "mamba2":
         groups = mixer.inner_size // (mixer.norm.group_size or mixer.inner_size)
         config: ModelConfig = Mamba2Config(
             name="mamba2",
@@ -91,7 +91,7 @@ def describe(model: LanguageModel) -> ModelConfig:
             num_heads=mixer.num_heads,
             expand_v=mixer.v_head_dim / mixer.head_dim,
             num_v_heads=None if same else mixer.num_v_heads,
-            use_gate=mixer.widths[1] > 0,
+            use_gate=mixer.use_gate,
             gate_activation="silu" if mixer.norm.activation == "swish" else mixer.norm.activation,
             allow_neg_eigval=mixer.allow_neg_eigval,
             **shared,

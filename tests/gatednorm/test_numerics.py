@@ -68,7 +68,7 @@ def test_every_combination_of_options(path, case):
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
 @pytest.mark.parametrize("others", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_dtypes(path, others, is_rms_norm, norm_before_gate):
-    """Gate, parameters and result in dtypes of their own; those of a path: paths.Path."""
+    """Gate, parameters and result in dtypes of their own; those of a path: paths.NormPath."""
     for dtype, name in itertools.product(path.dtypes, ("z_dtype", "w_dtype", "out_dtype")):
         case = Case((7,), 40, 1, is_rms_norm, norm_before_gate, bias=True, dtype=dtype)
         check(replace(case, **{name: others}), path.device, through_buffers)

@@ -11,7 +11,7 @@ if not GPU:  # must be in place before anything imports triton
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-class Path:
+class NormPath:
     """One way to run the norm: where the tensors lie, whether the kernels run, which dtypes."""
 
     def __init__(self, name: str):

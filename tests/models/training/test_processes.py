@@ -1,6 +1,5 @@
 """Several processes train what one does."""
 
-import csv
 import os
 import socket
 import subprocess
@@ -165,27 +164,6 @@ def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
     assert (
         done.stderr.count("the loss must be finite, got nan after step 6 (first at batch 5)") == 1
     )
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_scaling_writes_its_table(tmp_path):
-    script = Path(train.__file__).parent / "benchmarks" / "scaling.py"
-    small = ["size=mamba2_small", "trainer.accelerator=cpu", "data.sequence_length=32"]
-    short = ["--models", "mamba2", "--seconds", "0.1", "--rows", "1", "--out", "scaling.csv"]
-    subprocess.run(
-        [sys.executable, str(script), *short, *small],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    with (tmp_path / "scaling.csv").open() as file:
-        one, two = csv.DictReader(file)
-    assert (one["processes"], two["processes"]) == ("1", "2")
-    assert (one["rows"], two["rows"]) == ("1", "2")
-    assert int(two["tokens_per_s"]) > 0
-    ratio = int(two["tokens_per_s"]) / int(one["tokens_per_s"])
-    assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize(
