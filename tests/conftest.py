@@ -91,6 +91,16 @@ def hub(tmp_path):
     return write_hub(tmp_path / "owner" / "texts")
 
 
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """An untrained run in the current folder's runs/."""
+    from small_runs import write_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "runs" / "a", "mamba2")
+    return tmp_path / "runs" / "a"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes with numpy, which warns of the infinities that some tests are about.
     ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"

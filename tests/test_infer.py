@@ -1,8 +1,6 @@
 """infer.py: which checkpoint, which text, and what it says when something is wrong."""
 
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,33 +11,19 @@ import torch
 
 import infer
 from configs.command import compose
-from configs.schema import ConfigError, InferConfig
 from models import Result, generate, load
-from models.checkpoints import checkpoint
 from models.checkpoints.checkpoint import (
-    CONFIG,
     SHIPPED,
     WEIGHTS,
     build_model,
     find_checkpoint,
-    is_of,
-    load_model,
     save_config,
     save_weights,
 )
 from models.checkpoints.tokenizer import TextTokenizer
 from models.inference.output import Speeds
-from models.inference.prompts import read_prompts
 from small_runs import run, write_checkpoint
 from text_sets import byte_level
-
-
-@pytest.fixture
-def run_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "runs" / "a", "mamba2")
-    return tmp_path / "runs" / "a"
-
 
 PROMPTS = [
     "import ",
@@ -67,59 +51,6 @@ def test_any_prompt_survives(prompt, way, run_folder, monkeypatch, capfd):
     assert out.startswith(prompt)
     count = len(prompt.encode())
     assert f"prefill {count} token{'s' * (count > 1)}, " in err
-
-
-def prompts(**given) -> InferConfig:
-    return InferConfig(**{"prompt": None, "prompt_file": None, "prompts_file": None, **given})
-
-
-def test_a_prompt_that_is_not_utf8_is_read_byte_for_byte(run_folder):
-    Path("p").write_bytes(b"\xff\r\n\0")
-    assert read_prompts(prompts(prompt_file="p")) == [b"\xff\r\n\0"]
-    assert read_prompts(prompts(prompt=os.fsdecode(b"a\xff "))) == [b"a\xff "]
-
-
-def test_a_file_has_a_prompt_in_each_line_that_is_not_blank(tmp_path):
-    file = tmp_path / "p"
-    file.write_bytes(b"  one \r\n\n \t\r\ntwo\x0b\xff\rthree\nfour")
-    expected = [b"  one ", b"two\x0b\xff\rthree", b"four"]
-    assert read_prompts(prompts(prompts_file=str(file))) == expected
-
-
-def test_a_jsonl_file_has_a_prompt_of_any_lines_in_each_line(tmp_path):
-    given = ["def f(x):\n    return ", " caf\u00e9 \U0001f600\r\n", '{"prompt": "x"}']
-    lines = [json.dumps({"prompt": text, "tokens": [1]}) for text in given]
-    lines[1:1] = ["", " \t\r", json.dumps({"prompt": given[1]}, ensure_ascii=False) + "\r"]
-    file = tmp_path / "p.JSONL"
-    file.write_bytes("\n".join(lines).encode())
-    expected = [text.encode() for text in (given[0], given[1], given[1], given[2])]
-    assert read_prompts(prompts(prompts_file=str(file))) == expected
-
-
-@pytest.mark.parametrize(
-    ("line", "got"),
-    [
-        (b"import ", "what is not JSON"),
-        (b'{"prompt": "a"', "what is not JSON"),
-        (b'{"prompt": "\xff"}', "what is not text in UTF-8"),
-        (b'{"prompt": "\\ud800"}', "what is not text in UTF-8"),
-        (b"[" * 9999, "what is not JSON"),
-        (b'{"text": "a"}', "no prompt"),
-        (b'["a"]', "no prompt"),
-        (b"1", "no prompt"),
-        (b'{"prompt": ""}', 'prompt=""'),
-        (b'{"prompt": null}', "prompt=null"),
-        (b'{"prompt": ["a"]}', 'prompt=["a"]'),
-    ],
-    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
-)
-def test_a_line_of_a_jsonl_file_that_is_wrong_is_named(line, got, tmp_path):
-    file = tmp_path / "p.jsonl"
-    file.write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
-    with pytest.raises(ConfigError) as error:
-        read_prompts(prompts(prompts_file=str(file)))
-    assert f"got {got} in line 3 of {str(file)!r}; write" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 LINES = b"import \n\ndef f(x):\n"
@@ -230,34 +161,6 @@ def test_both_norm_paths_write_the_same_text_and_say_which_ran(model, tmp_path, 
     assert len(texts[0]) > 20
 
 
-def test_the_norm_path_is_set_in_every_norm(run_folder):
-    for path in ("inference", "training"):
-        model = load_model(run_folder, path)
-        assert {m.path for m in model.modules() if hasattr(m, "path")} == {path}
-
-
-def test_the_newest_run_of_the_model_is_taken(tmp_path):
-    for age, (name, model) in enumerate([("c", "fla"), ("b", "mamba2"), ("a", "fla")]):
-        write_checkpoint(tmp_path / name, model)
-        os.utime(tmp_path / name / WEIGHTS, (10**9 - age, 10**9 - age))
-    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "c"
-    assert find_checkpoint("mamba2", None, str(tmp_path)) == tmp_path / "b"
-    (tmp_path / "c" / CONFIG).write_text("model: [")
-    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "a"
-
-
-def test_the_newest_run_is_found_without_reading_the_older_ones(tmp_path, monkeypatch):
-    for age, model in enumerate(["mamba2", "fla", "fla", "fla"]):
-        write_checkpoint(tmp_path / str(age), model)
-        os.utime(tmp_path / str(age) / WEIGHTS, (10**9 - age, 10**9 - age))
-    asked = []
-    monkeypatch.setattr(
-        checkpoint, "is_of", lambda folder, model: asked.append(folder.name) or is_of(folder, model)
-    )
-    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "1"
-    assert asked == ["0", "1"]
-
-
 @pytest.mark.parametrize("model", ["fla", "mamba2"])
 def test_without_a_run_the_shipped_checkpoint_is_taken_and_it_is_small(
     model, tmp_path, monkeypatch, capfd
@@ -281,30 +184,6 @@ def test_what_ships_goes_on_with_more_than_blanks(model):
     assert [r.prompt for r in results if not r.text[-60:].strip()] == []
 
 
-@pytest.mark.parametrize("name", ["", WEIGHTS, CONFIG])
-def test_a_checkpoint_is_named_by_its_folder_or_a_file_in_it(name, run_folder):
-    assert find_checkpoint(None, str(run_folder / name), "runs") == run_folder
-
-
-def test_a_saved_model_is_the_model(tmp_path):
-    model = write_checkpoint(tmp_path / "run", "fla", seed=7)
-    loaded = load_model(tmp_path / "run")
-    tokens = torch.arange(60)[None]
-    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
-    assert not loaded.training
-
-
-def test_any_flipped_bit_is_found(run_folder):
-    whole = (run_folder / WEIGHTS).read_bytes()
-    generator = random.Random(0)
-    for _ in range(40):
-        data = bytearray(whole)
-        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        (run_folder / WEIGHTS).write_bytes(data)
-        with pytest.raises(ConfigError):
-            load_model(run_folder)
-
-
 def test_a_gpu_that_is_not_there_is_one_line(run_folder, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, out, err = run(["device=cuda"], monkeypatch, capfd)
@@ -324,12 +203,6 @@ def test_an_output_that_takes_no_more_is_one_line(argument, run_folder):
     assert done.returncode == 2
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("infer.py: error: standard output must take the text, got an error (No ")
-
-
-def test_a_standard_input_that_is_closed_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ConfigError, match=r"got '-' \(standard input is closed\); give another"):
-        read_prompts(prompts(prompt_file="-"))
 
 
 @pytest.mark.parametrize(("count", "says"), [(1, "1 token"), (2, "2 tokens"), (12345, "12,345 t")])

@@ -12,6 +12,7 @@ import torch
 import train
 from configs.command import compose
 from models.checkpoints.checkpoint import build_model, save_config, save_weights
+from models.checkpoints.tokenizer import Tokenizer
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
 FEW_STEPS = [  # of train.py, in seconds
@@ -62,9 +63,14 @@ def checkpoint_step(run: Path) -> int:
     return 0 if state is None else state["global_step"]
 
 
-def write_checkpoint(folder: Path, model: str, seed: int = 0, sharp: float = 1) -> torch.nn.Module:
-    """An untrained model and its files; with `sharp` far above 1 no two tokens are as likely."""
+def write_checkpoint(
+    folder: Path, model: str, seed: int = 0, sharp: float = 1, tokenizer: Tokenizer | None = None
+) -> torch.nn.Module:
+    """An untrained model and its files, as train.py writes them; with `sharp` far above 1 no two
+    tokens are as likely."""
     config = compose("train", [f"model={model}", *SMALL])
+    if tokenizer is not None:
+        config.model.vocab_size = tokenizer.vocab_size
     torch.manual_seed(seed)
     language_model = build_model(config.model, "training").eval()
     with torch.no_grad():
@@ -72,6 +78,8 @@ def write_checkpoint(folder: Path, model: str, seed: int = 0, sharp: float = 1) 
     folder.mkdir(parents=True)
     save_config(folder, config)
     save_weights(folder, language_model.state_dict())
+    if tokenizer is not None:
+        tokenizer.save(folder)
     return language_model
 
 

@@ -1,5 +1,7 @@
 """checkpoint.load: a run, what ships, a published folder, a hub id; each with its tokenizer."""
 
+import os
+import random
 import re
 import shutil
 
@@ -8,38 +10,23 @@ import torch
 import yaml
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from configs.command import compose
 from configs.schema import ConfigError
+from models.checkpoints import checkpoint
 from models.checkpoints.checkpoint import (
     CONFIG,
     SHIPPED,
     WEIGHTS,
-    build_model,
+    find_checkpoint,
+    is_of,
     load,
-    save_config,
-    save_weights,
+    load_model,
 )
 from models.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from models.generation import generate
 from models.language_model import LanguageModel
 from published_models import FLA, fla_weights, mamba2, train, write
+from small_runs import write_checkpoint
 from text_sets import byte_level
-
-SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
-
-
-def write_run(folder, name="mamba2", tokenizer=None):
-    """An untrained model and its files, as train.py writes them."""
-    config = compose("train", [f"model={name}", *SMALL])
-    config.model.vocab_size = 256 if tokenizer is None else tokenizer.vocab_size
-    torch.manual_seed(0)
-    model = build_model(config.model, "training")
-    folder.mkdir(parents=True)
-    save_config(folder, config)
-    save_weights(folder, model.state_dict())
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +45,7 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize("name", ["fla", "mamba2"])
 def test_a_run_with_its_tokenizer_and_vocabulary(name, tokens, tmp_path):
     tokenizer = None if tokens == "bytes" else TextTokenizer(byte_level())
-    model = write_run(tmp_path / "run", name, tokenizer)
+    model = write_checkpoint(tmp_path / "run", name, tokenizer=tokenizer)
     loaded = load(tmp_path / "run")
     assert (loaded.name, loaded.folder) == (name, tmp_path / "run")
     assert loaded.model.vocab_size == model.vocab_size == loaded.tokenizer.vocab_size
@@ -71,13 +58,13 @@ def test_the_newest_run_else_what_ships(tmp_path):
     shipped = load(model="mamba2", runs_dir=tmp_path)
     assert (shipped.folder, shipped.name) == (SHIPPED / "mamba2", "mamba2")
     assert isinstance(shipped.tokenizer, ByteTokenizer)
-    write_run(tmp_path / "a")
+    write_checkpoint(tmp_path / "a", "mamba2")
     assert load(model="mamba2", runs_dir=tmp_path).folder == tmp_path / "a"
 
 
 @pytest.mark.parametrize("path", ["inference", "training"])
 def test_ready_for_what_its_norm_path_is_for(path, published, tmp_path):
-    write_run(tmp_path / "run")
+    write_checkpoint(tmp_path / "run", "mamba2")
     for folder in (published[0], tmp_path / "run"):
         model = load(folder, norm_path=path).model
         assert (model.norm_path, model.training) == (path, path == "training")
@@ -86,8 +73,8 @@ def test_ready_for_what_its_norm_path_is_for(path, published, tmp_path):
 
 def test_a_published_model(published):
     folder, theirs = published
-    for checkpoint in (folder, str(folder), folder / WEIGHTS):
-        loaded = load(checkpoint, "mamba2")
+    for named in (folder, str(folder), folder / WEIGHTS):
+        loaded = load(named, "mamba2")
         assert (loaded.name, loaded.folder) == ("mamba2", folder)
         assert isinstance(loaded.tokenizer, ByteTokenizer)
     tokens = torch.tensor([loaded.tokenizer.encode(b"import sys")])
@@ -179,7 +166,7 @@ def test_a_published_folder_that_cannot_be_read(case, published, tmp_path):
 
 
 def test_another_model_than_asked(published, tmp_path):
-    write_run(tmp_path / "run", "fla")
+    write_checkpoint(tmp_path / "run", "fla")
     write(tmp_path, {**FLA, "vocab_size": 50}, fla_weights())
     for folder, asked, found in (
         (published[0], "fla", "mamba2"),
@@ -221,7 +208,7 @@ WRONG_CONFIGS = {
 @pytest.mark.parametrize("case", WRONG_CONFIGS)
 def test_a_config_that_is_wrong_says_so_without_pythons_words(case, tmp_path):
     text, message = WRONG_CONFIGS[case]
-    write_run(tmp_path / "run")
+    write_checkpoint(tmp_path / "run", "mamba2")
     (tmp_path / "run" / CONFIG).write_text(text)
     with pytest.raises(ConfigError, match=re.escape(f"wrote it, but {message}")) as error:
         load(tmp_path / "run")
@@ -253,7 +240,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
     name, tmp_path, monkeypatch
 ):
     """No model is built where it would need memory."""
-    write_run(tmp_path / "run")
+    write_checkpoint(tmp_path / "run", "mamba2")
     file = tmp_path / "run" / CONFIG
     config = yaml.safe_load(file.read_text())
     config["model"][name], message = ABSURD[name]
@@ -278,7 +265,7 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
     ],
 )
 def test_sizes_that_no_model_has_are_the_configs_fault(name, value, message, tmp_path):
-    write_run(tmp_path / "run")
+    write_checkpoint(tmp_path / "run", "mamba2")
     file = tmp_path / "run" / CONFIG
     config = yaml.safe_load(file.read_text())
     config["model"][name] = value
@@ -315,3 +302,55 @@ def test_a_name_that_is_nothing(name, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     with pytest.raises(ConfigError, match=f"checkpoint must be a run folder.*got '{name}'"):
         load(name)
+
+
+def test_the_norm_path_is_set_in_every_norm(run_folder):
+    for path in ("inference", "training"):
+        model = load_model(run_folder, path)
+        assert {m.path for m in model.modules() if hasattr(m, "path")} == {path}
+
+
+def test_the_newest_run_of_the_model_is_taken(tmp_path):
+    for age, (name, model) in enumerate([("c", "fla"), ("b", "mamba2"), ("a", "fla")]):
+        write_checkpoint(tmp_path / name, model)
+        os.utime(tmp_path / name / WEIGHTS, (10**9 - age, 10**9 - age))
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "c"
+    assert find_checkpoint("mamba2", None, str(tmp_path)) == tmp_path / "b"
+    (tmp_path / "c" / CONFIG).write_text("model: [")
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "a"
+
+
+def test_the_newest_run_is_found_without_reading_the_older_ones(tmp_path, monkeypatch):
+    for age, model in enumerate(["mamba2", "fla", "fla", "fla"]):
+        write_checkpoint(tmp_path / str(age), model)
+        os.utime(tmp_path / str(age) / WEIGHTS, (10**9 - age, 10**9 - age))
+    asked = []
+    monkeypatch.setattr(
+        checkpoint, "is_of", lambda folder, model: asked.append(folder.name) or is_of(folder, model)
+    )
+    assert find_checkpoint("fla", None, str(tmp_path)) == tmp_path / "1"
+    assert asked == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["", WEIGHTS, CONFIG])
+def test_a_checkpoint_is_named_by_its_folder_or_a_file_in_it(name, run_folder):
+    assert find_checkpoint(None, str(run_folder / name), "runs") == run_folder
+
+
+def test_a_saved_model_is_the_model(tmp_path):
+    model = write_checkpoint(tmp_path / "run", "fla", seed=7)
+    loaded = load_model(tmp_path / "run")
+    tokens = torch.arange(60)[None]
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert not loaded.training
+
+
+def test_any_flipped_bit_is_found(run_folder):
+    whole = (run_folder / WEIGHTS).read_bytes()
+    generator = random.Random(0)
+    for _ in range(40):
+        data = bytearray(whole)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        (run_folder / WEIGHTS).write_bytes(data)
+        with pytest.raises(ConfigError):
+            load_model(run_folder)
