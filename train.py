@@ -22,12 +22,11 @@ def train(config: TrainConfig) -> Summary:
     from models.checkpoints.checkpoint import METRICS, PICTURE
     from models.training.lit import LitLanguageModel
     from models.training.loading import load_data
-    from models.training.memory import out_of_memory_in_a_line
     from models.training.parallel import prepare_blocks
     from models.training.plots import compressors, plot_loss
-    from models.training.processes import find_processes
+    from models.training.processes import check_devices, find_processes
     from models.training.resume import continue_metrics, find_stopped
-    from models.training.runs import Summary, build_trainer, check_devices, create_run, record
+    from models.training.runs import Summary, build_trainer, create_run, record, running
     from models.training.start import start_model
 
     stopped = find_stopped(config)
@@ -44,7 +43,7 @@ def train(config: TrainConfig) -> Summary:
     record(trainer, run, config.trainer)
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, bytes_per_token)
-    with out_of_memory_in_a_line(processes.rank):
+    with running(run, processes.rank):
         if stopped and stopped.checkpoint:
             before = continue_metrics(trainer.logger, stopped.rows)
             trainer.fit(module, batches, ckpt_path=stopped.checkpoint)

@@ -28,6 +28,7 @@ from configs.manual import CONFIG_DIR, manual
 from configs.schema import (
     MODELS,
     ConfigError,
+    RunError,
     all_keys,
     first_line,
     infer_config,
@@ -60,9 +61,11 @@ def command(
                 if getattr(sys, stream) is None:  # closed by the shell, as with `>&-`
                     setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
             several = bool({"-m", "--multirun"} & set(sys.argv))
+            # argparse wants all overrides together, so options come first wherever they stood.
+            sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))
             arguments = list(sys.argv)
             verbatim = _take_verbatim(texts, () if several else names)
-            results, folders = [], []
+            results, folders, failed = [], [], []
 
             def task(values: DictConfig) -> None:
                 sys.argv = arguments  # for processes that Lightning starts with the same ones
@@ -72,6 +75,12 @@ def command(
                     config = CHECKS[name](values, verbatim)
                     folders.append(Path(hydra_config.sweep.dir))
                     result = main(config)
+                except RunError as error:
+                    if not several:
+                        _fail(name, str(error))
+                    _say(name, str(error))  # the other jobs are none the worse for it
+                    failed.append(error)
+                    return
                 except ConfigError as error:
                     _fail(name, str(error))
                 except BrokenPipeError:
@@ -93,6 +102,8 @@ def command(
                 hydra_main(task)()
                 if several and compare is not None and results:
                     get_method(compare)(folders[0], _own(results))
+                if failed:
+                    sys.exit(2)
             except BrokenPipeError:
                 _leave_pipe()
             except KeyboardInterrupt:
@@ -102,6 +113,12 @@ def command(
             except Exception as error:  # of Hydra and OmegaConf, which raise all kinds
                 if folders:  # a job had begun: it is not about the arguments
                     raise
+                if isinstance(error, OSError) and error.errno:  # the folder of a multirun
+                    _fail(
+                        name,
+                        "runs_dir must be a folder that can be written to, got "
+                        f"{str(Path(error.filename).parent)!r} ({error.strerror}); name another",
+                    )
                 found = _explain_first(name, sys.argv[1:], several)
                 _fail(name, found or first_line(error))
 
@@ -126,7 +143,9 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if argument.startswith("-"):
                 continue
             if "=" not in argument and not argument.startswith("~"):
-                return f"cannot read {argument!r} as key=value; write {_meant(argument, groups)}"
+                return (
+                    f"cannot read {argument!r} as key=value; write {_meant(argument, groups, keys)}"
+                )
             try:
                 override = OverridesParser.create().parse_override(argument)
             except HydraException:
@@ -145,16 +164,28 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if key in groups:
                 keys = all_keys(OmegaConf.to_container(hydra.compose(name, [argument])))
             elif key not in keys and key.partition(".")[0] != "hydra":
-                return f"there is no key {key!r}{nearest(key, [*keys, *groups])}"
+                return f"there is no key {key!r}{_nearest_key(key, keys, groups)}"
     return None
 
 
-def _meant(word: str, groups: dict[str, list[str]]) -> str:
-    """How to write a word that stands alone: the option of a group, a group, or a key."""
+def _nearest_key(key: str, keys: list[str], groups: dict[str, list[str]]) -> str:
+    """What was probably meant; within a section that there is, something of that section."""
+    section, _, name = key.rpartition(".")
+    names = [k.removeprefix(f"{section}.") for k in keys if section and k.startswith(f"{section}.")]
+    if not names:
+        return nearest(key, [*keys, *groups])
+    hint = nearest(name, names).replace("mean ", f"mean {section}.")
+    return hint or f"; {section} has {', '.join(names)}"
+
+
+def _meant(word: str, groups: dict[str, list[str]], keys: list[str]) -> str:
+    """How to write a word that stands alone: the option of a group, a group, a key or a prompt."""
     for group, options in {"model": MODELS, **groups}.items():
         if word in options:
             return f"{group}={word}"
-    return f"{word}={groups[word][0]}" if word in groups else f"{word}=<value>"
+    if word in groups:
+        return f"{word}={groups[word][0]}"
+    return f"{word}=<value>" if word in keys or "prompt" not in keys else f"prompt={word}"
 
 
 def _check_options(name: str, arguments: list[str]) -> None:
@@ -265,7 +296,11 @@ def _leave_pipe() -> None:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _fail(name: str, message: str) -> None:
+def _say(name: str, message: str) -> None:
     if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # of several, one speaks
         print(f"{name}.py: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(name: str, message: str) -> None:
+    _say(name, message)
     sys.exit(2)

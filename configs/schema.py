@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -310,6 +311,9 @@ def all_keys(config: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+EMPTY = ("prompt", "stop", "data.path")  # have errors of their own
+
+
 def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None) -> Any:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
@@ -325,7 +329,12 @@ def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None
         raise ConfigError(f"{key}: {rule}; give another value") from error
     for key, value in (verbatim or {}).items():
         *sections, name = key.split(".")
-        setattr(functools.reduce(getattr, sections, config), name, value)
+        section = functools.reduce(getattr, sections, config)
+        kind = section.__dataclass_fields__[name].type
+        if (value is None and NoneType not in get_args(kind)) or (value == "" and key not in EMPTY):
+            given = "null" if value is None else "''"
+            raise ConfigError(f"{key} must have a value, got {given}; give one, or leave it out")
+        setattr(section, name, value)
     _check_ranges(config)
     return config
 

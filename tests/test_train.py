@@ -1,6 +1,7 @@
 """train.py's own code, for real: it learns, keeps what it learnt, and refuses what cannot work."""
 
 import csv
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from configs.schema import ConfigError, OptimConfig
 from models.checkpoints.checkpoint import load_model
 from models.data.corpus import load_corpus
 from models.generation import generate
-from models.training.callbacks import Throughput
+from models.training.callbacks import ProgressBar, Throughput
 from models.training.lit import learning_rate_factor
 from models.training.plots import compressors, plot_loss, smooth
 from small_runs import SIX_STEPS
@@ -232,3 +233,26 @@ def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, mon
     (folder,) = tmp_path.glob("runs/compare_*")
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert len(list(tmp_path.glob("runs/*_fla"))) == 2
+
+
+def test_a_job_of_a_multirun_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rates = "optim.learning_rate=1e-3,1e38,2e-3"
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "optim.min_learning_rate=0", "-m", rates])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert err.count("the loss must be finite") == 1
+    table = out[out.index("Runs in runs/") :]
+    assert len(re.findall(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_fla", table)) == 2
+    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
+
+
+def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ProgressBar, "LINE_EVERY", 0.0)
+    train.train(compose("train", [*SIX_STEPS, f"runs_dir={tmp_path}"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    said = r"step 6 of 6, loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d, 0:00:00 left"
+    assert re.fullmatch(said, lines[-1]), lines[-1]

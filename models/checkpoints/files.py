@@ -3,8 +3,28 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
 
 from configs.schema import first_line
+
+
+def lock(file: IO) -> bool:
+    """Lock an open file until it is closed or its process ends, by whatever; False where another
+    one has it. Always True where the system has no such locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return True
+    return True
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

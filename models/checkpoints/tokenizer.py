@@ -193,6 +193,13 @@ def _read(file: Path) -> TextTokenizer:
             f"{str(file)!r} must be a file of the tokenizers library, but it cannot be read "
             f"({first_line(error)}); download or train it again"
         ) from error
+    try:
+        tokenizer.encode("\ufffd")  # also stands for what is not UTF-8
+    except Exception as error:
+        raise ValueError(
+            f"{str(file)!r} must be of a tokenizer that takes any text, got one that does not "
+            f"({first_line(error)}); train it with bytes for its alphabet, or with an unk_token"
+        ) from error
     return TextTokenizer(tokenizer, _find_eos(tokenizer, file.with_name(OPTIONS)))
 
 

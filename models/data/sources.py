@@ -4,10 +4,13 @@ A table of documents has a column `text` (bytes, or strings of UTF-8), and for f
 path relative to the folder they were found under; it is empty for the rows of table files.
 """
 
+import codecs
 import glob
 import hashlib
+import logging
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +44,17 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     elif config.path is None:
         raise ConfigError("data=text needs data.path, got none; name a file, a folder or a glob")
     else:
-        folder, skip = Path(config.path), frozenset()
+        folder, skip = Path(config.path).expanduser(), frozenset()
         suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     if folder.is_file():
         return folder.parent, [folder.name]
     if folder.is_dir():
-        found = [path for path in folder.rglob("*") if path.suffix in suffixes]
+        found = [
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
     else:
         found = [Path(path) for path in glob.glob(str(folder), recursive=True)]
         folder = Path(*takewhile(lambda part: not glob.has_magic(part), folder.parts))
@@ -84,12 +92,13 @@ def make_table(
     was_on = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # it takes a second, and the run's own bar comes next
     try:
-        return datasets.Dataset.from_generator(
-            rows,
-            gen_kwargs=arguments,
-            features=datasets.Features(features),
-            fingerprint=fingerprint,
-        )
+        with _quiet():
+            return datasets.Dataset.from_generator(
+                rows,
+                gen_kwargs=arguments,
+                features=datasets.Features(features),
+                fingerprint=fingerprint,
+            )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
@@ -106,10 +115,11 @@ def open_hub(config: DataConfig) -> Any:
     if config.name is None:
         raise ConfigError("data=hub needs data.name, got none; name a set such as owner/name")
     try:
-        opened = datasets.load_dataset(
-            config.name, config.config, split=config.split, streaming=config.streaming
-        )
-        columns = opened.column_names or list(next(iter(opened)))
+        with _quiet():
+            opened = datasets.load_dataset(
+                config.name, config.config, split=config.split, streaming=config.streaming
+            )
+            columns = opened.column_names or list(next(iter(opened)))
     except Exception as error:  # of `datasets`, the hub, the network and the files: many kinds
         raise ConfigError(
             f"data.name must be a text set that `datasets` can load, got {config.name!r} with "
@@ -151,13 +161,25 @@ def as_bytes(text: Any) -> bytes:
 
 def _rows(folder: Path, files: tuple[str, ...], column: str) -> Iterator[dict[str, str | bytes]]:
     for name in files:
-        suffix = Path(name).suffix
+        suffix = Path(name).suffix.lower()
         if suffix in TABLE_SUFFIXES:
             for text in _table_rows(folder / name, TABLE_SUFFIXES[suffix], column):
                 yield {"name": "", "text": text}
         else:
+            text = (folder / name).read_bytes()
+            if suffix not in TEXT_SUFFIXES:
+                _check_text(folder / name, text)
             printable = name.encode("utf-8", "backslashreplace").decode()
-            yield {"name": printable, "text": (folder / name).read_bytes()}
+            yield {"name": printable, "text": text}
+
+
+def _check_text(file: Path, text: bytes) -> None:
+    """Refuse what is no text of any encoding, as git tells it: by a byte of 0 in its first 8000."""
+    if 0 in text[:8000] and not text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(
+            f"data.path must hold files of text, got {str(file)!r} with bytes of 0 in it; unpack "
+            "or convert that file, or leave it out"
+        )
 
 
 def _table_rows(file: Path, kind: str, column: str) -> Iterator[bytes]:
@@ -179,6 +201,20 @@ def _table_rows(file: Path, kind: str, column: str) -> Iterator[bytes]:
             f"data.path must hold files that are what their names say, got {str(file)!r} "
             f"({_reason(error)}); repair or leave out that file"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what `datasets` and the hub log of an error or a new try: the error says it."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_column(column: str, columns: list[str], where: str) -> None:

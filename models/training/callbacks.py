@@ -2,8 +2,10 @@
 
 import math
 import random
+import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import ProgressColumn
 from torch.distributed.tensor import DTensor
@@ -55,7 +58,30 @@ class Throughput(Callback):
 
 class ProgressBar(RichProgressBar):
     """Lightning's bar with the time left, the loss in bits per byte, tokens/s and the most memory
-    that was in use at once: of the GPU, or without one of the process."""
+    that was in use at once: of the GPU, or without one of the process. Where there is no terminal
+    to draw it on, a line of the same twice a minute."""
+
+    LINE_EVERY = 30.0  # seconds
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self._began = self._said = time.perf_counter()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, module, *rest)
+        now = time.perf_counter()
+        if now - self._said < self.LINE_EVERY or Console().is_terminal or self.is_disabled:
+            return
+        self._said, step = now, trainer.global_step
+        left = (trainer.max_steps - step) * (now - self._began) / max(1, step - self._first)
+        shown = ", ".join(
+            f"{key} {value}" for key, value in self.get_metrics(trainer, module).items()
+        )
+        print(
+            f"step {step} of {trainer.max_steps}, {shown}, {timedelta(seconds=round(left))} left",
+            flush=True,
+        )
 
     @property
     def total_train_batches(self) -> int:
@@ -191,7 +217,10 @@ class Checkpoints(Callback):
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        terminated = isinstance(exception, SIGTERMException)
+        if terminated:
+            exception.code = 128 + signal.SIGTERM  # Lightning's own would be 0, as of a whole run
+        if (terminated or isinstance(exception, KeyboardInterrupt)) and trainer.is_global_zero:
             print(
                 f"\nstopped after step {trainer.global_step}; "
                 f"go on with: python train.py resume={self.run}",

@@ -31,12 +31,16 @@ def compressors(text: bytes) -> dict[str, float]:
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Exponential moving average without the pull towards zero of its first values."""
-    decay = 0.5 ** (1 / half_life)
-    out, weight, total = np.empty_like(values), 0.0, 0.0
-    for i, value in enumerate(values):
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        out[i] = total / weight
+    """Mean of the values around each, weighted by half for each `half_life` of steps away. It looks
+    no farther ahead than back, so that the curve begins where the values do and does not lag."""
+    reach = int(8 * half_life)
+    kernel = 0.5 ** (np.abs(np.arange(-reach, reach + 1)) / half_life)
+    out = np.empty(len(values))
+    for i in range(len(values)):
+        back = min(i, reach)
+        ahead = min(back, len(values) - 1 - i)
+        weights = kernel[reach - back : reach + ahead + 1]
+        out[i] = np.average(values[i - back : i + ahead + 1], weights=weights)
     return out
 
 
@@ -61,17 +65,18 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
         markersize=7,
         zorder=3,
         clip_on=False,
-        label="validation, files never trained on",
+        label="validation, held-out text",
     )
     if len(val_losses):
         axes.annotate(
             f"{val_losses[-1]:.2f}",
             (val_steps[-1], val_losses[-1]),
             color=ACCENT,
-            xytext=(0, 10),
+            xytext=(-4, 10),
             textcoords="offset points",
             ha="right",
             weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     low = min([*losses, *val_losses, *yardsticks.values()], default=0.0)
     high = max([*losses, *val_losses], default=8.0)
@@ -102,7 +107,9 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
 
 def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
     """Bits per byte on a logarithmic axis with numbers that one reads, and the title."""
-    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if bottom <= t <= top]
+    ticks = [
+        t for t in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10) if bottom <= t <= top
+    ]
     axes.set(yscale="log", ylim=(bottom, top), ylabel="bits per byte")
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())

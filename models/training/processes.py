@@ -6,6 +6,7 @@ another device of this host has LOCAL_RANK.
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -53,6 +54,38 @@ def find_processes(config: TrainConfig) -> Processes:
 def on_gpu(config: TrainerConfig) -> bool:
     """Whether the processes train on GPUs."""
     return config.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def check_devices(config: TrainerConfig) -> None:
+    """Raises ConfigError when this machine has not the devices or packages that `config` asks
+    for."""
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
+            "use trainer=cpu or trainer=auto"
+        )
+    gpu = on_gpu(config)
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))  # of torchrun
+    if gpu and devices > torch.cuda.device_count():
+        raise ConfigError(
+            "trainer.devices must be at most the number of CUDA devices of this host, "
+            f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
+        )
+    if config.precision == "16-mixed" and not gpu:
+        raise ConfigError(
+            "trainer.precision must be 32-true or bf16-mixed on a CPU, got 16-mixed; "
+            "use one of them, or trainer=gpu"
+        )
+    if config.precision == "16-mixed" and config.strategy == "fsdp":
+        raise ConfigError(
+            "trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp, got "
+            "16-mixed; use one of them, or trainer=ddp"
+        )
+    if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ConfigError(
+            "trainer.tensorboard needs the package tensorboard, got true without it; "
+            "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
+        )
 
 
 def _refuse_slurm() -> None:

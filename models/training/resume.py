@@ -30,6 +30,7 @@ from models.checkpoints.checkpoint import (
     misfit,
     read_model_config,
 )
+from models.checkpoints.files import lock
 
 # What somebody chose who chose a file of a group.
 CHOICES = {
@@ -86,11 +87,13 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
     if asked.resume is None:
         return None
     if asked.resume == "auto":
-        run = _newest_stopped(Path(asked.runs_dir), asked.model.name)
+        run = _newest_stopped(asked)
         if run is None:
             return None
     else:
         run = Path(asked.resume)
+        if run.name == LAST:
+            run = run.parent
     if not (run / CONFIG).is_file():
         raise ConfigError(
             f"resume must be auto or the folder of a run, got {str(run)!r} without {CONFIG}; "
@@ -101,6 +104,8 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
             f"resume must name a run that was stopped, got {str(run)!r}, which is finished; "
             "start another one without resume"
         )
+    if _is_running(run):
+        raise ConfigError(still_running(run))
     if not os.access(run, os.W_OK | os.X_OK):
         raise ConfigError(
             f"resume must name a run that can be written to, got {str(run)!r}, which cannot; "
@@ -114,13 +119,32 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
     return Stopped(run, config, run / LAST, rows, _part(state, LOADER)[0])
 
 
-def _newest_stopped(runs_dir: Path, model: str) -> Path | None:
+def still_running(run: Path) -> str:
+    return (
+        f"resume must name a run that was stopped, got {str(run)!r}, which another process works "
+        "on; wait for its end, or stop it"
+    )
+
+
+def _is_running(run: Path) -> bool:
+    """Whether a process trains in this folder. The first of several processes asks for all: it
+    may have the folder itself by the time that another one looks."""
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
+        return False
+    with (run / CONFIG).open("rb") as file:
+        return not lock(file)
+
+
+def _newest_stopped(asked: TrainConfig) -> Path | None:
     stopped = [
-        path
-        for path in runs_dir.glob(f"*/{CONFIG}")
-        if not (path.parent / PICTURE).exists() and is_of(path.parent, model)
+        path.parent
+        for path in Path(asked.runs_dir).glob(f"*/{CONFIG}")
+        if not (path.parent / PICTURE).exists() and is_of(path.parent, asked.model.name)
     ]
-    return max(stopped, key=lambda path: path.stat().st_mtime).parent if stopped else None
+    stopped.sort(key=lambda run: -(run / CONFIG).stat().st_mtime)
+    # Several processes must all find the same one, and only the first sees who is at work.
+    alone = asked.trainer.devices == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return next((run for run in stopped if not (alone and _is_running(run))), None)
 
 
 def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:

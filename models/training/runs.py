@@ -1,16 +1,15 @@
 """A training run: its trainer, its folder, and the table at its end."""
 
 import logging
-import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from configs.schema import ConfigError, TrainConfig, TrainerConfig, first_line
 from models.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, WEIGHTS, save_config
+from models.checkpoints.files import lock
 from models.checkpoints.tokenizer import FILE as TOKENIZER
 from models.checkpoints.tokenizer import Tokenizer
 from models.language_model import LanguageModel
@@ -29,8 +29,10 @@ from models.training.callbacks import (
     RandomState,
     Throughput,
 )
+from models.training.memory import out_of_memory_in_a_line
 from models.training.parallel import ShardedStrategy
 from models.training.processes import Processes, on_gpu
+from models.training.resume import still_running
 from models.training.writing import Metrics, WholeCheckpoints
 
 FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
@@ -61,36 +63,15 @@ class Summary:
         return self.model.num_parameters()
 
 
-def check_devices(config: TrainerConfig) -> None:
-    """Raises ConfigError when this machine has not the devices or packages that `config` asks
-    for."""
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
-            "use trainer=cpu or trainer=auto"
-        )
-    gpu = on_gpu(config)
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))  # of torchrun
-    if gpu and devices > torch.cuda.device_count():
-        raise ConfigError(
-            "trainer.devices must be at most the number of CUDA devices of this host, "
-            f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
-        )
-    if config.precision == "16-mixed" and not gpu:
-        raise ConfigError(
-            "trainer.precision must be 32-true or bf16-mixed on a CPU, got 16-mixed; "
-            "use one of them, or trainer=gpu"
-        )
-    if config.precision == "16-mixed" and config.strategy == "fsdp":
-        raise ConfigError(
-            "trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp, got "
-            "16-mixed; use one of them, or trainer=ddp"
-        )
-    if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ConfigError(
-            "trainer.tensorboard needs the package tensorboard, got true without it; "
-            "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
-        )
+@contextmanager
+def running(run: Path, rank: int) -> Iterator[None]:
+    """Around the work on a run: no other process may go on with it meanwhile, and where memory
+    runs out that is one line. Raises ConfigError where another process works on it."""
+    with (run / CONFIG).open("rb") if rank == 0 else nullcontext() as file:
+        if file is not None and not lock(file):
+            raise ConfigError(still_running(run))
+        with out_of_memory_in_a_line(rank):
+            yield
 
 
 def create_run(config: TrainConfig, tokenizer: Tokenizer | None = None, rank: int = 0) -> Path:
@@ -199,10 +180,14 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
     from models.training.plots import plot_comparison  # matplotlib takes a second
 
     plot_comparison({name: s.run / METRICS for name, s in results}, folder / "comparison.png")
-    table = Table(title="Runs", title_justify="left")
+    where = {summary.run.parent for _, summary in results}.pop()
+    table = Table(title=f"Runs in {where}/, validation in bits per byte", title_justify="left")
     for column in ("overrides", "parameters", "tokens/s", "before", "after", "run"):
         left = column in ("overrides", "run")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+        no_wrap = column == "run"  # to be copied
+        table.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=no_wrap
+        )
     for name, summary in sorted(results, key=lambda result: result[1].after):
         table.add_row(
             name,
@@ -210,7 +195,7 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
             f"{summary.tokens_per_s:,.0f}",
             f"{summary.before:.3f}",
             f"{summary.after:.3f}",
-            str(summary.run),
+            summary.run.name,
         )
     Console().print(table)
     print(f"the picture: {folder / 'comparison.png'}")

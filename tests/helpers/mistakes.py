@@ -49,6 +49,9 @@ PUBLISHED = {
 }
 
 
+WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+
+
 class RunsCode:
     """A pickle of it makes a file where it is opened."""
 
@@ -149,6 +152,10 @@ TRAIN_VALUES = [
     train("--foo"),
     train("--cfg"),
     train("+colour=red"),
+    train("optim.lr=0.1"),
+    train("tokenizer=null"),
+    train("runs_dir="),
+    train("resume="),
     train("experiment=huge"),
     train("model=mamba2", "model.norm_groups=7"),
     train("model=mamba2", "model.head_dim=48"),
@@ -192,6 +199,8 @@ INFER_VALUES = [
     infer("bench=true", "prompts_file=-"),
     infer("bench_runs=0"),
     infer("prompt"),
+    infer("hello"),
+    infer("checkpoint="),
     infer("--foo"),
     infer("-m", "model=fla,mamba2"),
 ]
@@ -216,6 +225,27 @@ FILES = [
     ),
     Bad("train", ("data.path=missing",), "a folder that is not there"),
     Bad("train", ("data=text", "data.path=*.rst"), "a glob that nothing matches"),
+    Bad(
+        "train", ("data=text", "data.path=a.gz"), "a file that is no text", write("a.gz", b"\x1f\0")
+    ),
+    Bad(
+        "train",
+        ("data=text", "data.path=a.jsonl"),
+        "a line cut short",
+        write("a.jsonl", '{"text":'),
+    ),
+    Bad(
+        "train",
+        ("tokenizer=t.json",),
+        "a tokenizer of some words only",
+        write("t.json", json.dumps({"version": "1.0", "model": WORDS})),
+    ),
+    Bad(
+        "train",
+        ("runs_dir=file", "-m", "seed=1,2"),
+        "a file in the way of a sweep",
+        write("file", ""),
+    ),
     Bad("train", ("runs_dir=file/runs",), "a file in the way", write("file", "")),
 ]
 

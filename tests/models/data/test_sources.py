@@ -12,7 +12,7 @@ from configs.command import compose
 from configs.schema import ConfigError, DataConfig
 from models.data import sources
 from models.data.corpus import load_corpus
-from models.data.sources import open_hub
+from models.data.sources import find_files, open_hub
 from text_sets import TEXTS, held_out, settings, write_table
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
@@ -81,6 +81,21 @@ def test_paths_of_all_kinds(tmp_path, name, what):
     loaded = load_corpus(of_files(path))
     expected = 80 if what == "file" else 360
     assert loaded.train.tokens.size + loaded.val.tokens.size == expected
+
+
+def test_a_folder_is_searched_without_what_is_hidden(tmp_path):
+    """Virtual environments, caches of editors, git; and capitals are as good as small letters."""
+    folder = tmp_path / "files"
+    for name in ("a.txt", "B.MD", ".venv/lib/c.py", ".d.py", "sub/.git/e.txt", "sub/f.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert find_files(of_files(folder))[1] == ["B.MD", "a.txt", "sub/f.py"]
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").touch()
+    assert find_files(of_files("~"))[0] == tmp_path
 
 
 def test_the_end_of_a_single_file_is_held_out(tmp_path):

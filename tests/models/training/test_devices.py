@@ -13,7 +13,8 @@ from configs.command import compose
 from configs.schema import ConfigError, RunError
 from models.checkpoints.checkpoint import load_model
 from models.training import runs
-from models.training.runs import check_devices, create_run
+from models.training.processes import check_devices
+from models.training.runs import create_run
 from small_runs import SIX_STEPS, checkpoint_step
 
 SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]

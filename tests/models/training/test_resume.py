@@ -314,7 +314,13 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch
     load_model(run)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)],
+    ids=["int", "term"],
+)
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, code, tmp_path):
+    """By Ctrl-C, or as schedulers and `docker stop` do; and nobody takes it over before that."""
     script = str(Path(train.__file__))
     command = [sys.executable, script, *SMALL, "optim.steps=100000"]
     process = subprocess.Popen(
@@ -324,15 +330,20 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     )  # fmt: skip
     try:
         wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
-        process.send_signal(signal.SIGINT)
+        (run,) = (tmp_path / "runs").iterdir()
+        asked = [*SMALL, "optim.steps=100000", f"runs_dir={tmp_path / 'runs'}"]
+        assert find_stopped(compose("train", [*asked, "resume=auto"])) is None
+        with pytest.raises(ConfigError, match="which another process works on"):
+            find_stopped(compose("train", [*asked, f"resume={run}"]))
+        process.send_signal(how)
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode != 0
-    (run,) = (tmp_path / "runs").iterdir()
+    assert process.returncode == code
     assert f"resume=runs/{run.name}" in err
     assert "Traceback" not in err
     assert checkpoint_step(run) > 0
+    assert find_stopped(compose("train", [*asked, "resume=auto"])).run == run
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
