@@ -1,12 +1,12 @@
 """Measurements on one prompt: the two norm paths side by side, and tokens per second."""
 
-import dataclasses
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -64,14 +64,22 @@ class Speed:
         table = Table(title=f"Tokens/s, norm path {self.norm_path}", title_justify="left")
         for column in ("", "tokens", "median", "least", "most"):
             table.add_column(column, justify="right" if column else "left")
-        parts = [("prefill", self.prompt_tokens, self.prefill_s)]
-        if self.new_tokens > 2:
-            parts.append(("decode", self.new_tokens - 2, self.decode_s))
-        for name, tokens, seconds in parts:
-            rate = seconds.per_s(tokens)
+        for name, (tokens, rate) in self.rates().items():
             values = (f"{value:,.0f}" for value in (rate.median, rate.least, rate.most))
             table.add_row(name, f"{tokens:,}", *values)
         return table
+
+    def rates(self) -> dict[str, tuple[int, Spread]]:
+        """Of the prefill, and of decoding where there is any: tokens, and tokens per second."""
+        parts = {"prefill": (self.prompt_tokens, self.prefill_s)}
+        if self.new_tokens > 2:
+            parts["decode"] = (self.new_tokens - 2, self.decode_s)
+        return {name: (tokens, seconds.per_s(tokens)) for name, (tokens, seconds) in parts.items()}
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        rates = {f"{name}_tokens_per_s": asdict(rate) for name, (_, rate) in self.rates().items()}
+        return asdict(self) | rates
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,10 @@ class Comparison:
     equal_tokens: int
     speed: dict[str, Speed]
     peak_bytes: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self) | {"speed": {path: s.record() for path, s in self.speed.items()}}
 
     def table(self) -> Table:
         """Both paths side by side."""
@@ -189,7 +201,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 def show(measured: Speed | Comparison, output: str) -> None:
     """Print it as a table, or as one line of JSON."""
     if output == "json":
-        say(json.dumps(dataclasses.asdict(measured)))
+        say(json.dumps(measured.record()))
     else:
         with standard_output():
             Console().print(measured.table())
