@@ -72,9 +72,11 @@ class _Workspace:
         self.rows = min(p.n_rows, _rows_per_block(p))  # of the largest block
         self.buffers: list[Tensor] = []
 
-    def of(self, like: Tensor, count: int, *results: Tensor | None) -> list[Tensor]:
-        """`count` buffers for a block `like`, and one for each of `results` `[..., D]`: itself
-        where its memory may hold other values first, else (or for None) another."""
+    def of(
+        self, like: Tensor, count: int, *results: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`count` buffers for a block `like`; and one for each of `results` `[..., D]`, the result
+        itself where its memory may hold other values first, else (or for None) another."""
         p = self.p
         given = []
         for t in results:
@@ -86,7 +88,7 @@ class _Workspace:
         rows = like.shape[0]
         spare = iter([b if rows == self.rows else b[:rows] for b in self.buffers[:count]])
         found = [next(spare) if t is None else t for t in given]
-        return [*spare, *found]
+        return list(spare), found
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -165,7 +167,7 @@ def forward(
     workspace = _Workspace(p)
     for rows, (xb, zb, ob) in _blocks(p, x, z, out):
         u = _grouped(p, xb)
-        one, spare, two = workspace.of(u, 2, ob)
+        (one, spare), (two,) = workspace.of(u, 2, ob)
         act = None if zb is None else _act(p, _grouped(p, zb), one)
         if act is not None and not p.norm_before_gate:
             u = torch.mul(u, act, out=one)
@@ -207,9 +209,9 @@ def backward(
     for rows, (dyb, xb, zb, dxb, dzb) in _blocks(p, dy, x, z, dx, dz):
         g, xg = _grouped(p, dyb), _grouped(p, xb)
         if zb is None:
-            xhat, one = workspace.of(g, 1, dxb)
+            (xhat,), (one,) = workspace.of(g, 1, dxb)
         else:
-            act, xhat, one, slope = workspace.of(g, 2, dxb, dzb)
+            (act, xhat), (one, slope) = workspace.of(g, 2, dxb, dzb)
             _act_and_slope(p, _grouped(p, zb), act, slope)
         u = torch.mul(xg, act, out=xhat) if gate_first else xg
         if not p.is_rms_norm:
