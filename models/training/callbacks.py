@@ -67,11 +67,12 @@ class ProgressBar(RichProgressBar):
         super().on_train_start(trainer, module)
         self._began = self._said = time.perf_counter()
         self._first = trainer.global_step
+        self._in_lines = not Console().is_terminal
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
         super().on_train_batch_end(trainer, module, *rest)
         now = time.perf_counter()
-        if now - self._said < self.LINE_EVERY or Console().is_terminal or self.is_disabled:
+        if not self._in_lines or self.is_disabled or now - self._said < self.LINE_EVERY:
             return
         self._said, step = now, trainer.global_step
         left = (trainer.max_steps - step) * (now - self._began) / max(1, step - self._first)
