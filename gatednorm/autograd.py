@@ -34,16 +34,11 @@ def backend(device_type: str) -> ModuleType:
         ) from error
 
 
-def is_subclass(t: Tensor | None) -> bool:
-    """Whether this is a tensor that may be no memory of its own: DTensor, FakeTensor and so on."""
-    return type(t) not in PLAIN_TENSORS and isinstance(t, Tensor)
-
-
 def traced(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a call must go through the registered operators instead of a launcher: for tensors
     that are no memory of their own, and where somebody watches the operators."""
     for t in (x, *others):
-        if is_subclass(t):
+        if type(t) not in PLAIN_TENSORS and isinstance(t, Tensor):
             return True
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, is_subclass, run_backward, run_forward, traced
+from .autograd import LayerNormFn, run_backward, run_forward, traced
 from .problem import check_backward, describe
 
 NORM_PATHS = ("training", "inference")
@@ -26,9 +26,10 @@ def _refuse_transforms(name: str, *tensors: Tensor | None) -> None:
                 )
 
 
-def _refuse_subclasses(name: str, *tensors: Tensor | None) -> None:
+def _refuse_wrappers(name: str, *tensors: Tensor | None) -> None:
+    """Raises TypeError for a tensor without memory of its own: DTensor, FakeTensor and so on."""
     for t in tensors:
-        if is_subclass(t):
+        if isinstance(t, Tensor) and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise TypeError(
                 f"{name} takes plain tensors, got {type(t).__name__}; use layernorm_fn, which "
                 "PyTorch sees as an operator"
@@ -191,7 +192,7 @@ def layernorm_forward(
         `y` `[..., D]`, `mean` (None for RMS) and `rstd`, `[rows, groups]` in fp32 (fp64 for fp64).
     """
     _refuse_transforms("layernorm_forward", x, weight, bias, z)
-    _refuse_subclasses("layernorm_forward", x, weight, bias, z, out)
+    _refuse_wrappers("layernorm_forward", x, weight, bias, z, out)
     p = describe(
         x, weight, bias, z, out, eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -235,7 +236,7 @@ def layernorm_backward(
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
     )  # fmt: skip
     _refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
-    _refuse_subclasses("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
+    _refuse_wrappers("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
     p = describe(x, weight, bias, z, None, *options, None)
     if p.is_rms_norm:
         mean = None  # RMS norm has no use for one that other copies' callers pass

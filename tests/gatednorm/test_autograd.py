@@ -315,12 +315,25 @@ def test_a_trace_of_torchscript(small):
 
 
 @pytest.mark.parametrize("function", ["layernorm_forward", "layernorm_backward"])
-def test_the_bare_functions_refuse_subclasses(small, function):
+def test_the_bare_functions_refuse_tensors_without_memory(small, function):
     _case, i = small()
     x = TwoTensor(i.x, i.x.clone())
     given = (x,) if function == "layernorm_forward" else (i.dy, x, None, None, None, None, None)
     with pytest.raises(TypeError, match="takes plain tensors, got TwoTensor; use layernorm_fn"):
         getattr(gatednorm, function)(*given)
+
+
+def test_the_bare_functions_take_a_parameter_class_of_ones_own(small):
+    """As vLLM's, which have memory like any other."""
+
+    class Named(torch.nn.Parameter):
+        pass
+
+    case, i = small()
+    weight = i.weight.as_subclass(Named)
+    found = gatednorm.layernorm_forward(i.x, weight, None, i.z, is_rms_norm=True, **case.options)
+    want = gatednorm.rms_norm_gated(i.x, i.weight, None, i.z, **case.options)
+    assert same_bits(found[0], want)
 
 
 def test_without_triton_the_way_out_is_named(monkeypatch):
