@@ -12,9 +12,9 @@ import train
 from configs.command import compose
 from configs.schema import ConfigError
 from models.checkpoints.checkpoint import build_model, load
-from models.training import lit, runs
+from models.training import lit, processes, runs
 from models.training.parallel import prepare_blocks
-from models.training.runs import check_devices
+from models.training.processes import check_devices
 from models.training.start import describe
 from small_runs import FEW_STEPS, TWELVE_STEPS, curve, train_until
 
@@ -122,7 +122,7 @@ def test_tensorboard_gets_what_the_table_gets(tmp_path):
 
 
 def test_tensorboard_is_optional(monkeypatch):
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
     check_devices(compose("train", ["trainer=cpu"]).trainer)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         check_devices(compose("train", ["trainer=cpu", "trainer.tensorboard=true"]).trainer)
