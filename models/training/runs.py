@@ -181,8 +181,10 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
 
     plot_comparison({name: s.run / METRICS for name, s in results}, folder / "comparison.png")
     where = {summary.run.parent for _, summary in results}.pop()
-    table = Table(title=f"Runs in {where}/, validation in bits per byte", title_justify="left")
-    for column in ("overrides", "parameters", "tokens/s", "before", "after", "run"):
+    table = Table(
+        title=f"Runs in {where}/, validation at the end in bits per byte", title_justify="left"
+    )
+    for column in ("overrides", "params", "tokens/s", "validation", "run"):
         left = column in ("overrides", "run")
         no_wrap = column == "run"  # to be copied
         table.add_column(
@@ -190,10 +192,9 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
         )
     for name, summary in sorted(results, key=lambda result: result[1].after):
         table.add_row(
-            name,
+            name.replace(" ", "\n"),
             f"{summary.parameters:,}",
             f"{summary.tokens_per_s:,.0f}",
-            f"{summary.before:.3f}",
             f"{summary.after:.3f}",
             summary.run.name,
         )
