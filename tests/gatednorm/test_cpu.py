@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import gatednorm
 from gatednorm import cpu, reference
+from norm_calls import ORDERS
 from norm_cases import (
     NAN,
     Case,
@@ -18,14 +19,6 @@ from norm_cases import (
     through_autograd,
     through_buffers,
 )
-
-OPTIONS = [
-    pytest.param(True, True, True, id="rms-gate_after"),
-    pytest.param(True, False, True, id="rms-gate_before"),
-    pytest.param(False, True, True, id="layer-gate_after"),
-    pytest.param(False, False, True, id="layer-gate_before"),
-    pytest.param(False, True, False, id="layer-plain"),
-]
 
 
 @settings(max_examples=200)
@@ -50,7 +43,7 @@ def test_blocks_that_cut_inside_outer_dimensions(monkeypatch, outer):
         check(Case(outer, 16, 1, is_rms_norm, bias=True, layouts=layouts), "cpu", through_buffers)
 
 
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 def test_gradcheck(is_rms_norm, norm_before_gate, gated, activation):
     """Against finite differences in fp64, which know nothing of the formula."""
@@ -67,7 +60,7 @@ def test_gradcheck(is_rms_norm, norm_before_gate, gated, activation):
     assert torch.autograd.gradcheck(norm, leaves)
 
 
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 @pytest.mark.parametrize("width", [1, 17, 512, 20_000], ids="n{}".format)
 def test_inference_has_the_bits_of_training(width, is_rms_norm, norm_before_gate, gated):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -81,7 +74,7 @@ def test_inference_has_the_bits_of_training(width, is_rms_norm, norm_before_gate
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 def test_a_bad_row_touches_no_other(is_rms_norm, norm_before_gate, gated, bad):
     case = Case((12,), 40, 2, is_rms_norm, norm_before_gate, gated, bias=True)
     clean = through_autograd(case, inputs_of(case))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gatednorm
+from norm_calls import ORDERS
 from norm_cases import (
     NAN,
     Case,
@@ -64,16 +65,9 @@ def launches(kernels, monkeypatch) -> list:
     forget_plans()
 
 
-OPTIONS = [
-    pytest.param(True, True, True, id="rms-gate_after"),
-    pytest.param(True, False, True, id="rms-gate_before"),
-    pytest.param(False, True, True, id="layer-gate_after"),
-    pytest.param(False, False, True, id="layer-gate_before"),
-    pytest.param(False, True, False, id="layer-plain"),
-]
 SOME_FAST = [
     case if i in (0, 3) else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
-    for i, case in enumerate(OPTIONS)
+    for i, case in enumerate(ORDERS)
 ]
 
 
@@ -103,7 +97,7 @@ def test_every_schedule(kernels, is_rms_norm, norm_before_gate, gated):
         check(case, kernels.device)
 
 
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 @pytest.mark.parametrize("width", [17, 32, 40], ids="n{}".format)
 def test_wide_schedule(kernels, change_tiles, width, is_rms_norm, norm_before_gate, gated):
     """Groups in chunks, forced at small widths: whole and partial last chunks."""
@@ -131,7 +125,7 @@ def test_rows_above_64_kilobytes(kernels, width, is_rms_norm, norm_before_gate):
 
 
 @pytest.mark.parametrize("switches", ["hoist", "reload", "both"])
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_before_gate, gated):
     """What the backward keeps in registers is a matter of speed: off or on, one piece or two."""
     chosen = launch.backward_tile
@@ -195,7 +189,7 @@ def run(case: Case, x, z, w, b):
     return gatednorm.layernorm_fn(x, w, b, z, is_rms_norm=case.is_rms_norm, **case.options)
 
 
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 @pytest.mark.parametrize("width", WIDTHS, ids="n{}".format)
 def test_batch_does_not_change_a_row(kernels, width, is_rms_norm, norm_before_gate, gated):
     """vllm#57280: any number of rows, any position, aligned or not (`x[1:]` at odd widths)."""
@@ -244,7 +238,7 @@ def test_parameter_gradients_repeat(kernels):
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 def test_a_bad_row_touches_no_other(kernels, is_rms_norm, norm_before_gate, gated, bad):
     case = Case((12,), 40, 2, is_rms_norm, norm_before_gate, gated, bias=True)
     i = inputs_of(case, kernels.device)
@@ -264,7 +258,7 @@ def test_a_bad_row_touches_no_other(kernels, is_rms_norm, norm_before_gate, gate
 # ---- one kernel, no copies ----
 
 
-@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), OPTIONS)
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 def test_both_roles_start_one_kernel(launches, kernels, is_rms_norm, norm_before_gate, gated):
     """vllm#35423: duplicates that drifted apart. Training and inference start the same kernel
     object once each, and their bits are equal."""

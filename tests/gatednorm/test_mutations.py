@@ -17,7 +17,8 @@ from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
-    "pyproject.toml", "tests/conftest.py", "tests/helpers/norm_cases.py", "tests/helpers/paths.py",
+    "pyproject.toml", "tests/conftest.py",
+    *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
     *(f"tests/gatednorm/test_{name}.py" for name in ("cpu", "kernels", "numerics")),
 ]  # fmt: skip
 # Fast tests first; `-x` stops at the first that notices.
