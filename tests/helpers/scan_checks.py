@@ -1,4 +1,6 @@
-"""What the tests of both scans share."""
+"""What the tests of both scans, and of both mixers around them, share."""
+
+import itertools
 
 import torch
 
@@ -18,3 +20,34 @@ def assert_close(actual, expected, tolerance):
         a, b = a.detach().double(), b.detach().double()
         error = float((a - b).abs().max() / b.abs().max())
         assert error <= tolerance, f"tensor {index}: relative error {error:.1e}"
+
+
+def check_steps(layer, x):
+    """A mixer's recurrent steps from an empty state equal its chunk-parallel form, x [B, T, D]."""
+    with torch.no_grad():
+        expected, final = layer(x, output_state=True)
+        state = [torch.zeros(shape) for shape in layer.state_shapes(x.shape[0])]
+        steps = []
+        for t in range(x.shape[1]):
+            y, state = layer(x[:, t : t + 1], state, output_state=True)
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(state, final, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_packed(layer, x, offsets):
+    """Sequences packed into x [1, T, D] equal each alone: outputs, states and the gradients of
+    every parameter."""
+    cotangent = torch.randn_like(x)
+    y, state = layer(x, output_state=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
+    packed = torch.autograd.grad(y, list(layer.parameters()), cotangent)
+    parts = [layer(x[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
+    expected = torch.cat([part[0] for part in parts], dim=1)
+    separate = torch.autograd.grad(expected, list(layer.parameters()), cotangent)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for index in range(2):
+        states = torch.cat([part[1][index] for part in parts])
+        torch.testing.assert_close(state[index], states, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(packed, separate, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,5 @@
 """The Gated DeltaNet layer against transformers' Qwen3NextGatedDeltaNet, and its own two forms."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from models.gated_deltanet import GatedDeltaNet
 from models.language_model import LanguageModel
+from scan_checks import check_packed, check_steps
 
 
 def make(num_heads=2, num_v_heads=4, head_dim=16, expand_v=0.5, seed=0, **options):
@@ -144,16 +143,7 @@ def test_recurrent_equals_chunked(options):
     layer = make(conv_bias=True, **options)
     torch.nn.init.normal_(layer.conv_bias)
     x = torch.randn(2, 50, 24)
-    with torch.no_grad():
-        expected, final = layer(x, output_state=True)
-        state = [torch.zeros(shape) for shape in layer.state_shapes(2)]
-        steps = []
-        for t in range(50):
-            y, state = layer(x[:, t : t + 1], state, output_state=True)
-            steps.append(y)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(state, final, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    check_steps(layer, x)
 
 
 def test_negative_eigenvalues_double_beta():
@@ -176,22 +166,8 @@ def test_negative_eigenvalues_double_beta():
 
 
 def test_packed_equals_separate():
-    """Outputs, states and the gradients of every parameter."""
-    offsets = [0, 1, 20, 64]
     layer = make()
-    x = torch.randn(1, 64, 24)
-    cotangent = torch.randn(1, 64, 24)
-    y, state = layer(x, output_state=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
-    packed = torch.autograd.grad(y, list(layer.parameters()), cotangent)
-    parts = [layer(x[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
-    expected = torch.cat([part[0] for part in parts], dim=1)
-    separate = torch.autograd.grad(expected, list(layer.parameters()), cotangent)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for index in range(2):
-        states = torch.cat([part[1][index] for part in parts])
-        torch.testing.assert_close(state[index], states, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(packed, separate, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    check_packed(layer, torch.randn(1, 64, 24), [0, 1, 20, 64])
 
 
 BAD = {

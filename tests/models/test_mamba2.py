@@ -1,7 +1,5 @@
 """The Mamba-2 mixer against transformers' Mamba2Mixer, and its own two forms."""
 
-import itertools
-
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -9,6 +7,7 @@ from transformers.models.mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from models.mamba2 import Mamba2
+from scan_checks import check_packed, check_steps
 
 # hidden size, d_state, head_dim, n_groups; the last two are layers of published models, the 130m
 # of state-spaces (24 heads) and Codestral's shape scaled down in width alone
@@ -106,35 +105,12 @@ def test_recurrent_equals_chunked(limit):
     """With a limit too, which transformers' cached decoding leaves out."""
     layer = make(dt_limit=LIMITS[limit])
     x = torch.randn(2, 50, layer.hidden_size)
-    with torch.no_grad():
-        expected, final = layer(x, output_state=True)
-        state = [torch.zeros(shape) for shape in layer.state_shapes(2)]
-        steps = []
-        for t in range(50):
-            y, state = layer(x[:, t : t + 1], state, output_state=True)
-            steps.append(y)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(state, final, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    check_steps(layer, x)
 
 
 def test_packed_equals_separate():
-    """Outputs, states and the gradients of every parameter."""
-    offsets = [0, 1, 20, 90]
     layer = make()
-    x = torch.randn(1, 90, layer.hidden_size)
-    cotangent = torch.randn_like(x)
-    y, state = layer(x, output_state=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
-    packed = torch.autograd.grad(y, list(layer.parameters()), cotangent)
-    parts = [layer(x[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
-    expected = torch.cat([part[0] for part in parts], dim=1)
-    separate = torch.autograd.grad(expected, list(layer.parameters()), cotangent)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for index in range(2):
-        states = torch.cat([part[1][index] for part in parts])
-        torch.testing.assert_close(state[index], states, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(packed, separate, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    check_packed(layer, torch.randn(1, 90, layer.hidden_size), [0, 1, 20, 90])
 
 
 def test_norm_groups():
