@@ -174,8 +174,7 @@ def _nearest_key(key: str, keys: list[str], groups: dict[str, list[str]]) -> str
     names = [k.removeprefix(f"{section}.") for k in keys if section and k.startswith(f"{section}.")]
     if not names:
         return nearest(key, [*keys, *groups])
-    hint = nearest(name, names).replace("mean ", f"mean {section}.")
-    return hint or f"; {section} has {', '.join(names)}"
+    return nearest(name, names, f"{section}.") or f"; {section} has {', '.join(names)}"
 
 
 def _meant(word: str, groups: dict[str, list[str]], keys: list[str]) -> str:

@@ -292,11 +292,12 @@ def _stop_strings(text: str) -> list[str]:
     return value
 
 
-def nearest(word: str, choices: Any) -> str:
-    """'; did you mean ...?' for the choice that is spelt most like `word`, or nothing."""
+def nearest(word: str, choices: Any, prefix: str = "") -> str:
+    """'; did you mean ...?' for the choice that is spelt most like `word`, said with `prefix`, or
+    nothing."""
     names = {str(choice).lower(): str(choice) for choice in choices}
     close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
-    return f"; did you mean {names[close[0]]}?" if close else ""
+    return f"; did you mean {prefix}{names[close[0]]}?" if close else ""
 
 
 def all_keys(config: Any, prefix: str = "") -> list[str]:
