@@ -15,6 +15,7 @@ from .row_kernels import (
     act_of,
     affine,
     centre,
+    fetch,
     gated_input,
     load,
     load_parameters,
@@ -23,6 +24,7 @@ from .row_kernels import (
     read,
     row_offset,
     rsqrt,
+    sigmoid,
     store,
     sum_pieces,
     sum_pieces_twice,
@@ -184,7 +186,8 @@ def backward_kernel(
     FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, ADD: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, SUMS_GIVEN: tl.constexpr,
-    STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """du = rstd * (dxhat - xhat * c1 - c2), c1 = mean(dxhat * xhat), c2 = mean(dxhat) (0 for RMS).
 
@@ -250,14 +253,23 @@ def backward_kernel(
         mean = rstd
         if not IS_RMS:
             mean = tl.load(mean_ptr + stat, mask=live, other=0.0)
+        if AHEAD:  # tiles of one row
+            later = tl.minimum(tile + n_workers, n_rows - 1)
+            if not LONG:
+                later = later.to(tl.int32)
+            fetch(dy_ptr + row_offset(later, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN), N)
+            fetch(x_ptr + row_offset(later, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN), N)
+            if z_ptr is not None:
+                fetch(z_ptr + row_offset(later, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN), N)
 
         if not HOIST:
             w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
         dy_a, x_a, z_a = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
                               N, BLOCK_A, FULL_A, KEEP)  # fmt: skip
+        s_a = sigmoid(z_a.to(tl.float32))
         xhat_a, rounded, g, dxhat_a, act_a, dz_a = terms(
-            dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A, FULL_A,
-            IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+            dy_a, x_a, z_a, s_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
+            FULL_A, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
         if HAS_Z and not GATE_FIRST:
             store(dz_ptr, dz_off, live, first, dz_a, N, BLOCK_A, FULL_A)
         if HAS_W:
@@ -269,8 +281,9 @@ def backward_kernel(
                 w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
             dy_b, x_b, z_b = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
                                   N, BLOCK_B, FULL, KEEP)  # fmt: skip
+            s_b = sigmoid(z_b.to(tl.float32))
             xhat_b, rounded, g, dxhat_b, act_b, dz_b = terms(
-                dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
+                dy_b, x_b, z_b, s_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
             if HAS_Z and not GATE_FIRST:
                 store(dz_ptr, dz_off, live, BLOCK_A, dz_b, N, BLOCK_B, FULL)
@@ -308,7 +321,7 @@ def backward_kernel(
             if not HOIST:
                 w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
             xhat_a, rounded, g, dxhat_a, act_a, dz_a = terms(
-                dy_a, x_a, z_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
+                dy_a, x_a, z_a, s_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
                 FULL_A, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
         _tail(xhat_a, dxhat_a, act_a, dz_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
               first, N, BLOCK_A, FULL_A, IS_RMS, GATE_FIRST)  # fmt: skip
@@ -323,8 +336,9 @@ def backward_kernel(
                 if not HOIST:
                     w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
                 xhat_b, rounded, g, dxhat_b, act_b, dz_b = terms(
-                    dy_b, x_b, z_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
-                    FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
+                    dy_b, x_b, z_b, s_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N,
+                    BLOCK_B, FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM,
+                    ROUND_WEIGHT)  # fmt: skip
             _tail(xhat_b, dxhat_b, act_b, dz_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, live,
                   BLOCK_A, N, BLOCK_B, FULL, IS_RMS, GATE_FIRST)  # fmt: skip
 

@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     workers_per_sm: int = 0
     hoist: bool = True  # read the parameters early and keep them in registers
     reload: bool = False  # read a row again after its sums instead of keeping it in registers
+    ahead: bool = False  # fetch the next row into the L2 cache, where it can (`_in_bulk`)
     maxnreg: int | None = None
 
     @property
@@ -85,24 +86,23 @@ def backward_tile(n: int, bias: bool = False, gate_first: bool = False) -> Tile:
     a, b = _pieces(n)
     if a < 256:
         return Tile(min(64, 2048 // a), a, b, 1, 8, stages=3, workers_per_sm=2)
-    if a < 1024:
-        return Tile(512 // a, a, b, 1, 1, stages=3, workers_per_sm=8)
+    if a < 1024:  # one row: Triton computes a tile of two in two layouts, so twice
+        return Tile(1, a, b, 1, 1, stages=4 if a < 512 else 3, workers_per_sm=8)
     if a < 2048:
         warps, workers = (4, 3) if b else (2, 4)
         return Tile(1, a, b, 1, warps, stages=3, workers_per_sm=workers)
     if a < 4096:
         return Tile(1, a, b, 1, 8 if b and bias else 4, stages=3, workers_per_sm=2)
     if a + b == 4096:
-        return Tile(1, a, b, 1, 8, stages=1, workers_per_sm=2)
+        return Tile(1, a, b, 1, 8, workers_per_sm=2, ahead=True)
     if a + b <= 8192:
         return Tile(1, a, b, 1, 8 if b == 1024 else 16, stages=3, workers_per_sm=1)
     wide = Tile(1, a, b, 1, 32, workers_per_sm=1, hoist=False, reload=True, maxnreg=64)
     if b > 0:
-        return wide
-    if gate_first:
-        return wide._replace(num_warps=16, maxnreg=None)
+        return wide._replace(ahead=True)
     # Two halves: each step holds half of the row's temporaries.
-    return wide._replace(block_a=a // 2, block_b=a // 2)
+    wide = wide._replace(block_a=a // 2, block_b=a // 2)
+    return wide._replace(num_warps=16, maxnreg=None, ahead=True) if gate_first else wide
 
 
 @functools.cache
@@ -123,9 +123,12 @@ def _shared_memory(device: torch.device) -> int | None:
 
 
 @functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device may be launched before the one before them has ended."""
-    return bool(NVIDIA) and torch.cuda.get_device_capability(device) >= (9, 0)
+def _since_hopper(device: torch.device) -> bool:
+    """Whether kernels on this device may be launched before the one before them has ended, and can
+    fetch whole rows with one instruction: NVIDIA's compute capability 9.0."""
+    if device.type != "cuda" or not NVIDIA:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:
@@ -141,20 +144,19 @@ class Launch:
     __slots__ = ("device", "grid", "kernel", "options", "scalars", "start")
 
     def __init__(
-        self, kernel, device, grid: int, scalars: tuple, options: dict, tile: Tile | None,
-        early: bool = True,
+        self, kernel, device, grid: int, scalars: tuple, options: dict, num_warps: int,
+        maxnreg: int | None = None, early: bool = True,
     ):  # fmt: skip
         self.kernel = kernel
         self.device = device
         self.grid = (grid, 1, 1)
         self.scalars = scalars
-        self.options = options | {"PDL": not INTERPRETED and _overlaps(device)}
+        self.options = options | {"PDL": not INTERPRETED and _since_hopper(device)}
         self.start = None  # not tried yet; False where it cannot be
         if not INTERPRETED:
-            self.options |= {"num_warps": tile.num_warps if tile else 4, "enable_fp_fusion": False}
+            self.options |= {"num_warps": num_warps, "enable_fp_fusion": False}
             if NVIDIA:
-                self.options |= {"launch_pdl": early and self.options["PDL"]}
-                self.options |= {"maxnreg": tile.maxnreg if tile else None}
+                self.options |= {"launch_pdl": early and self.options["PDL"], "maxnreg": maxnreg}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         start = self.start
@@ -253,7 +255,8 @@ def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch |
     if wide:
         sums = Launch(
             sum_kernels.forward_sums_kernel, x.device, p.n_rows * p.n_groups,
-            (p.n_rows, *inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm, tile,
+            (p.n_rows, *inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm,
+            tile.num_warps,
         )  # fmt: skip
     tiles = -(-p.n_rows // tile.rows) * p.n_groups * tile.chunks
     main = Launch(
@@ -261,7 +264,7 @@ def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch |
         (p.n_rows, *inner, *sx, *sz, *sy, p.eps),
         _tile_options(p, tile) | rows | norm | _rounding(p, x, weight)
         | {"STATS_GIVEN": wide, "HOIST": tile.hoist and bias is None},
-        tile,
+        tile.num_warps, tile.maxnreg,
     )  # fmt: skip
     return main, sums
 
@@ -291,6 +294,12 @@ def _fit(tile: Tile, device: torch.device, *loaded: Tensor | None) -> Tile:
     return tile._replace(stages=1) if room and buffers > room else tile
 
 
+def _in_bulk(p: Problem, *loaded: Tensor | None) -> bool:
+    """Whether one instruction can fetch a whole group of each tensor."""
+    sizes = [p.group_size * t.element_size() for t in loaded if t is not None]
+    return _since_hopper(p.device) and not any(size % 16 for size in sizes)
+
+
 def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     norm = _norm_options(p, z)
     tile = backward_tile(p.group_size, bias is not None, norm["GATE_FIRST"])
@@ -303,7 +312,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         sums = Launch(
             sum_kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
             (p.n_rows, *inner, *sdy, *sx, *sz),
-            _sums_options(p, tile) | rows | norm | {"ADD": rounding["ADD"]}, tile,
+            _sums_options(p, tile) | rows | norm | {"ADD": rounding["ADD"]}, tile.num_warps,
         )  # fmt: skip
     column_tiles = p.n_groups * tile.chunks
     workers = -(-_multiprocessors(x.device) * tile.workers_per_sm // column_tiles)
@@ -312,16 +321,18 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         kernels.backward_kernel, x.device, workers * column_tiles,
         (p.n_rows, workers, *inner, *sdy, *sx, *sz, *sdx, *sdz),
         _tile_options(p, tile) | rows | norm | rounding
-        | {"SUMS_GIVEN": wide, "STAGES": tile.stages, "HOIST": tile.hoist, "RELOAD": tile.reload},
-        tile,
+        | {"SUMS_GIVEN": wide, "STAGES": tile.stages, "HOIST": tile.hoist, "RELOAD": tile.reload,
+           "AHEAD": tile.ahead and _in_bulk(p, dy, x, z)},
+        tile.num_warps, tile.maxnreg,
         # Its workers have equal shares. Started while the kernel before still fills some of the
         # multiprocessors, they would crowd on the others.
         early=False,
     )  # fmt: skip
-    block = max(8, min(128, _power_of_2_above(p.width) // 64))
+    # Few columns and many workers a step: some 260 workers are added up in two or three steps.
+    block = max(8, min(32, _power_of_2_above(p.width) // 64))
     reduce = Launch(
         sum_kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
-        {"D": p.width, "ROWS": 1024 // block, "BLOCK": block}, None,
+        {"D": p.width, "ROWS": min(256, 4096 // block), "BLOCK": block}, 8,
     )  # fmt: skip
     return main, sums, reduce, workers
 

@@ -14,6 +14,7 @@ from .row_kernels import (
     row_offset,
     row_sum,
     rsqrt,
+    sigmoid,
     terms,
 )
 
@@ -110,8 +111,9 @@ def backward_sums_kernel(
         w, b = load_parameters(w_ptr, None, first, ADD, N, BLOCK)
         dy, x, z = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
                         "")  # fmt: skip
+        s = sigmoid(z.to(tl.float32))
         xhat, _, _, dxhat, _, _ = terms(
-            dy, x, z, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
+            dy, x, z, s, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
             BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip
         c1 += dxhat * xhat
         c2 += dxhat

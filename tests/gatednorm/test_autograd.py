@@ -52,6 +52,19 @@ def test_saved_tensors_that_come_back_with_other_strides(path, strided, first):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_a_tensor_that_outlived_its_transform(small):
+    """One kept from inside torch.func.grad is an ordinary tensor once that has ended."""
+    case, i = small()
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x * 1), x.sum())[1])(i.x)
+    w = i.weight.detach().requires_grad_()
+    y = gatednorm.rmsnorm_fn(kept[0], w, None, i.z, **case.options)
+    want = gatednorm.rmsnorm_fn(i.x, w, None, i.z, **case.options)
+    assert same_bits(y.detach(), want.detach())
+    for got, expected in zip(*(torch.autograd.grad(t, w, i.dy) for t in (y, want)), strict=True):
+        assert same_bits(got, expected)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "jvp", "jacrev"])
 @pytest.mark.parametrize(
     "function", ["layernorm_fn", "rmsnorm_fn", "rms_norm_gated", "layernorm_forward"]

@@ -171,7 +171,7 @@ def launch_on_gpu_1(monkeypatch):
         world.log.append(("driver", pointers, stream, world.current))
         return world.starts
 
-    one = launch.Launch(None, torch.device("cuda:1"), 7, (), {}, None)
+    one = launch.Launch(None, torch.device("cuda:1"), 7, (), {}, num_warps=4)
     one.start = start
     monkeypatch.setattr(
         launch.Launch, "_through_triton", lambda self, tensors: world.log.append(("triton",))
@@ -225,6 +225,24 @@ def test_a_pipeline_that_fits_the_gpu(monkeypatch, room, element_size, stages):
     loaded = [torch.empty(1, dtype=dtype)] * 3
     tile = launch._fit(launch.backward_tile(5120), loaded[0].device, *loaded)
     assert tile == launch.backward_tile(5120)._replace(stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "dtype", "capable", "bulk"),
+    [
+        (4096, torch.bfloat16, True, True),
+        (4100, torch.bfloat16, True, False),
+        (4100, torch.float32, True, True),
+        (4096, torch.bfloat16, False, False),
+    ],
+    ids=["whole", "half_of_16_bytes", "whole_fp32", "older_gpu"],
+)
+def test_rows_fetched_with_one_instruction(monkeypatch, group_size, dtype, capable, bulk):
+    """It takes whole pieces of 16 bytes, on compute capability 9.0 and later."""
+    launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
+    monkeypatch.setattr(launch, "_since_hopper", lambda device: capable)
+    problem = SimpleNamespace(group_size=group_size, device=torch.device("cuda"))
+    assert launch._in_bulk(problem, torch.empty(1, dtype=dtype), torch.empty(1), None) is bulk
 
 
 def test_no_more_threads_than_an_amd_gpu_has(monkeypatch):

@@ -67,6 +67,7 @@ FIRST = {
     "third outer": "test_numerics.py::test_strides",
     "zero-centred": "test_numerics.py::test_every_combination_of_options",
     "slope of the sigmoid": "test_numerics.py::test_every_combination_of_options",
+    "slope of an open": "test_numerics.py::test_the_slope_of_a_gate_that_is_nearly_open",
     "silu and": "test_numerics.py::test_every_combination_of_options",
     "always silu": "test_numerics.py::test_every_combination_of_options",
     "never zero": "test_numerics.py::test_every_combination_of_options",

@@ -138,6 +138,21 @@ def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
     assert (error.amax(0) <= 4e-3 * dz.abs().amax(0) + 1e-7).all()
 
 
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+def test_the_slope_of_a_gate_that_is_nearly_open(kernels, norm_before_gate):
+    """Sigmoid's slope is `s * (1 - s)`, and where s is nearly 1 that difference has few digits."""
+    case = Case((5,), 48, 1, norm_before_gate=norm_before_gate, activation="sigmoid")
+    inputs = inputs_of(case, kernels.device)
+    inputs.z.copy_(torch.linspace(-12, 12, 48).repeat(5, 1))
+    got = through_autograd(case, inputs)
+    z = inputs.z.double().requires_grad_()
+    parts = (inputs.x.double(), inputs.weight.double(), None)
+    (dz,) = torch.autograd.grad(gated_norm_ref(*parts, z, **case.options), z, inputs.dy.double())
+    slope = torch.sigmoid(z.detach()) * torch.sigmoid(-z.detach())
+    scale = slope * (dz / slope).abs().amax(-1, keepdim=True)
+    assert ((got["dz"].double() - dz).abs() <= 1e-5 * scale).all()
+
+
 def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
     """`dw`, and `dz` of a gate after, in fp64 from the values that a forward with these rounding
     points multiplies; the roundings themselves count as constants."""

@@ -1,5 +1,6 @@
 """What only a GPU shows of the models: 16-bit products, whole blocks, graphs, moved states."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -92,28 +93,35 @@ def test_scan_in_bf16_at_the_sizes_of_a_model(case, route):
         assert error < 2e-2, (index, error.item())
 
 
+def loss_and_gradients(model, tokens, offsets):
+    logits, _ = model(tokens[:, :-1], cu_seqlens=offsets)
+    loss = F.cross_entropy(logits[0].float(), tokens[0, 1:])
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.cat([g.flatten().float().cpu() for g in grads])
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_model_equals_the_cpu(mixer, dtype, route):
-    """Loss and gradients, for a batch and for packed sequences, against fp32 on the CPU."""
+    """Loss and gradients, for a batch and for packed sequences, against fp32 on the CPU; in bf16
+    with at most twice the error that the CPU makes in bf16, where the scans compute in fp32."""
     torch.manual_seed(0)
     model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer])
-    model = model.to(dtype).float()  # weights that both can hold
+    model = model.to(torch.bfloat16).float()  # weights that both can hold
     tokens = torch.randint(0, 64, (1, 301))
     for offsets in (None, torch.tensor([0, 3, 3, 150, 300], dtype=torch.int32)):
-        results = []
-        for device in ("cpu", "cuda"):
-            moved = model.to(device, torch.float32 if device == "cpu" else dtype)
-            on = tokens.to(device)
-            logits, _ = moved(on[:, :-1], cu_seqlens=offsets)
-            loss = F.cross_entropy(logits[0].float(), on[0, 1:])
-            grads = torch.autograd.grad(loss, list(moved.parameters()))
-            results.append((loss.item(), torch.cat([g.flatten().float().cpu() for g in grads])))
-            model = model.to("cpu", torch.float32)
-        (loss, expected), (gpu_loss, actual) = results
-        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-        assert abs(loss - gpu_loss) < tolerance
-        assert (actual - expected).norm() / expected.norm() < tolerance
+        loss, expected = loss_and_gradients(model, tokens, offsets)
+
+        def error(grads, expected=expected):
+            return float((grads - expected).norm() / expected.norm())
+
+        granted = 5e-4
+        if dtype != torch.float32:
+            granted = error(loss_and_gradients(copy.deepcopy(model).to(dtype), tokens, offsets)[1])
+        moved = copy.deepcopy(model).to("cuda", dtype)
+        gpu_loss, grads = loss_and_gradients(moved, tokens.cuda(), offsets)
+        assert abs(loss - gpu_loss) < (1e-3 if dtype == torch.float32 else 1e-2)
+        assert error(grads) <= 2 * granted
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
