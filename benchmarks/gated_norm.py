@@ -44,6 +44,8 @@ CASES = (
 DECODE = (Case(2048, 128), Case(64, 5120, norm_before_gate=False))
 STREAM = torch.cuda.Stream() if torch.cuda.is_available() else None
 WIDTHS = tuple(Case(2**25 // width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192))
+# What the plots show: torch.compile would compile anew for every point.
+QUICK = [name for name in PROVIDERS if name not in ("eager", "torch.compile")]
 ROWS = tuple(Case(2**k, 4096, norm_before_gate=False) for k in range(4, 16, 2))
 
 
@@ -310,10 +312,10 @@ def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
     columns = ["ceiling", "torch.add", "empty Function", *names]
     seen = {r["provider"] for r in sheet.rows}
     table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
-    table.add_column("case")
-    table.add_column("")
+    table.add_column("case", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for name in (c for c in columns if c in seen):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         for quantity in quantities:
             values = sheet.get(case, quantity)
@@ -350,6 +352,19 @@ def markdown(sheet: Sheet, names, console: Console) -> None:
             label = ""
 
 
+def draw(axis, names, points_of) -> None:
+    """One line for each provider that has points, in a colour of its own in every plot."""
+    axis.grid(alpha=0.3)
+    for name in ("ceiling", *names):
+        points = points_of(name)
+        if points and name == "ceiling":
+            axis.plot(*zip(*points, strict=True), label=name, color="black", ls="--")
+        elif points:
+            color = f"C{list(PROVIDERS).index(name)}"
+            ours = {"lw": 2.5, "zorder": 3} if name == "gatednorm" else {}
+            axis.plot(*zip(*points, strict=True), label=name, marker="o", color=color, **ours)
+
+
 def plot(sheet: Sheet, names, folder: Path) -> None:
     """Bandwidth over width, and forward time over rows."""
     import matplotlib
@@ -357,38 +372,33 @@ def plot(sheet: Sheet, names, folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bytes_of = {"forward": 3, "backward": 5}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, quantity in zip(axes, bytes_of, strict=True):
-        for name in ("ceiling", *names):
-            points = [
-                (c.width, gigabytes(c, bytes_of[quantity]) / v * 1e3)
-                for c in WIDTHS
-                if (v := sheet.get(c, quantity).get(name))
-            ]
-            if points:
-                style = {"color": "black", "ls": "--"} if name == "ceiling" else {"marker": "o"}
-                axis.plot(*zip(*points, strict=True), label=name, **style)
+    gpu = sheet.common["gpu"]
+    tensors = {"forward": 3, "backward": 5}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, quantity in zip(axes, tensors, strict=True):
+
+        def bandwidths(name, quantity=quantity):
+            times = ((c, sheet.get(c, quantity).get(name)) for c in WIDTHS)
+            return [(c.width, gigabytes(c, tensors[quantity]) / t * 1e3) for c, t in times if t]
+
+        draw(axis, names, bandwidths)
         axis.set(xscale="log", xlabel="width", title=f"{quantity}, 33.5M elements, gate after")
         axis.set_xticks([c.width for c in WIDTHS], [str(c.width) for c in WIDTHS])
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="TB/s")
-    axes[0].set_ylim(0)
-    axes[0].legend(loc="lower right")
-    figure.suptitle(f"Gated RMS norm, bf16, {sheet.common['gpu']}")
-    figure.tight_layout()
+    axes[0].set(ylabel="TB/s", ylim=(0, None))
+    figure.suptitle(f"Gated RMS norm, bf16, {gpu}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(folder / "bandwidth.png", dpi=120)
 
     figure, axis = plt.subplots(figsize=(6, 4))
-    for name in ("ceiling", *names):
-        points = [(c.rows, v) for c in ROWS if (v := sheet.get(c, "forward").get(name))]
-        if points:
-            style = {"color": "black", "ls": "--"} if name == "ceiling" else {"marker": "o"}
-            axis.plot(*zip(*points, strict=True), label=name, **style)
+
+    def times(name):
+        return [(c.rows, t) for c in ROWS if (t := sheet.get(c, "forward").get(name))]
+
+    draw(axis, names, times)
     axis.set(xscale="log", yscale="log", xlabel="rows of 4096", ylabel="forward, microseconds")
-    axis.set_title(f"Gate before, bf16, {sheet.common['gpu']}")
-    axis.grid(alpha=0.3)
+    axis.set_title(f"Gate before, bf16, {gpu}")
     axis.legend()
     figure.tight_layout()
     figure.savefig(folder / "rows.png", dpi=120)
@@ -408,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.replot:
         sheet = Sheet.read(args.out / "gated_norm.csv")
-        plot(sheet, list(PROVIDERS), args.out)
+        plot(sheet, QUICK, args.out)
         markdown(sheet, list(PROVIDERS), Console())
         return
     if not torch.cuda.is_available():
@@ -417,7 +427,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gated_norm.csv"
     earlier = Sheet.read(path).rows if args.append and path.exists() else []
-    console, sheet = Console(width=190), Sheet(earlier)
+    console, sheet = Console(width=240), Sheet(earlier)
     cases = CASES[: args.cases]
     for case in DECODE:
         console.print(case.name)
@@ -429,8 +439,7 @@ def main() -> None:
     show(sheet, cases, ("forward", "backward", "both"), names, console)
     show(sheet, DECODE, ("wall forward", "graph forward", "wall both"), names, console)
     if not args.no_plots:
-        # torch.compile would compile anew for every point
-        quick = [n for n in names if n not in ("eager", "torch.compile")]
+        quick = [n for n in names if n in QUICK]
         for case in WIDTHS:
             throughput(case, quick, sheet, console)
             sheet.write(path)

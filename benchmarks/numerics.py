@@ -85,7 +85,7 @@ def providers(case: Case, device: str) -> dict:
     found = {"PyTorch, all in bf16": (plain, plain)}
     try:
         family = transformers_class(case)
-    except ImportError:
+    except (ImportError, TypeError):  # none, or one from before these classes had groups
         family = None
     if family is not None:
         name = "Qwen3-Next" if case.norm_before_gate else "Mamba-2"
@@ -127,7 +127,8 @@ def rows(case: Case, device: str) -> list[list[str]]:
 
 def markdown(device: str) -> str:
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    lines = [f"{where}, torch {torch.__version__}.", ""]
+    triton = f", triton {version('triton')}" if device == "cuda" else ""
+    lines = [f"{where}, torch {torch.__version__}{triton}.", ""]
     for case in CASES:
         lines += [f"| {case.name} | {' | '.join(RESULTS)} |", "|---|" + "--:|" * len(RESULTS)]
         lines += [f"| {' | '.join(row)} |" for row in rows(case, device)]
