@@ -8,8 +8,9 @@ answered with one line on standard error and exit code 2, before any work.
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from configs.manual import CONFIG_DIR, manual
 from configs.schema import (
     MODELS,
     ConfigError,
-    RunError,
     all_keys,
     first_line,
     infer_config,
@@ -50,8 +50,9 @@ def command(
 
     Keys in `texts` and `names` take whatever stands after their `=`, which Hydra's grammar would
     refuse or change (spaces at the end, commas, parentheses); for a name, `null` is still None.
-    After a multirun (`-m`), whose jobs are all checked before the first begins, the function of the
-    dotted name `compare` gets its folder, and what each job has of its own and its result.
+    In a multirun (`-m`) the values of all jobs are checked before the first begins, and a job that
+    fails stops no other; then the function of the dotted name `compare` gets its folder, and what
+    each job has of its own and its result.
     """
 
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
@@ -75,14 +76,12 @@ def command(
                     config = CHECKS[name](values, verbatim)
                     folders.append(Path(hydra_config.sweep.dir))
                     result = main(config)
-                except RunError as error:
+                except ConfigError as error:
                     if not several:
                         _fail(name, str(error))
                     _say(name, str(error))  # the other jobs are none the worse for it
                     failed.append(error)
                     return
-                except ConfigError as error:
-                    _fail(name, str(error))
                 except BrokenPipeError:
                     _leave_pipe()
                 results.append((list(hydra_config.overrides.task), result))
@@ -99,11 +98,14 @@ def command(
                     _check_swept(names, sys.argv[1:])
                     for job in _jobs(sys.argv[1:]):
                         compose(name, job)
-                hydra_main(task)()
-                if several and compare is not None and results:
-                    get_method(compare)(folders[0], _own(results))
-                if failed:
-                    sys.exit(2)
+                with _sweep_folder(several):
+                    hydra_main(task)()
+                # Lightning kills the first of several processes when another one's code is not 0.
+                if _is_first():
+                    if several and compare is not None and results:
+                        get_method(compare)(folders[0], _own(results))
+                    if failed:
+                        sys.exit(2)
             except BrokenPipeError:
                 _leave_pipe()
             except KeyboardInterrupt:
@@ -121,6 +123,11 @@ def command(
                     )
                 found = _explain_first(name, sys.argv[1:], several)
                 _fail(name, found or first_line(error))
+            finally:
+                if several and folders and not results:  # there is nothing to compare
+                    Path(folders[0], "multirun.yaml").unlink(missing_ok=True)
+                    with suppress(OSError):  # not empty: it was not made here
+                        folders[0].rmdir()
 
         return run
 
@@ -248,6 +255,17 @@ def _jobs(arguments: list[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
+@contextmanager
+def _sweep_folder(several: bool) -> Iterator[None]:
+    """Gives a process that is not the first of several another folder for Hydra's multirun.yaml:
+    its clock would name one of its own beside the first one's."""
+    apart = several and not _is_first()
+    with tempfile.TemporaryDirectory() if apart else nullcontext() as folder:
+        if apart:
+            sys.argv.append(f"hydra.sweep.dir='{folder}'")
+        yield
+
+
 def _own(results: list[tuple[list[str], Any]]) -> list[tuple[str, Any]]:
     """Each result with those of its overrides that not all of them have."""
     shared = set.intersection(*(set(overrides) for overrides, _ in results))
@@ -295,8 +313,13 @@ def _leave_pipe() -> None:
     sys.exit(128 + signal.SIGPIPE)
 
 
+def _is_first() -> bool:
+    """Whether this is the first of the processes that work together, which speaks for all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def _say(name: str, message: str) -> None:
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # of several, one speaks
+    if _is_first():
         print(f"{name}.py: error: {' '.join(message.split())}", file=sys.stderr)
 
 

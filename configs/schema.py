@@ -201,6 +201,12 @@ class InferConfig:
     bench_runs: int = number(at_least=1)
 
 
+# What a data source cannot do without, and what that is.
+NEEDED = {
+    "stdlib": {},
+    "text": {"path": "a file, a folder or a glob"},
+    "hub": {"name": "a set such as owner/name"},
+}
 # What a data source does not read, and the value that it then has.
 NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
 UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
@@ -239,6 +245,9 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             "data.path must be a file, a folder or a glob, got ''; name one, or leave it out for "
             "the standard library"
         )
+    for key, what in NEEDED[data.source].items():
+        if getattr(data, key) is None:
+            raise ConfigError(f"data={data.source} needs data.{key}, got none; name {what}")
     for key, usual in UNUSED[data.source].items():
         if getattr(data, key) == usual:
             continue

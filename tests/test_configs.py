@@ -49,7 +49,8 @@ def run_command(name: str, arguments: list[str], monkeypatch, **keys) -> object:
     list(itertools.product(options("model"), options("data"), options("trainer"))),
 )
 def test_every_option_composes(model, data, trainer):
-    config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}"])
+    needed = {"text": ["data.path=notes/"], "hub": ["data.name=owner/name"]}.get(data, [])
+    config = compose("train", [f"model={model}", f"data={data}", f"trainer={trainer}", *needed])
     assert type(config.model) is MODELS[model]
     assert config.data.source == data
     assert config.trainer.accelerator == (trainer if trainer in ("cpu", "gpu") else "auto")

@@ -249,6 +249,32 @@ def test_a_job_of_a_multirun_that_fails_stops_no_other(tmp_path, monkeypatch, ca
     assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
 
 
+def test_a_job_of_a_multirun_whose_text_is_missing_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sweep = f"data.path=missing,{Path(train.__file__).parent / 'models'}"
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *TINY, "data=text", "data.hold_out=2", "-m", sweep]
+    )
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert err.startswith("train.py: error: data.path must hold files")
+    assert err.count("\n") == 1
+    assert "Runs in runs/" in out
+    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
+
+
+def test_a_multirun_without_a_result_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "data=text", "data.path=missing,none"])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("train.py: error: data.path must hold files") == 2
+    assert list(tmp_path.glob("runs/*")) == []
+
+
 def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ProgressBar, "LINE_EVERY", 0.0)
     train.train(compose("train", [*SIX_STEPS, f"runs_dir={tmp_path}"]))

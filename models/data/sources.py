@@ -41,8 +41,6 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     if config.source == "stdlib":
         folder = Path(config.path or sysconfig.get_path("stdlib"))
         suffixes, skip = (".py",), NOT_STDLIB
-    elif config.path is None:
-        raise ConfigError("data=text needs data.path, got none; name a file, a folder or a glob")
     else:
         folder, skip = Path(config.path).expanduser(), frozenset()
         suffixes = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
@@ -112,8 +110,6 @@ def open_hub(config: DataConfig) -> Any:
     """The set that `config.name` means, or its stream, with its column named `text`."""
     import datasets
 
-    if config.name is None:
-        raise ConfigError("data=hub needs data.name, got none; name a set such as owner/name")
     try:
         with _quiet():
             opened = datasets.load_dataset(

@@ -161,6 +161,8 @@ TRAIN_VALUES = [
     train("model=mamba2", "model.head_dim=48"),
     train("model.num_v_heads=3"),
     train("data=text"),
+    train("data=hub"),
+    train("-m", "data=stdlib,text", "data.path=null"),
     train("data=text", "data.path="),
     train("data=text", "data.split=test"),
     train("model.hidden_size=1000000000"),

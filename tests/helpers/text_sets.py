@@ -54,7 +54,8 @@ def write_hub(folder: Path) -> Path:
 
 def settings(*overrides: str, **values):
     """The data section; paths are set as they stand."""
-    config = compose("train", ["data.sequence_length=16", "data.hold_out=4", *overrides])
+    named = [f"data.{name}=x" for name in values]
+    config = compose("train", ["data.sequence_length=16", "data.hold_out=4", *named, *overrides])
     for name, value in values.items():
         setattr(config.data, name, str(value))
     return config

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
 
 
 def of_files(path: Path | str, **values) -> DataConfig:
-    defaults = asdict(compose("train", ["data=text"]).data)
+    defaults = asdict(compose("train", ["data=text", "data.path=x"]).data)
     defaults |= {"hold_out": 2, "val_tokens": None, "sequence_length": 4, "path": str(path)}
     return DataConfig(**{**defaults, **values})
 
@@ -230,7 +230,6 @@ def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({}, "data=hub needs data.name"),
         ({"name": "a"}, "data.name must be a text set that"),
         ({"split": "test"}, "data.name must be a text set that"),
         ({"column": "body"}, "data.column must be a column of .*use one of n, text"),
@@ -242,8 +241,6 @@ def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
 def test_a_set_that_cannot_be_read_is_one_error(streaming, values, says, hub, monkeypatch):
     monkeypatch.chdir(hub.parent)
     config = settings("data=hub", f"data.streaming={streaming}", **({"name": hub} | values))
-    if not values:
-        config.data.name = None
     with pytest.raises(ConfigError, match=says) as error:
         open_hub(config.data)
     assert "\n" not in str(error.value)

@@ -29,8 +29,8 @@ def alone(tmp_path_factory):
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(how: list[str], folder: Path, *overrides: str) -> str:
-    """Train in two processes; what they print."""
+def launch(how: list[str], folder: Path, *overrides: str) -> tuple[str, str]:
+    """Train in two processes; what they print, and what they say on standard error."""
     command = [sys.executable, *how, str(Path(train.__file__)), *SMALL]
     done = subprocess.run(
         [*command, "trainer.devices=2", *overrides],
@@ -40,7 +40,7 @@ def launch(how: list[str], folder: Path, *overrides: str) -> str:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,25 @@ def launch(how: list[str], folder: Path, *overrides: str) -> str:
     ],
 )
 def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path):
-    out = launch(how, tmp_path, f"trainer={strategy}", "runs_dir=a run (2)")
+    out, _ = launch(how, tmp_path, f"trainer={strategy}", "runs_dir=a run (2)")
     assert out.count("validation after") == 1
     (run,) = (tmp_path / "a run (2)").iterdir()
     for column in ("train_bpb", "val_bpb"):
         assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
     for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [TORCHRUN, []], ids=["torchrun", "lightning"])
+def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
+    sweep = ["-m", "trainer=ddp", "optim.steps=3", "optim.warmup_steps=0", "seed=1,2"]
+    out, err = launch(how, tmp_path, *sweep)
+    assert "Traceback" not in err
+    assert out.count("Runs in runs/") == 1
+    (folder,) = tmp_path.glob("runs/compare_*")
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png", "multirun.yaml"]
+    assert len(list(tmp_path.glob("runs/*_mamba2"))) == 2
 
 
 @pytest.mark.slow

@@ -257,7 +257,7 @@ def test_a_run_in_a_folder_that_is_read_only_is_one_error(tmp_path, monkeypatch)
 def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     text, runs = tmp_path / "book.txt", tmp_path / "runs"
     text.write_bytes(bytes(range(256)) * 40)
-    config = compose("train", [*SMALL, "data=text", f"runs_dir={runs}"])
+    config = compose("train", [*SMALL, "data=text", "data.path=x", f"runs_dir={runs}"])
     config.data.path = str(text)
     run = train_until(5, config, monkeypatch)
     before = {path: path.read_bytes() for path in run.iterdir()}
