@@ -245,9 +245,6 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             "data.path must be a file, a folder or a glob, got ''; name one, or leave it out for "
             "the standard library"
         )
-    for key, what in NEEDED[data.source].items():
-        if getattr(data, key) is None:
-            raise ConfigError(f"data={data.source} needs data.{key}, got none; name {what}")
     for key, usual in UNUSED[data.source].items():
         if getattr(data, key) == usual:
             continue
@@ -255,6 +252,9 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             f"data.{key} must be left out with data={data.source}, got {getattr(data, key)!r}; "
             f"leave it out, or use data={'text' if key in ('path', 'column') else 'hub'}"
         )
+    for key, what in NEEDED[data.source].items():
+        if getattr(data, key) is None:
+            raise ConfigError(f"data={data.source} needs data.{key}, got none; name {what}")
     limits = getattr(config.model, "dt_limit", [0.0, 1.0])
     if len(limits) != 2 or not 0 <= limits[0] < limits[1]:
         raise ConfigError(

@@ -7,6 +7,7 @@ path relative to the folder they were found under; it is empty for the rows of t
 import codecs
 import glob
 import hashlib
+import json
 import logging
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import datasets
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_SUFFIXES = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+ROWS_VERSION = 2  # of what `_rows` makes of a file: a new one leaves what is in the cache alone
 # Not in every Python, or not prose or code that a person wrote to be read.
 NOT_STDLIB = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"}
@@ -70,7 +72,7 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
 def read_files(folder: Path, files: list[str], column: str) -> "datasets.Dataset":
     """The documents of files, from the cache when neither their names nor their sizes or times of
     change are new."""
-    state = hashlib.sha256(f"{column}\0".encode())
+    state = hashlib.sha256(f"{ROWS_VERSION}\0{column}\0".encode())
     state.update(str(folder.resolve()).encode("utf-8", "surrogateescape"))
     for name in files:
         stat = (folder / name).stat()
@@ -122,13 +124,10 @@ def open_hub(config: DataConfig) -> Any:
             f"data.config={config.config} and data.split={config.split} ({_reason(error)}); "
             "correct them, or look at the network"
         ) from error
-    _check_column(config.column, columns, config.name)
-    kind = getattr((opened.features or {}).get(config.column), "dtype", "string")
-    if kind not in ("string", "large_string", "binary", "large_binary"):
-        raise ConfigError(
-            f"data.column must hold text, got {config.column!r} of {config.name!r}, which holds "
-            f"{kind}; use another one of {', '.join(columns)}"
-        )
+    _check_column(config.column, columns, repr(config.name))
+    if (feature := (opened.features or {}).get(config.column)) is not None:
+        kind = getattr(feature, "dtype", type(feature).__name__)  # lists and objects have no dtype
+        _check_kind(kind, config.column, columns, repr(config.name))
     opened = opened.select_columns(config.column)
     return opened if config.column == "text" else opened.rename_column(config.column, "text")
 
@@ -152,21 +151,30 @@ def as_bytes(text: Any) -> bytes:
     """A document of any column: strings as UTF-8, and nothing where the row has none."""
     if isinstance(text, bytes):
         return text
-    return b"" if text is None else str(text).encode("utf-8", "surrogatepass")
+    return b"" if text is None else text.encode("utf-8", "surrogatepass")
 
 
 def _rows(folder: Path, files: tuple[str, ...], column: str) -> Iterator[dict[str, str | bytes]]:
+    has_text = False
     for name in files:
         suffix = Path(name).suffix.lower()
         if suffix in TABLE_SUFFIXES:
-            for text in _table_rows(folder / name, TABLE_SUFFIXES[suffix], column):
+            for text in _table_rows(folder / name, suffix, column):
+                has_text = True
                 yield {"name": "", "text": text}
         else:
             text = (folder / name).read_bytes()
+            has_text = has_text or bool(text)
             if suffix not in TEXT_SUFFIXES:
                 _check_text(folder / name, text)
             printable = name.encode("utf-8", "backslashreplace").decode()
             yield {"name": printable, "text": text}
+    if not has_text:
+        where = str(folder / files[0] if len(files) == 1 else folder)
+        raise ConfigError(
+            f"data.path must hold files with text, got {where!r} without any; add some, or give "
+            "another path"
+        )
 
 
 def _check_text(file: Path, text: bytes) -> None:
@@ -178,25 +186,60 @@ def _check_text(file: Path, text: bytes) -> None:
         )
 
 
-def _table_rows(file: Path, kind: str, column: str) -> Iterator[bytes]:
-    import datasets
-
+def _table_rows(file: Path, suffix: str, column: str) -> Iterator[bytes]:
+    """The texts of a table's rows, empty ones left out."""
+    if file.stat().st_size == 0:
+        raise _unreadable(file, "it is empty")
+    rows = _json_rows(file) if suffix == ".jsonl" else _load_rows(file, suffix[1:], column)
     try:
-        # An escaped name is not read as a pattern. Streaming stores no second copy.
-        files = glob.escape(str(file))
-        table = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-        for row in table:
-            if column not in row:
-                _check_column(column, list(row), str(file))
-            if text := as_bytes(row[column]):
-                yield text
+        for where, row in rows:
+            _check_column(column, list(row), where)
+            text = row[column]
+            if not isinstance(text, str | bytes | None):
+                _check_kind(type(text).__name__, column, list(row), where)
+            if text:
+                yield as_bytes(text)
     except ConfigError:
         raise
-    except Exception as error:
-        raise ConfigError(
-            f"data.path must hold files that are what their names say, got {str(file)!r} "
-            f"({_reason(error)}); repair or leave out that file"
-        ) from error
+    except Exception as error:  # of `datasets` and the file: many kinds
+        raise _unreadable(file, _reason(error)) from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and the row with the keys that its own line has: `datasets` gives all
+    rows the keys of all."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise _unreadable(file, f"line {number} is no JSON object in UTF-8")
+            yield f"line {number} of {str(file)!r}", row
+
+
+def _load_rows(file: Path, kind: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `_json_rows`, of what `datasets` reads."""
+    import datasets
+
+    # Cells as they are written: not 7.0 for 007, and NA is a word.
+    as_written = {"converters": {column: str}, "keep_default_na": False} if kind == "csv" else {}
+    # An escaped name is not read as a pattern. Streaming stores no second copy.
+    files = glob.escape(str(file))
+    for row in datasets.load_dataset(
+        kind, data_files=files, split="train", streaming=True, **as_written
+    ):
+        yield repr(str(file)), row
+
+
+def _unreadable(file: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"data.path must hold files that are what their names say, got {str(file)!r} ({why}); "
+        "repair or leave out that file"
+    )
 
 
 @contextmanager
@@ -216,8 +259,17 @@ def _quiet() -> Iterator[None]:
 def _check_column(column: str, columns: list[str], where: str) -> None:
     if column not in columns:
         raise ConfigError(
-            f"data.column must be a column of {where!r}, got {column!r}; "
+            f"data.column must be a column of {where}, got {column!r}; "
             f"use one of {', '.join(columns)}"
+        )
+
+
+def _check_kind(kind: str, column: str, columns: list[str], where: str) -> None:
+    if kind not in ("string", "large_string", "binary", "large_binary"):
+        others = ", ".join(name for name in columns if name != column)
+        raise ConfigError(
+            f"data.column must hold text, got {column!r} of {where}, which holds {kind}; "
+            + (f"use another one of {others}" if others else "make strings of it")
         )
 
 

@@ -236,6 +236,26 @@ FILES = [
         "a line cut short",
         write("a.jsonl", '{"text":'),
     ),
+    Bad("train", ("data=text", "data.path=a.jsonl"), "an empty file", write("a.jsonl", "")),
+    Bad("train", ("data=text", "data.path=a.txt"), "an empty file", write("a.txt", "")),
+    Bad(
+        "train",
+        ("data=text", "data.path=a.jsonl"),
+        "rows without text",
+        write("a.jsonl", '{"text": ""}\n{"text": null}\n'),
+    ),
+    Bad(
+        "train",
+        ("data=text", "data.path=a.jsonl"),
+        "a row without the column",
+        write("a.jsonl", '{"text": "a"}\n{"body": "b"}\n'),
+    ),
+    Bad(
+        "train",
+        ("data=text", "data.path=a.jsonl"),
+        "a row with an object for its text",
+        write("a.jsonl", '{"text": {"a": 1}}\n'),
+    ),
     Bad(
         "train",
         ("tokenizer=t.json",),

@@ -71,7 +71,7 @@ def test_bits_per_byte_mean_the_same_with_any_tokenizer_and_it_travels(words, hu
     per_byte = sum(map(len, documents)) / sum(len(text.encode()) for text in held)
     assert summary.after == pytest.approx(bits.item() * per_byte, rel=1e-4)
 
-    stopped = settings("data=hub", *TINY, "data.val_tokens=null")
+    stopped = settings("data=hub", *TINY, "data.val_tokens=null", name=hub)
     (summary.run / "loss.png").unlink()
     stopped.resume = str(summary.run)
     assert train.train(stopped).after == summary.after

@@ -148,7 +148,6 @@ def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(tmp_path, 
         pytest.param({"path": "."}, "none there", id="empty-folder"),
         pytest.param({"path": "*.txt"}, "no such path", id="empty-glob"),
         pytest.param({"path": "short.rst"}, "sequence_length must be below", id="short-file"),
-        pytest.param({"path": None}, "needs data.path", id="no-path"),
     ],
 )
 def test_bad_data_is_one_error(tmp_path, monkeypatch, values, says):
@@ -207,6 +206,16 @@ def test_a_folder_may_hold_files_of_all_kinds_and_rows_without_text(tmp_path):
         ("b.jsonl", b'{"text": "abc', "what their names say"),
         ("c.parquet", b"PAR1 this is none", "what their names say"),
         ("d.csv", b"txt\nabc\n", "data.column must be a column of"),
+        ("e.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "must be a column of line 2 of .* body"),
+        ("f.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "must hold text, .* line 2 .* dict"),
+        ("g.jsonl", b'{"text": ["abc"]}\n', "data.column must hold text, .* which holds list"),
+        ("h.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is no JSON object in UTF-8"),
+        ("i.jsonl", b'{"text": "\xff"}\n', "line 1 is no JSON object in UTF-8"),
+        ("j.jsonl", b"", "(it is empty)"),
+        ("k.csv", b"", "(it is empty)"),
+        ("l.jsonl", b'{"text": ""}\n{"text": null}\n', "must hold files with text"),
+        ("m.csv", b"text\n", "must hold files with text"),
+        ("n.txt", b"", "must hold files with text"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_error(name, content, says, tmp_path):
@@ -217,6 +226,15 @@ def test_a_table_that_cannot_be_read_is_one_error(name, content, says, tmp_path)
     assert name in str(error.value)
 
 
+def test_a_cell_of_a_csv_is_what_is_written_there(tmp_path):
+    cells = ["007", "1.50", "NA", "null", "true", "two\nlines", 'a "b", c']
+    quoted = ('"' + cell.replace('"', '""') + '"' for cell in cells)
+    lines = [f"{number},{cell}" for number, cell in enumerate([*cells[:5], *quoted, ""])]
+    (tmp_path / "a.csv").write_text("\n".join(["n,text", *lines]) + "\n")
+    found = documents_of(load_corpus(of_files(tmp_path / "a.csv")))
+    assert sorted(found) == sorted(cell.encode() for cell in [*cells[:5], *cells])
+
+
 # ----------------------------------------------------------------------------------------- hub
 
 
@@ -225,6 +243,14 @@ def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
     assert documents_of(corpus) == [
         text.encode() for held in (False, True) for text in TEXTS if held_out(text) == held
     ]
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_column_of_objects_is_no_text(streaming, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": {"b": "c"}}\n' * 9)
+    config = settings("data=hub", f"data.streaming={streaming}", name=tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.column must hold text"):
+        open_hub(config.data)
 
 
 @pytest.mark.parametrize(
