@@ -23,13 +23,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from configs.manual import CONFIG_DIR, manual
 from configs.schema import (
     MODELS,
     ConfigError,
     all_keys,
+    as_written,
     first_line,
     infer_config,
     nearest,
@@ -73,7 +74,7 @@ def command(
                 hydra_config = HydraConfig.get()
                 # Hydra reports an Exception of a task in its own words: leave before it sees one.
                 try:
-                    config = CHECKS[name](values, verbatim)
+                    config = _checked(name, values, hydra_config.runtime.choices, verbatim)
                     folders.append(Path(hydra_config.sweep.dir))
                     result = main(config)
                 except ConfigError as error:
@@ -89,14 +90,16 @@ def command(
             hydra_main = hydra.main(
                 version_base="1.3", config_path=str(CONFIG_DIR), config_name=name
             )
+            overrides: list[str] = []
             try:
+                overrides += _overrides(name, sys.argv[1:])
                 if {"-h", "--help"} & set(sys.argv):
-                    print(_manual(name), flush=True)
+                    print(_manual(name, overrides), flush=True)
                     return
-                _check_options(name, sys.argv[1:])
+                _check_groups(name, overrides)
                 if several:
-                    _check_swept(names, sys.argv[1:])
-                    for job in _jobs(sys.argv[1:]):
+                    _check_swept(names, overrides)
+                    for job in _jobs(overrides):
                         compose(name, job)
                 with _sweep_folder(several):
                     hydra_main(task)()
@@ -121,7 +124,7 @@ def command(
                         "runs_dir must be a folder that can be written to, got "
                         f"{str(Path(error.filename).parent)!r} ({error.strerror}); name another",
                     )
-                found = _explain_first(name, sys.argv[1:], several)
+                found = _explain_first(name, overrides, several)
                 _fail(name, found or first_line(error))
             finally:
                 if several and folders and not results:  # there is nothing to compare
@@ -137,18 +140,19 @@ def command(
 def compose(name: str, overrides: list[str] | None = None) -> Any:
     """The checked config of `name`.py with these overrides, for tests and notebooks."""
     with _hydra():
-        return CHECKS[name](hydra.compose(name, overrides or []))
+        composed = hydra.compose(name, overrides or [], return_hydra_config=True)
+    with open_dict(composed):
+        choices = composed.pop("hydra").runtime.choices
+    return _checked(name, composed, choices)
 
 
-def explain(name: str, arguments: list[str]) -> str | None:
+def explain(name: str, overrides: list[str]) -> str | None:
     """Which of the command line's overrides cannot be right, and what was probably meant."""
     with _hydra():
         groups = _groups(name)
         keys = all_keys(OmegaConf.to_container(hydra.compose(name)))
         # Groups first: what keys there are depends on them.
-        for argument in sorted(arguments, key=lambda a: a.partition("=")[0] not in groups):
-            if argument.startswith("-"):
-                continue
+        for argument in sorted(overrides, key=lambda a: a.partition("=")[0] not in groups):
             if "=" not in argument and not argument.startswith("~"):
                 return (
                     f"cannot read {argument!r} as key=value; write {_meant(argument, groups, keys)}"
@@ -167,12 +171,31 @@ def explain(name: str, arguments: list[str]) -> str | None:
             if key in groups and not all(name in groups[key] for name in named):
                 options = ", ".join(groups[key])
                 hint = nearest(str(value), groups[key])
-                return f"{key} must be one of {options}, got {value!r}{hint}"
+                return f"{key} must be one of {options}, got {as_written(value)}{hint}"
             if key in groups:
                 keys = all_keys(OmegaConf.to_container(hydra.compose(name, [argument])))
             elif key not in keys and key.partition(".")[0] != "hydra":
                 return f"there is no key {key!r}{_nearest_key(key, keys, groups)}"
+            elif override.is_delete():
+                return (
+                    f"every key must have a value, got {argument!r}; leave it out for the default, "
+                    f"or write {key}=<value>"
+                )
     return None
+
+
+def _checked(
+    name: str, composed: DictConfig, choices: DictConfig, verbatim: dict[str, Any] | None = None
+) -> Any:
+    """The dataclass of a composed config whose groups are set to `choices`. Raises ConfigError."""
+    model, size = choices.get("model"), str(choices.get("size"))
+    other = size.partition("_")[0]
+    if other in MODELS and other != model:
+        raise ConfigError(
+            f"size must be one of model={model}, got {size}; use one that begins with {model}_, or "
+            f"model={other}"
+        )
+    return CHECKS[name](composed, verbatim)
 
 
 def _nearest_key(key: str, keys: list[str], groups: dict[str, list[str]]) -> str:
@@ -194,8 +217,9 @@ def _meant(word: str, groups: dict[str, list[str]], keys: list[str]) -> str:
     return f"{word}=<value>" if word in keys or "prompt" not in keys else f"prompt={word}"
 
 
-def _check_options(name: str, arguments: list[str]) -> None:
-    """Raises ConfigError for what argparse would answer with its usage."""
+def _overrides(name: str, arguments: list[str]) -> list[str]:
+    """The arguments without options and their values. Raises ConfigError for what argparse would
+    answer with its usage."""
 
     def error(message: str) -> None:
         dashed = [a.lstrip("-") for a in arguments if a.startswith("-") and "=" in a]
@@ -205,12 +229,32 @@ def _check_options(name: str, arguments: list[str]) -> None:
 
     parser = get_args_parser()
     parser.error = error
-    parser.parse_args(arguments)
+    return parser.parse_args(arguments).overrides
 
 
-def _check_swept(names: tuple[str, ...], arguments: list[str]) -> None:
+def _check_groups(name: str, overrides: list[str]) -> None:
+    """Raises ConfigError for a group that is set to anything but one of its files, which Hydra
+    takes for values or for several files."""
+    with _hydra():
+        groups = _groups(name)
+    for argument in overrides:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:  # `explain` has more to say about it
+            continue
+        key, value = override.key_or_group, override.value()
+        # Experiments are for changes that can be combined.
+        if key in groups and isinstance(value, dict | list) and key != "experiment":
+            raise ConfigError(
+                f"{key} must be one of {', '.join(groups[key])}, got "
+                f"{argument.partition('=')[2]!r}; use one of them, and set values by their keys, "
+                f"as in {key}.<name>=<value>"
+            )
+
+
+def _check_swept(names: tuple[str, ...], overrides: list[str]) -> None:
     """Raises ConfigError for a key of this command that Hydra takes for a group of the other's."""
-    for argument in arguments:
+    for argument in overrides:
         key = argument.partition("=")[0].lstrip("+")
         if key in names and (CONFIG_DIR / key).is_dir():
             raise ConfigError(
@@ -219,18 +263,17 @@ def _check_swept(names: tuple[str, ...], arguments: list[str]) -> None:
             )
 
 
-def _manual(name: str) -> str:
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+def _manual(name: str, overrides: list[str]) -> str:
     with _hydra():
         return manual(name, overrides, _groups(name))
 
 
-def _explain_first(name: str, arguments: list[str], several: bool) -> str | None:
+def _explain_first(name: str, overrides: list[str], several: bool) -> str | None:
     """What `explain` has to say, of a multirun about the first job that it has."""
     try:
-        jobs = _jobs(arguments) if several else [arguments]
+        jobs = _jobs(overrides) if several else [overrides]
     except HydraException:  # cannot be read
-        jobs = [arguments]
+        jobs = [overrides]
     with suppress(Exception):  # wrong in yet another way: the first error has to do
         return next(filter(None, (explain(name, job) for job in jobs)), None)
     return None
@@ -248,11 +291,18 @@ def _hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def _jobs(arguments: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun. Raises ConfigError where there is none."""
+    with _hydra():  # glob() asks it for the options of a group
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides(overrides)
+        jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    if not jobs:
+        raise ConfigError(
+            f"-m must have at least one job, got none from {' '.join(overrides)}; give each key "
+            "one value or more, as in seed=1,2"
+        )
+    return jobs
 
 
 @contextmanager

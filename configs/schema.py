@@ -51,6 +51,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def as_written(value: Any) -> str:
+    """A value as somebody wrote it who writes YAML: null and true, not None and True."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
 def one_of(*choices: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"choices": choices})
 
@@ -248,8 +253,9 @@ def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
     for key, usual in UNUSED[data.source].items():
         if getattr(data, key) == usual:
             continue
+        given = as_written(getattr(data, key))
         raise ConfigError(
-            f"data.{key} must be left out with data={data.source}, got {getattr(data, key)!r}; "
+            f"data.{key} must be left out with data={data.source}, got {given}; "
             f"leave it out, or use data={'text' if key in ('path', 'column') else 'hub'}"
         )
     for key, what in NEEDED[data.source].items():
@@ -334,7 +340,7 @@ def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key} must have a value, got none; give one") from error
     except OmegaConfBaseException as error:
-        rule = first_line(error).rstrip(".")
+        rule = first_line(error).rstrip(".").replace("'None'", "null")
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key}: {rule}; give another value") from error
     for key, value in (verbatim or {}).items():
@@ -369,7 +375,9 @@ def _check_ranges(config: Any, prefix: str = "") -> None:
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         hint = nearest(str(value), choices)
-        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        raise ConfigError(
+            f"{key} must be one of {', '.join(choices)}, got {as_written(value)}{hint}"
+        )
 
 
 def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
@@ -379,6 +387,8 @@ def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
         "at most": lambda bound: value <= bound,
         "below": lambda bound: value < bound,
     }
-    if not math.isfinite(value) or not all(holds[word](bound) for word, bound in bounds.items()):
+    finite = math.isfinite(value)
+    if not finite or not all(holds[word](bound) for word, bound in bounds.items()):
         rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        rule = rule if finite else f"a finite number {rule}"
         raise ConfigError(f"{key} must be {rule}, got {value}; use a value in that range")

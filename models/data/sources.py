@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import ConfigError, DataConfig, RunError
+from configs.schema import ConfigError, DataConfig, RunError, as_written
 
 if TYPE_CHECKING:
     import datasets
@@ -121,8 +121,8 @@ def open_hub(config: DataConfig) -> Any:
     except Exception as error:  # of `datasets`, the hub, the network and the files: many kinds
         raise ConfigError(
             f"data.name must be a text set that `datasets` can load, got {config.name!r} with "
-            f"data.config={config.config} and data.split={config.split} ({_reason(error)}); "
-            "correct them, or look at the network"
+            f"data.config={as_written(config.config)} and data.split={config.split!r} "
+            f"({_reason(error)}); correct them, or look at the network"
         ) from error
     _check_column(config.column, columns, repr(config.name))
     if (feature := (opened.features or {}).get(config.column)) is not None:

@@ -109,8 +109,10 @@ def out_of_memory_in_a_line(rank: int) -> Iterator[None]:
 
 
 def _sizes(config: ModelConfig) -> str:
-    names = ("hidden_size", "num_layers", "vocab_size")
-    return ", ".join(f"model.{name}={getattr(config, name)}" for name in names)
+    """The three largest: what was mistyped is among them."""
+    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
+    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    return ", ".join(f"model.{name}={sizes[name]}" for name in names)
 
 
 def _gib(size: float) -> str:

@@ -19,12 +19,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.command import compose
-from configs.schema import ConfigError, ModelConfig, TrainConfig, first_line, train_config
+from configs.schema import (
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+    as_written,
+    first_line,
+    train_config,
+)
 from models.checkpoints.checkpoint import (
     CONFIG,
     LAST,
     METRICS,
     PICTURE,
+    WEIGHTS,
     damaged,
     is_of,
     misfit,
@@ -99,6 +107,11 @@ def find_stopped(asked: TrainConfig) -> Stopped | None:
             f"resume must be auto or the folder of a run, got {str(run)!r} without {CONFIG}; "
             f"name a folder under {asked.runs_dir}/"
         )
+    if (run / WEIGHTS).exists() and not ((run / LAST).exists() or (run / METRICS).exists()):
+        raise ConfigError(
+            f"resume must name a run that was stopped, got {str(run)!r}, which has weights alone; "
+            f"start a new run from them with checkpoint={run}"
+        )
     if (run / PICTURE).exists():
         raise ConfigError(
             f"resume must name a run that was stopped, got {str(run)!r}, which is finished; "
@@ -163,8 +176,8 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
                 setattr(saved.trainer, name, value)
         elif value != was.get(key):
             raise ConfigError(
-                f"{key} must be as in the run that is resumed, {was.get(key)}, got {value}; "
-                "leave it out, or start another run"
+                f"{key} must be as in the run that is resumed, {as_written(was.get(key))}, got "
+                f"{as_written(value)}; leave it out, or start another run"
             )
     return saved
 

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import ConfigError, FlaConfig, Mamba2Config, ModelConfig, TrainConfig, about
+from configs.schema import (
+    ConfigError,
+    FlaConfig,
+    Mamba2Config,
+    ModelConfig,
+    TrainConfig,
+    about,
+    as_written,
+)
 from models.checkpoints.checkpoint import build_model, load
 from models.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from models.language_model import LanguageModel
@@ -49,8 +57,9 @@ def _from_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageModel, T
         section, _, field = key.partition(".")
         if section == "model" and asked[key] != getattr(model, field, None):
             raise ConfigError(
-                f"{key} must be as in the checkpoint, {getattr(model, field, None)}, got "
-                f"{asked[key]}; leave it out, or leave out checkpoint={config.checkpoint}"
+                f"{key} must be as in the checkpoint, {as_written(getattr(model, field, None))}, "
+                f"got {as_written(asked[key])}; leave it out, or leave out "
+                f"checkpoint={config.checkpoint}"
             )
     return replace(config, model=model), loaded.model, loaded.tokenizer
 
