@@ -75,6 +75,14 @@ def test_every_size_fits_its_model(size):
     assert 0.9 < parameters / expected < 1.15
 
 
+def test_a_sweep_may_ask_for_all_options_of_a_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "model=glob(*)"])
+    seen = []
+    command("train")(lambda config: seen.append(config.model.name))()
+    assert seen == ["fla", "mamba2"]
+
+
 @pytest.mark.parametrize("norm", options("norm"))
 def test_inference_takes_either_norm_path(norm):
     assert compose("infer", [f"norm={norm}"]).norm.path == norm

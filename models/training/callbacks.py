@@ -25,6 +25,7 @@ except ModuleNotFoundError:  # on Windows
 
 from configs.schema import RunError
 from models.checkpoints.checkpoint import LAST
+from models.training.writing import go_on
 
 
 class Throughput(Callback):
@@ -201,6 +202,12 @@ class Checkpoints(Callback):
 
     def __init__(self, run: Path, every: int) -> None:
         self.run, self.every = run, every
+        self.saved = 0  # the step that last.ckpt was written after, 0 where there is none yet
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.saved = checkpoint["global_step"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -214,6 +221,7 @@ class Checkpoints(Callback):
     def _save(self, trainer: L.Trainer) -> None:
         trainer.logger.save()  # what metrics.csv lacks of the steps before would be lost for good
         trainer.save_checkpoint(self.run / LAST)
+        self.saved = trainer.global_step
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
@@ -222,11 +230,12 @@ class Checkpoints(Callback):
         if terminated:
             exception.code = 128 + signal.SIGTERM  # Lightning's own would be 0, as of a whole run
         if (terminated or isinstance(exception, KeyboardInterrupt)) and trainer.is_global_zero:
-            print(
-                f"\nstopped after step {trainer.global_step}; "
-                f"go on with: python train.py resume={self.run}",
-                file=sys.stderr,
-            )
+            step, how = trainer.global_step, "; go on"
+            if not self.saved:
+                how = ", before the first checkpoint; begin anew"
+            elif self.saved < step:
+                how = f"; go on after step {self.saved}, the last checkpoint,"
+            print(f"\nstopped after step {step}{how} with: {go_on(self.run)}", file=sys.stderr)
 
 
 class RandomState(Callback):

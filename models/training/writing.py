@@ -1,5 +1,6 @@
 """How a run's files are written: whole or not at all, and a full disk is one line."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ class Metrics(CSVLogger):
             raise full_disk(error, Path(self.log_dir, METRICS)) from error
 
 
+def go_on(run: Path) -> str:
+    """The command that goes on with a run, as a shell takes it."""
+    return f"python train.py resume={shlex.quote(str(run))}"
+
+
 def full_disk(error: OSError | RuntimeError, path: Path) -> RunError:
     """What to say when a file of a run cannot be written."""
     return RunError(
         f"what a run writes must fit on the disk, got {first_line(error)!r} for {path}"
-        f"; free some space, then go on with: python train.py resume={path.parent}"
+        f"; free some space, then go on with: {go_on(path.parent)}"
     )
 
 

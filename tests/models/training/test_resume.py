@@ -341,9 +341,40 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, code, tmp_path):
         process.kill()
     assert process.returncode == code
     assert f"resume=runs/{run.name}" in err
+    assert f" after step {checkpoint_step(run)}" in err
     assert "Traceback" not in err
     assert checkpoint_step(run) > 0
     assert find_stopped(compose("train", [*asked, "resume=auto"])).run == run
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (2, "stopped after step 2, before the first checkpoint; begin anew with"),
+        (4, "stopped after step 4; go on with"),
+        (6, "stopped after step 6; go on after step 4, the last checkpoint, with"),
+    ],
+)
+def test_how_to_go_on_says_from_where_and_can_be_pasted(batch, says, tmp_path, monkeypatch, capsys):
+    training_step = lit.LitLanguageModel.training_step
+
+    def interrupted(self, tokens, index):
+        if index == batch:
+            raise KeyboardInterrupt
+        return training_step(self, tokens, index)
+
+    folder = tmp_path / "the runs"
+    config = compose("train", [*SMALL, "trainer.checkpoint_every=4", f"runs_dir='{folder}'"])
+    monkeypatch.setattr(lit.LitLanguageModel, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        train.train(config)
+    (run,) = folder.iterdir()
+    assert capsys.readouterr().err.endswith(f"{says}: python train.py resume='{run}'\n")
+    # the step is that of the checkpoint that was gone on from, too
+    config.resume = str(run)
+    with pytest.raises(SystemExit):
+        train.train(config)
+    assert says in capsys.readouterr().err
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
