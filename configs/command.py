@@ -5,6 +5,7 @@ as a checked dataclass, text such as a prompt is taken as it stands, and a mista
 answered with one line on standard error and exit code 2, before any work.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from configs.schema import (
 )
 
 CHECKS = {"train": train_config, "infer": infer_config}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def command(
@@ -76,7 +78,8 @@ def command(
                 try:
                     config = _checked(name, values, hydra_config.runtime.choices, verbatim)
                     folders.append(Path(hydra_config.sweep.dir))
-                    result = main(config)
+                    with _standard_output():
+                        result = main(config)
                 except ConfigError as error:
                     if not several:
                         _fail(name, str(error))
@@ -92,23 +95,24 @@ def command(
             )
             overrides: list[str] = []
             try:
-                overrides += _overrides(name, sys.argv[1:])
-                if {"-h", "--help"} & set(sys.argv):
-                    print(_manual(name, overrides), flush=True)
-                    return
-                _check_groups(name, overrides)
-                if several:
-                    _check_swept(names, overrides)
-                    for job in _jobs(overrides):
-                        compose(name, job)
-                with _sweep_folder(several):
-                    hydra_main(task)()
-                # Lightning kills the first of several processes when another one's code is not 0.
-                if _is_first():
-                    if several and compare is not None and results:
-                        get_method(compare)(folders[0], _own(results))
-                    if failed:
-                        sys.exit(2)
+                with _standard_output():
+                    overrides += _overrides(name, sys.argv[1:])
+                    if {"-h", "--help"} & set(sys.argv):
+                        print(_manual(name, overrides))
+                        return
+                    _check_groups(name, overrides)
+                    if several:
+                        _check_swept(names, overrides)
+                        for job in _jobs(overrides):
+                            compose(name, job)
+                    with _sweep_folder(several):
+                        hydra_main(task)()
+                    # Lightning kills the first process where another one's exit code is not 0.
+                    if _is_first():
+                        if several and compare is not None and results:
+                            get_method(compare)(folders[0], _own(results))
+                        if failed:
+                            sys.exit(2)
             except BrokenPipeError:
                 _leave_pipe()
             except KeyboardInterrupt:
@@ -357,9 +361,31 @@ def _unquote(text: str) -> str:
     return override.value() if isinstance(override._value, QuotedString) else text
 
 
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """Raises ConfigError where standard output takes no more, on a full disk for example. The files
+    of a run have errors of their own, and a reader that left is a BrokenPipeError as ever."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        _drop_output()
+        raise ConfigError(
+            f"standard output must take the text, got an error ({error.strerror}); make room, or "
+            "send it elsewhere"
+        ) from error
+
+
+def _drop_output() -> None:
+    """For Python's flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _leave_pipe() -> None:
     """`... | head`: nobody reads on, which is no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush at exit
+    _drop_output()
     sys.exit(128 + signal.SIGPIPE)
 
 

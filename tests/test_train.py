@@ -275,6 +275,24 @@ def test_a_multirun_without_a_result_leaves_no_folder(tmp_path, monkeypatch, cap
     assert list(tmp_path.glob("runs/*")) == []
 
 
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("arguments", [TINY, ["--help"], ["--cfg", "job"]], ids=["", "help", "cfg"])
+def test_an_output_that_takes_no_more_is_one_line(arguments, tmp_path):
+    command = [sys.executable, train.__file__, *arguments]
+    with FULL.open("wb") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("train.py: error: standard output must take the text, got an error (No ")
+    if arguments == TINY:  # what it has written can be gone on from
+        (run,) = tmp_path.glob("runs/*")
+        config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}", f"resume={run}"])
+        assert train.train(config).run == run
+
+
 def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ProgressBar, "LINE_EVERY", 0.0)
     train.train(compose("train", [*SIX_STEPS, f"runs_dir={tmp_path}"]))

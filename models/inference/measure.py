@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.schema import NORM_PATHS
 from models.checkpoints.checkpoint import Loaded
 from models.generation import generate
-from models.inference.output import say, standard_output
+from models.inference.output import say
 from models.language_model import LanguageModel
 
 # Decoding holds the same memory at every step, so that a few steps show its peak.
@@ -203,8 +203,7 @@ def show(measured: Speed | Comparison, output: str) -> None:
     if output == "json":
         say(json.dumps(measured.record()))
     else:
-        with standard_output():
-            Console().print(measured.table())
+        Console().print(measured.table())
 
 
 def _milliseconds(seconds: Spread) -> str:

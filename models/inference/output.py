@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from configs.schema import ConfigError
 from models.checkpoints.checkpoint import Loaded
 from models.inference.texts import Options, PromptBatch, Result
 
@@ -46,28 +43,9 @@ def _speed(tokens: int, seconds: float) -> str:
     return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
 
 
-@contextmanager
-def standard_output() -> Iterator[None]:
-    """Raises ConfigError where standard output takes no more, on a full disk for example; a reader
-    that left is a BrokenPipeError as ever."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # what is left in the buffer would fail again when Python exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ConfigError(
-            f"standard output must take the text, got an error ({error.strerror}); make room, or "
-            "send it elsewhere"
-        ) from error
-
-
 def say(text: str, end: str = "\n") -> None:
     """Print at once."""
-    with standard_output():
-        print(text, end=end)
+    print(text, end=end, flush=True)
 
 
 def print_texts(
