@@ -215,6 +215,9 @@ NEEDED = {
 # What a data source does not read, and the value that it then has.
 NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
 UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
+# The same of infer.py: when it measures, greedily and on one prompt, and when it does not.
+SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": None, "repetition_penalty": 1.0, "seed": 1}
+UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs": 5}
 
 
 def train_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -288,6 +291,17 @@ def infer_config(composed: DictConfig, verbatim: Mapping[str, Any] | None = None
             )
     if config.compare and config.bench:
         raise ConfigError("compare and bench cannot both be true; leave one out")
+    measure = "compare" if config.compare else "bench"
+    if config.compare or config.bench:
+        unread, when, remedy = UNMEASURED, f"with {measure}=true", f"leave out {measure}"
+    else:
+        unread, when, remedy = MEASURES, "without compare or bench", "add bench=true"
+    for key, usual in unread.items():
+        if (value := getattr(config, key)) != usual:
+            given = as_written(value)
+            raise ConfigError(
+                f"{key} must be left out {when}, got {given}; leave it out, or {remedy}"
+            )
     return config
 
 

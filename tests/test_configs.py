@@ -13,6 +13,7 @@ import torch
 
 import gatednorm
 import train
+from configs import schema
 from configs.command import CONFIG_DIR, command, compose
 from configs.schema import (
     MODELS,
@@ -130,6 +131,12 @@ def test_every_value_is_explained_where_its_default_stands(kind):
     groups = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
     groups -= {"model"} if kind is InferConfig else set()
     assert set(kind.__dataclass_fields__) - groups <= explained
+
+
+def test_what_infer_does_not_read_has_the_default_of_its_yaml():
+    config = compose("infer")
+    unread = schema.UNMEASURED | schema.MEASURES
+    assert unread == {key: getattr(config, key) for key in unread}
 
 
 def test_the_norm_paths_are_the_librarys():
