@@ -20,7 +20,14 @@ from models.data.corpus import load_corpus
 from models.generation import generate
 from models.training.callbacks import ProgressBar, Throughput
 from models.training.lit import learning_rate_factor
-from models.training.plots import compressors, plot_loss, smooth
+from models.training.plots import (
+    compressors,
+    plot_comparison,
+    plot_loss,
+    read_metric,
+    read_training,
+    smooth,
+)
 from small_runs import SIX_STEPS
 
 TINY = [*SIX_STEPS, "optim.steps=3"]
@@ -205,6 +212,19 @@ def test_the_picture_is_a_picture(tmp_path):
     width, height = struct.unpack(">II", data[16:24])
     assert width >= 1200
     assert height >= 600
+
+
+def test_a_training_loss_stands_after_its_step_where_the_validation_does(tiny_run):
+    steps, losses = read_training(tiny_run[1].run / "metrics.csv")
+    assert steps.tolist() == [1, 2, 3]
+    assert len(losses) == 3
+    assert read_metric(tiny_run[1].run / "metrics.csv", "val_bpb")[0].tolist() == [0, 3]
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_overrides_leave_room_for_the_curves(tiny_run, tmp_path):
+    runs = {f"data.path={'long/' * 50}{n}": tiny_run[1].run / "metrics.csv" for n in range(2)}
+    plot_comparison(runs, tmp_path / "comparison.png")
 
 
 def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.schema import NORM_PATHS
 from models.checkpoints.checkpoint import Loaded
 from models.generation import generate
-from models.inference.output import say
+from models.inference.output import number_of_tokens, say
 from models.language_model import LanguageModel
 
 # Decoding holds the same memory at every step, so that a few steps show its peak.
@@ -66,7 +66,8 @@ class Speed:
             table.add_column(column, justify="right" if column else "left")
         for name, (tokens, rate) in self.rates().items():
             values = (f"{value:,.0f}" for value in (rate.median, rate.least, rate.most))
-            table.add_row(name, f"{tokens:,}", *values)
+            label = "decode, from the 3rd on" if name == "decode" else name
+            table.add_row(label, f"{tokens:,}", *values)
         return table
 
     def rates(self) -> dict[str, tuple[int, Spread]]:
@@ -110,11 +111,9 @@ class Comparison:
     def table(self) -> Table:
         """Both paths side by side."""
         speeds = [self.speed[path] for path in NORM_PATHS]
-        count = speeds[0].new_tokens
-        table = Table(
-            title=f"Norm paths: {speeds[0].prompt_tokens} tokens of prompt, {count} new ones",
-            title_justify="left",
-        )
+        prompt, count = number_of_tokens(speeds[0].prompt_tokens), speeds[0].new_tokens
+        title = f"Norm paths: {prompt} of prompt, {count:,} new"
+        table = Table(title=title, title_justify="left")
         for column in ("", *NORM_PATHS, "difference"):
             table.add_column(column, justify="right" if column else "left")
         for name in ("prefill", "decode"):

@@ -30,12 +30,13 @@ class Speeds:
         prefill = _speed(self.prefill, self.prefill_s)
         decode = _speed(self.decode - self.prompts, self.decode_s)
         return (
-            f"{prompts}prefill {_tokens(self.prefill)}{prefill} | "
-            f"decode {_tokens(self.decode)}{decode}"
+            f"{prompts}prefill {number_of_tokens(self.prefill)}{prefill} | "
+            f"decode {number_of_tokens(self.decode)}{decode}"
         )
 
 
-def _tokens(count: int) -> str:
+def number_of_tokens(count: int) -> str:
+    """So many tokens, or one token."""
     return f"{count:,} token{'s' * (count != 1)}"
 
 

@@ -23,6 +23,13 @@ def read_metric(metrics: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return (points[:, 0], points[:, 1]) if len(points) else (np.empty(0), np.empty(0))
 
 
+def read_training(metrics: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The training losses and how many steps there were with each: Lightning counts from 0, and
+    writes a validation with the number of steps before it."""
+    steps, losses = read_metric(metrics, "train_bpb")
+    return steps + 1, losses
+
+
 def compressors(text: bytes) -> dict[str, float]:
     """Bits per byte that gzip, bz2 and xz need for `text`, of which they read 8 MB at most."""
     text = text[: 8 * 10**6]
@@ -46,7 +53,7 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
 
 def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, float]) -> None:
     """Draw training and validation loss from `metrics` (a metrics.csv) to `target` (a png)."""
-    steps, losses = read_metric(metrics, "train_bpb")
+    steps, losses = read_training(metrics)
     val_steps, val_losses = read_metric(metrics, "val_bpb")
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes.plot(steps, losses, color=LIGHT, linewidth=0.7, label="training, each step")
@@ -98,11 +105,17 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
             size=8,
         )
     axes.set(xlim=(0, max(1, *steps, *val_steps)), xlabel="step")
-    title = title if len(title) <= 80 else f"{title[:40]} ... {title[-35:]}"
-    _bits_axis(axes, low * 0.93, high * 1.07, title)
-    axes.legend(frameon=False, loc="upper right")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    _bits_axis(axes, low * 0.93, high * 1.07, shorten(title, 80))
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)  # covers no curve
     figure.savefig(target)
     plt.close(figure)
+
+
+def shorten(text: str, length: int) -> str:
+    """Without its middle where it is longer."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
@@ -124,17 +137,21 @@ def plot_comparison(runs: dict[str, Path], target: Path) -> None:
     colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
     lows, highs = [], []
     for (name, metrics), colour in zip(runs.items(), colours, strict=True):
-        steps, losses = read_metric(metrics, "train_bpb")
-        val_steps, val_losses = read_metric(metrics, "val_bpb")
-        steps, val_steps = (100 * s / max(1, steps[-1]) for s in (steps, val_steps))
-        axes.plot(steps, smooth(losses, max(1.0, len(losses) / 40)), color=colour, linewidth=1.5)
-        label = f"{name}: {val_losses[-1]:.3f}"
+        steps, losses = read_training(metrics)
+        _, val_losses = read_metric(metrics, "val_bpb")
+        axes.plot(
+            100 * steps / steps[-1],
+            smooth(losses, max(1.0, len(losses) / 40)),
+            color=colour,
+            linewidth=1.5,
+        )
+        label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"
         axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
         lows.append(min(losses.min(), val_losses.min()))
         highs.append(val_losses.max())
     axes.set(xlim=(0, 100), xlabel="per cent of the steps")
-    title = "Training, smoothed, and validation at the end"
+    title = "Lines: training, smoothed; dots: validation at the end"
     _bits_axis(axes, min(lows) * 0.95, max(highs) * 1.05, title)
-    axes.legend(frameon=False, loc="upper right", title="validation, bits per byte")
+    axes.legend(frameon=False, loc="best", title="validation, bits per byte")
     figure.savefig(target)
     plt.close(figure)

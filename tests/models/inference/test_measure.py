@@ -1,6 +1,7 @@
 """Measurements of infer.py: what they count, and that they see a difference where there is one."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -95,10 +96,12 @@ def test_tables_and_json_say_the_same(loaded, capsys):
         table = capsys.readouterr().out
         assert max(len(line) for line in table.splitlines()) <= 80
         if "speed" not in out:
+            assert re.search(r"decode, from the 3rd on │ +2 │", table)
             for part in ("prefill", "decode"):
                 assert f"{out[f'{part}_tokens_per_s']['median']:,.0f}" in table
             assert out["decode_tokens_per_s"]["median"] == 2 / out["decode_s"]["median"]
         else:
+            assert "3 tokens of prompt, 1 new " in table
             assert f"{1e3 * out['speed']['training']['prefill_s']['median']:.1f}" in table
             assert "decode_tokens_per_s" not in out["speed"]["training"]  # there was none
 
