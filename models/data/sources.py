@@ -7,7 +7,6 @@ path relative to the folder they were found under; it is empty for the rows of t
 import codecs
 import glob
 import hashlib
-import json
 import logging
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+TABLE_SUFFIXES = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 ROWS_VERSION = 2  # of what `_rows` makes of a file: a new one leaves what is in the cache alone
 # Not in every Python, or not prose or code that a person wrote to be read.
 NOT_STDLIB = frozenset(
@@ -190,13 +189,12 @@ def _table_rows(file: Path, suffix: str, column: str) -> Iterator[bytes]:
     """The texts of a table's rows, empty ones left out."""
     if file.stat().st_size == 0:
         raise _unreadable(file, "it is empty")
-    rows = _json_rows(file) if suffix == ".jsonl" else _load_rows(file, suffix[1:], column)
     try:
-        for where, row in rows:
-            _check_column(column, list(row), where)
+        for row in _load_rows(file, TABLE_SUFFIXES[suffix], column):
+            _check_column(column, list(row), repr(str(file)))
             text = row[column]
             if not isinstance(text, str | bytes | None):
-                _check_kind(type(text).__name__, column, list(row), where)
+                _check_kind(type(text).__name__, column, list(row), repr(str(file)))
             if text:
                 yield as_bytes(text)
     except ConfigError:
@@ -205,34 +203,16 @@ def _table_rows(file: Path, suffix: str, column: str) -> Iterator[bytes]:
         raise _unreadable(file, _reason(error)) from error
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands, and the row with the keys that its own line has: `datasets` gives all
-    rows the keys of all."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise _unreadable(file, f"line {number} is no JSON object in UTF-8")
-            yield f"line {number} of {str(file)!r}", row
-
-
-def _load_rows(file: Path, kind: str, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `_json_rows`, of what `datasets` reads."""
+def _load_rows(file: Path, kind: str, column: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     # Cells as they are written: not 7.0 for 007, and NA is a word.
     as_written = {"converters": {column: str}, "keep_default_na": False} if kind == "csv" else {}
     # An escaped name is not read as a pattern. Streaming stores no second copy.
     files = glob.escape(str(file))
-    for row in datasets.load_dataset(
+    yield from datasets.load_dataset(
         kind, data_files=files, split="train", streaming=True, **as_written
-    ):
-        yield repr(str(file)), row
+    )
 
 
 def _unreadable(file: Path, why: str) -> ConfigError:

@@ -261,8 +261,8 @@ FILES = [
     Bad(
         "train",
         ("data=text", "data.path=a.jsonl"),
-        "a row without the column",
-        write("a.jsonl", '{"text": "a"}\n{"body": "b"}\n'),
+        "rows without the column",
+        write("a.jsonl", '{"body": "b"}\n'),
     ),
     Bad(
         "train",

@@ -96,7 +96,8 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
     run = stopped_run(5, monkeypatch, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for typed, says in (
-        ("model=fla", "model.name must be as in the run that is resumed, mamba2, got fla"),
+        ("model=fla", "model.name must be as in the run that is resumed, 'mamba2', got 'fla'"),
+        ("optim.warmup_steps=null", "must be as in the run that is resumed, 3, got null"),
         ("data=stdlib optim.steps=330", "optim.steps must be as in the run that is resumed, 12"),
         ("optim.batch_size=8", "optim.batch_size must be as in the run that is resumed, 4, got 8"),
         ("trainer.accumulate=2", "trainer.accumulate must be as in the run that is resumed, 1"),
