@@ -9,6 +9,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from configs.schema import RunError, first_line
+from models.checkpoints.files import write_whole
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -108,8 +111,20 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _bits_axis(axes, low * 0.93, high * 1.07, shorten(title, 80))
     figure.legend(frameon=False, loc="outside lower center", ncols=3)  # covers no curve
-    figure.savefig(target)
-    plt.close(figure)
+    _write(figure, target)
+
+
+def _write(figure: plt.Figure, target: Path) -> None:
+    """Write a picture whole or not at all. Raises RunError."""
+    try:
+        write_whole(target, lambda part: figure.savefig(part, format="png"))
+    except OSError as error:
+        raise RunError(
+            f"a picture must fit on the disk, got {first_line(error)!r} for {target}; free some "
+            "space: what it shows is whole"
+        ) from error
+    finally:
+        plt.close(figure)
 
 
 def shorten(text: str, length: int) -> str:
@@ -153,5 +168,4 @@ def plot_comparison(runs: dict[str, Path], target: Path) -> None:
     title = "Lines: training, smoothed; dots: validation at the end"
     _bits_axis(axes, min(lows) * 0.95, max(highs) * 1.05, title)
     axes.legend(frameon=False, loc="best", title="validation, bits per byte")
-    figure.savefig(target)
-    plt.close(figure)
+    _write(figure, target)

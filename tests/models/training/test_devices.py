@@ -2,11 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
 
 import train
 from configs.command import compose
@@ -98,4 +100,17 @@ def test_metrics_without_room_are_one_line_and_keep_the_checkpoint(tmp_path, mon
         train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
     (run,) = tmp_path.iterdir()
     assert checkpoint_step(run) == 4
+    load_model(run)
+
+
+def test_a_picture_without_room_is_one_line_and_the_run_is_whole(tmp_path, monkeypatch):
+    def half(self, file, **_):
+        Path(file).write_bytes(b"half a picture")
+        full()
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(RunError, match=r"No space left on device.*loss\.png; free some space"):
+        train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
+    (run,) = tmp_path.iterdir()
+    assert not [file.name for file in run.iterdir() if "png" in file.name]
     load_model(run)
