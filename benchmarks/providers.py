@@ -1,4 +1,6 @@
-"""Who can be timed. A provider says which cases it covers and returns two functions of tensors.
+"""Which cases are timed, and who can be.
+
+A provider says which cases it covers and returns two functions of tensors:
 
 `training(x, w, b, z)` records a graph; `inference(x, w, b, z)` need not. A provider that is not
 installed is left out, and the benchmark says so.
@@ -45,6 +47,25 @@ class Case:
             parts.append(self.activation)
         return ", ".join(parts)
 
+
+CASES = (
+    Case(262144, 128),
+    Case(262144, 128, z_strided=True),
+    Case(16384, 2048, norm_before_gate=False, z_strided=True),
+    Case(16384, 5120, norm_before_gate=False, z_strided=True),
+    Case(8192, 8192, 1024, norm_before_gate=False, z_strided=True),
+    Case(16384, 4096),
+    Case(4096, 16384),
+    Case(4096, 16384, norm_before_gate=False),
+    Case(131072, 256),
+    Case(30011, 1000, is_rms_norm=False, bias=True, activation="sigmoid"),
+    Case(20011, 1536, norm_before_gate=False),
+    Case(10007, 3072, bias=True),
+    Case(16384, 2048, norm_before_gate=False, is_rms_norm=False, bias=True),
+)
+DECODE = (Case(2048, 128), Case(64, 5120, norm_before_gate=False))
+WIDTHS = tuple(Case(2**25 // width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192))
+ROWS = tuple(Case(2**k, 4096, norm_before_gate=False) for k in range(4, 16, 2))
 
 Functions = tuple[Callable | None, Callable]  # training (None: no backward), inference
 
@@ -139,3 +160,5 @@ PROVIDERS = {
     "torch.compile": ("torch", compiled),
     "eager": ("torch", eager),
 }
+# What the plots show: torch.compile would compile anew for every point.
+QUICK = [name for name in PROVIDERS if name not in ("eager", "torch.compile")]

@@ -1,0 +1,162 @@
+"""What benchmarks/gated_norm.py found: the CSV, the tables and the plots."""
+
+import csv
+import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.providers import CASES, PROVIDERS, ROWS, WIDTHS, Case
+from benchmarks.report import commit, version
+
+
+class Sheet:
+    """Rows of the CSV, each with what is needed to read it alone; those of a new run after the
+    `earlier` ones. Of what was timed twice, the last counts."""
+
+    def __init__(self, earlier: list[dict] | None = None) -> None:
+        self.missing: set[str] = set()  # providers that are not installed
+        self.rows = list(earlier or [])
+        self.common = {
+            "run": 1 + max((int(row["run"]) for row in self.rows), default=0),
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+        }
+
+    def add(
+        self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
+    ) -> None:
+        shape = {"case": case.name, "rows": case.rows, "width": case.width, "dtype": "bfloat16"}
+        self.rows.append(
+            self.common | shape
+            | {"provider": provider, "quantity": quantity, "value": f"{value:.6g}", "unit": unit}
+            | more
+        )  # fmt: skip
+
+    def get(self, case: Case, quantity: str) -> dict[str, float]:
+        """Provider to value."""
+        return {
+            r["provider"]: float(r["value"])
+            for r in self.rows
+            if r["case"] == case.name and r["quantity"] == quantity
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> "Sheet":
+        sheet = cls.__new__(cls)
+        with path.open(newline="") as file:
+            sheet.rows = list(csv.DictReader(file))
+        sheet.common = sheet.rows[0]
+        return sheet
+
+    def write(self, path: Path) -> None:
+        names = list(dict.fromkeys(k for r in self.rows for k in r))
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def gigabytes(case: Case, tensors: int) -> float:
+    return tensors * case.rows * case.width * 2 / 1e9
+
+
+def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
+    columns = ["ceiling", "torch.add", "empty Function", *names]
+    seen = {r["provider"] for r in sheet.rows}
+    table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
+    table.add_column("case", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in (c for c in columns if c in seen):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in cases:
+        for quantity in quantities:
+            values = sheet.get(case, quantity)
+            if not values:
+                continue
+            floor = values.get("ceiling", values.get("torch.add"))
+            cells = [
+                f"{values[n]:.1f} ({values[n] / floor:.2f})" if n in values and floor
+                else f"{values[n]:.1f}" if n in values else ""
+                for n in columns if n in seen
+            ]  # fmt: skip
+            table.add_row(case.name, quantity, *cells)
+    console.print(table)
+
+
+def markdown(sheet: Sheet, names, console: Console) -> None:
+    """The README's table."""
+    console.print("| rows x width | | ceiling | gatednorm | ratio | best peer | ratio |")
+    console.print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        label = case.name
+        for quantity in ("forward", "backward"):
+            values = sheet.get(case, quantity)
+            ceiling, ours = values["ceiling"], values["gatednorm"]
+            peer, best = min(
+                ((n, v) for n, v in values.items() if n in names and n != "gatednorm"),
+                key=lambda pair: pair[1],
+            )
+            console.print(
+                f"| {label} | {quantity} | {ceiling:.1f} | {ours:.1f} | {ours / ceiling:.2f} "
+                f"| {peer} {best:.1f} | {best / ceiling:.2f} |",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            label = ""
+
+
+def draw(axis, names, points_of) -> None:
+    """One line for each provider that has points, in a colour of its own in every plot."""
+    axis.grid(alpha=0.3)
+    for name in ("ceiling", *names):
+        points = points_of(name)
+        if points and name == "ceiling":
+            axis.plot(*zip(*points, strict=True), label=name, color="black", ls="--")
+        elif points:
+            color = f"C{list(PROVIDERS).index(name)}"
+            ours = {"lw": 2.5, "zorder": 3} if name == "gatednorm" else {}
+            axis.plot(*zip(*points, strict=True), label=name, marker="o", color=color, **ours)
+
+
+def plot(sheet: Sheet, names, folder: Path) -> None:
+    """Bandwidth over width, and forward time over rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    gpu = sheet.common["gpu"]
+    tensors = {"forward": 3, "backward": 5}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, quantity in zip(axes, tensors, strict=True):
+
+        def bandwidths(name, quantity=quantity):
+            times = ((c, sheet.get(c, quantity).get(name)) for c in WIDTHS)
+            return [(c.width, gigabytes(c, tensors[quantity]) / t * 1e3) for c, t in times if t]
+
+        draw(axis, names, bandwidths)
+        axis.set(xscale="log", xlabel="width", title=f"{quantity}, 33.5M elements, gate after")
+        axis.set_xticks([c.width for c in WIDTHS], [str(c.width) for c in WIDTHS])
+        axis.minorticks_off()
+    axes[0].set(ylabel="TB/s", ylim=(0, None))
+    figure.suptitle(f"Gated RMS norm, bf16, {gpu}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(folder / "bandwidth.png", dpi=120)
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+
+    def times(name):
+        return [(c.rows, t) for c in ROWS if (t := sheet.get(c, "forward").get(name))]
+
+    draw(axis, names, times)
+    axis.set(xscale="log", yscale="log", xlabel="rows of 4096", ylabel="forward, microseconds")
+    axis.set_title(f"Gate before, bf16, {gpu}")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "rows.png", dpi=120)
