@@ -21,6 +21,10 @@ TESTED = [
     *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
     *(f"tests/gatednorm/test_{name}.py" for name in ("cpu", "kernels", "numerics")),
 ]  # fmt: skip
+# Read once, at import: pytest writes a variable of its own into `os.environ` at each test, and the
+# pool's threads must not walk through it meanwhile. The mutants run under the interpreter, also
+# beside a GPU: there a mutant may be in the branch not taken.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # Fast tests first; `-x` stops at the first that notices.
 SUBSETS = {
     "cpu": [
@@ -84,9 +88,6 @@ def copy_of_the_library(folder: Path) -> None:
 
 
 def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    # Under the interpreter, also beside a GPU: there a mutant may be in the branch not taken.
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
     command = [
         sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
@@ -95,7 +96,8 @@ def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.Completed
         "-o", "faulthandler_timeout=150", "-o", "faulthandler_exit_on_timeout=true",
     ]  # fmt: skip
     return subprocess.run(
-        [*command, *first, *SUBSETS[subset]], cwd=folder / "tests/gatednorm", env=environment,
+        [*command, *first, *SUBSETS[subset]], cwd=folder / "tests/gatednorm",
+        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
         check=False, timeout=1800, capture_output=True, text=True,
     )  # fmt: skip
 
