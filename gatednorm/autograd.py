@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd must know of what a kernel writes
 
-from .problem import DEVICES, Problem, describe, rows_of
+from .problem import DEVICES, Problem, check_backward, describe, rows_of
 
 SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
@@ -30,7 +30,7 @@ def backend(device_type: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"tensors on a {device_type} device need the package triton, got none that can be "
-            f"imported ({error}); pip install 'gatednorm[triton]', or move them with .cpu()"
+            f"imported ({error}); pip install triton, or move them with .cpu()"
         ) from error
 
 
@@ -105,16 +105,25 @@ def _addressable(p: Problem, dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy if dense else dy.contiguous()
 
 
-def _check_saved(p: Problem, x, weight, bias, z, mean, rstd) -> None:
-    """Hooks of saved tensors may bring back anything; a kernel is compiled for what was saved."""
-    stats = p.compute_dtype
-    expected = (*p.dtypes, stats, stats)
-    for name, t, dtype in zip(SAVED, (x, weight, bias, z, mean, rstd), expected, strict=True):
-        if t is not None and (t.dtype != dtype or t.device != p.device):
-            raise RuntimeError(
-                f"{name} was saved for the backward as {dtype} on {p.device}, and a hook of saved "
-                f"tensors brought it back as {t.dtype} on {t.device}; have it bring back the same"
-            )
+def _check_saved(p: Problem, *saved: Tensor | None) -> None:
+    """Hooks of saved tensors may bring back anything; a kernel is compiled for what was saved.
+
+    Other strides are fine where rows stay rows: offloading brings back a slice dense.
+    """
+    device = p.device
+    for name, t, (shape, dtype) in zip(SAVED, saved, p.saved, strict=True):
+        if t is None:
+            continue
+        if t.dtype != dtype or t.device != device or t.shape != shape:
+            got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
+        elif t.is_contiguous() or (name in ("x", "z") and t.stride(-1) == 1):
+            continue
+        else:
+            got = f"one with strides {t.stride()}"
+        raise RuntimeError(
+            f"{name} was saved for the backward as {dtype} {tuple(shape)} on {device}, and a hook "
+            f"of saved tensors brought it back as {got}; have it bring back the same"
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -168,11 +177,16 @@ class LayerNormFn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            _refuse_second_derivative(ctx)
         x, weight, bias, z, mean, rstd = ctx.saved_tensors
-        # Batched gradients (is_grads_batched) have no memory of their own either.
-        if ctx.problem is None or traced(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
+        # Batched gradients (is_grads_batched, vmap) have no memory of their own either. Where the
+        # gradients get a graph too (create_graph), the operator refuses a second derivative later.
+        if (
+            ctx.problem is None
+            or torch.is_grad_enabled()
+            or traced(dy, x, weight, bias, z)
+            or torch._C._functorch.is_legacy_batchedtensor(dy)
+            or torch._C._functorch.is_functorch_wrapped_tensor(dy)
+        ):
             grads = _backward_op(dy, x, weight, bias, z, mean, rstd, ctx.options)
         else:
             _check_saved(ctx.problem, x, weight, bias, z, mean, rstd)
@@ -214,8 +228,10 @@ def _forward_out_impl(x, weight, bias, z, out, *options):
 
 def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
     p = describe(x, weight, bias, z, None, *options)
+    mean = None if p.is_rms_norm else mean
     dy = _addressable(p, dy, x, z)
-    grads = run_backward(p, dy, x, weight, bias, z, mean if mean.numel() else None, rstd)
+    check_backward(p, dy, x, weight, bias, z, mean, rstd, None, None)
+    grads = run_backward(p, dy, x, weight, bias, z, mean, rstd)
     return _none_to_empty(x, *grads)
 
 
@@ -223,25 +239,37 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, *rest):
-    out_dtype = rest[-1] or x.dtype
+def _check_shapes(x, weight, bias, z, out, group_size) -> None:
+    """The rules of `describe` for sizes that may be symbols."""
     torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
     width = x.shape[-1]
-    if z is not None:
-        torch._check(z.dim() == x.dim(), lambda: f"z must have {x.dim()} dimensions, as x has")
-        for mine, theirs in zip(z.shape, x.shape, strict=True):
-            torch._check(mine == theirs, lambda: f"z must have the shape of x, {tuple(x.shape)}")
+    for name, t in (("z", z), ("out", out)):
+        if t is None:
+            continue
+        rule = f"{name} must have the shape of x, {tuple(x.shape)}"
+        torch._check(t.dim() == x.dim(), lambda rule=rule: rule)
+        for mine, theirs in zip(t.shape, x.shape, strict=True):
+            torch._check(mine == theirs, lambda rule=rule: rule)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
             torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
     torch._check(width % (group_size or 1) == 0, lambda: f"group_size must divide {width}")
+
+
+def _forward_fake(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, *rest):
+    _check_shapes(x, weight, bias, z, None, group_size)
+    out_dtype, width = rest[-1] or x.dtype, x.shape[-1]
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
     rstd = x.new_empty((rows, width // (group_size or width)), dtype=_stats_dtype(x))
     mean = x.new_empty(0) if is_rms_norm else torch.empty_like(rstd)
     return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+
+
+def _forward_out_fake(x, weight, bias, z, out, eps, group_size, *rest):
+    _check_shapes(x, weight, bias, z, out, group_size)
 
 
 def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):
@@ -272,8 +300,8 @@ def _backward_of_forward(ctx, dy, _dmean, _drstd):
 
 def _refuse_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "the gated norm has no second derivative (its backward was asked for a graph of its own, "
-        "create_graph=True); use gatednorm.rms_norm_ref, which PyTorch differentiates at will"
+        "the gated norm has no second derivative, which was asked for by way of create_graph=True; "
+        "use gatednorm.gated_norm_ref, which PyTorch differentiates at will"
     )
 
 
@@ -283,7 +311,7 @@ for _name, _impl in (
     for _device in DEVICES:
         _library.impl(_name, _impl, _device.upper())
 torch.library.register_fake("gatednorm::forward", _forward_fake, lib=_library)
-torch.library.register_fake("gatednorm::forward_out", lambda *args: None, lib=_library)
+torch.library.register_fake("gatednorm::forward_out", _forward_out_fake, lib=_library)
 torch.library.register_fake("gatednorm::backward", _backward_fake, lib=_library)
 torch.library.register_autograd(
     "gatednorm::forward", _backward_of_forward, setup_context=_setup_context, lib=_library

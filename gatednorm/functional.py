@@ -24,14 +24,14 @@ def _refuse_transforms(name: str, *tensors: Tensor | None) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name} does not run under torch.func transforms (vmap, grad, jvp, ...); use "
-            "gatednorm.rms_norm_ref there, or torch.autograd"
+            "gatednorm.gated_norm_ref there, or torch.autograd"
         )
     if forward_ad._current_level >= 0:
         for t in tensors:
             if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(
                     f"{name} has no forward-mode derivative, and an input has a tangent; use "
-                    "gatednorm.rms_norm_ref there, or torch.autograd"
+                    "gatednorm.gated_norm_ref there, or torch.autograd"
                 )
 
 
@@ -60,7 +60,7 @@ def layernorm_fn(
     numerics: str = "fp32",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gated norm with a backward: `norm(x) * w + b`, times or of `act(z)`.
+    """Gated norm with a backward: the gate `act(z)` multiplies the normalised result, or the input.
 
     Args:
         x: `[..., D]`, fp32, bf16, fp16, or (on the CPU) fp64. Any view whose last dimension has
@@ -74,8 +74,9 @@ def layernorm_fn(
         activation: `silu` (alias `swish`) or `sigmoid`.
         zero_centered: multiply by `1 + weight`.
         numerics: where values are rounded to the input's dtype. `fp32`: at the store only.
-            `mamba2`: also after the norm (transformers' Mamba2, Bamba, Zamba2, Nemotron-H).
+            `mamba2`: also after the norm (Mamba2, Bamba, Zamba2, Nemotron-H, Granite 4).
             `qwen3_next`: after the norm and after the weight (Qwen3-Next, Qwen3.5, OLMo-hybrid).
+            docs/numerics.md has every family with its options.
         out_dtype: dtype of the result, by default that of `x`, under autocast too.
 
     Returns:
@@ -88,7 +89,8 @@ def layernorm_fn(
 
     Raises:
         ValueError, TypeError: input that breaks a rule; names value, rule and remedy.
-        RuntimeError: under torch.func transforms, or when differentiated twice.
+        RuntimeError: under torch.func transforms; when differentiated twice; on a GPU without
+            triton; when a hook of saved tensors brings back something else.
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
@@ -97,7 +99,7 @@ def layernorm_fn(
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # torch.jit.trace
         return torch.ops.gatednorm.forward(x, weight, bias, z, *options)[0]
     apply = LayerNormFn.apply if _outlived(x, weight, bias, z) else _apply
     return apply(x, weight, bias, z, *options)

@@ -47,7 +47,10 @@ class LayerNorm(nn.Module):
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
         check_group_size(group_size, hidden_size, "hidden_size", "hidden_size")
-        check_options(eps, activation, numerics)
+        check_options(
+            eps, activation, numerics, norm_before_gate=norm_before_gate,
+            zero_centered=zero_centered,
+        )  # fmt: skip
         self.hidden_size = hidden_size
         self.eps = eps
         self.group_size = group_size

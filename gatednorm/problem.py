@@ -45,7 +45,9 @@ class Problem:
     out_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: torch.device
-    dtypes: tuple[torch.dtype | None, ...]  # of x, weight, bias, z
+    saved: tuple[
+        tuple, ...
+    ]  # shape, dtype of what a backward keeps: x, weight, bias, z, mean, rstd
     plans: dict = field(default_factory=dict, repr=False)
 
 
@@ -61,8 +63,11 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def check_options(eps: float, activation: str, numerics: str) -> None:
-    """The rules that need no tensor; ValueError names value, rule and remedy."""
+def check_options(eps: float, activation: str, numerics: str, **flags: bool) -> None:
+    """The rules that need no tensor; ValueError, TypeError name value, rule and remedy."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
     number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not number or not math.isfinite(eps) or eps < 0:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}; 1e-6 is usual")
@@ -110,7 +115,9 @@ def check_group_size(group_size: int | None, width: int, what: str, name: str) -
     if group_size is None:
         return width
     if not isinstance(group_size, int) or isinstance(group_size, bool):
-        raise TypeError(f"group_size must be an int or None, got {group_size!r}")
+        raise TypeError(
+            f"group_size must be an int or None, got {group_size!r}; use None for one group"
+        )
     if group_size < 1 or width % group_size:
         raise ValueError(
             f"group_size must divide {what}, got group_size={group_size} and {name}={width}; "
@@ -171,23 +178,28 @@ def _describe(
     if x[3].type not in DEVICES:
         raise ValueError(
             f"x must be on one of {', '.join(DEVICES)} (torch calls AMD GPUs cuda), got {x[3]}; "
-            "move the tensors with .cpu(), or use gatednorm.rms_norm_ref"
+            "move the tensors with .cpu(), or use gatednorm.gated_norm_ref"
         )
     width = shape[-1]
     for name, meta in (("z", z), ("out", out)):
         _check_tensor(name, meta, x)
         if meta is not None and meta[0] != shape:
             raise ValueError(
-                f"{name} must have the shape of x, got {tuple(meta[0])} and {tuple(shape)}"
+                f"{name} must have the shape of x, got {tuple(meta[0])} and {tuple(shape)}; "
+                f"pass one of that shape, or {name}=None"
             )
     for name, meta in (("weight", weight), ("bias", bias)):
         _check_tensor(name, meta, x)
         if meta is not None and meta[0] != (width,):
             raise ValueError(
-                f"{name} must have one entry per channel, got shape {tuple(meta[0])} and D={width}"
+                f"{name} must have one entry per channel, got shape {tuple(meta[0])} and "
+                f"D={width}; pass one of shape ({width},), or {name}=None"
             )
     group_size = check_group_size(group_size, width, "the last dimension of x", "D")
-    check_options(eps, activation, numerics)
+    check_options(
+        eps, activation, numerics, norm_before_gate=norm_before_gate, is_rms_norm=is_rms_norm,
+        zero_centered=zero_centered,
+    )  # fmt: skip
     round_norm, round_weight = ROUNDING[numerics]
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(
@@ -201,23 +213,27 @@ def _describe(
         _check_no_overlap_within("out", *out[:2])
         out_dtype = out[2]
     rows_of(shape, *(meta[1] for meta in (x, z, out) if meta is not None))
+    n_rows = math.prod(shape[:-1])
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = ((None, None) if m is None else (m[0], m[2]) for m in (x, weight, bias, z))
+    stats = (torch.Size((n_rows, width // group_size)), compute_dtype)
     return Problem(
         shape=shape,
-        n_rows=math.prod(shape[:-1]),
+        n_rows=n_rows,
         width=width,
         group_size=group_size,
         n_groups=width // group_size,
         eps=float(eps),
-        is_rms_norm=bool(is_rms_norm),
-        norm_before_gate=bool(norm_before_gate),
+        is_rms_norm=is_rms_norm,
+        norm_before_gate=norm_before_gate,
         activation="silu" if activation == "swish" else activation,
-        zero_centered=bool(zero_centered),
+        zero_centered=zero_centered,
         round_norm=round_norm,
         round_weight=round_weight,
         out_dtype=out_dtype or dtype,
-        compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        compute_dtype=compute_dtype,
         device=x[3],
-        dtypes=tuple(None if meta is None else meta[2] for meta in (x, weight, bias, z)),
+        saved=(*inputs, stats, stats),
     )
 
 
@@ -335,18 +351,21 @@ def _meets(distance: int, dims: list[tuple[int, int]]) -> bool:
 
 def _overlap(a: Tensor, b: Tensor) -> Literal["none", "same", "partial"]:
     """Whether two tensors share elements: "same" for one view, "partial" also where it takes too
-    long to tell."""
+    long to tell. A dimension of size 1 may have any stride."""
     if a.numel() == 0 or a.device != b.device or a.device.type == "meta":
         return "none"
     (start, end), (b_start, b_end) = _span(a), _span(b)
     if end <= b_start or b_end <= start:
         return "none"
     size, distance = b.element_size(), b_start - start
-    same = a.shape == b.shape and a.stride() == b.stride() and a.element_size() == size
+    steps, theirs = (
+        [(s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in (b, a)
+    )
+    same = a.shape == b.shape and steps == theirs and a.element_size() == size
     if not same or distance % size:
         return "partial"
     # An expanded output is refused for that; here its stride of 0 brings nothing together.
-    dims = [(s, n) for n, s in zip(b.shape, b.stride(), strict=True) if n > 1 and s]
+    dims = [(s, n) for s, n in steps if s]
     if distance and not _meets(distance // size, sorted(dims, reverse=True)):
         return "none"
     return "partial" if distance else "same"

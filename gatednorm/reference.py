@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .problem import check_group_size, check_options
+
 # Where a family of models rounds to the input's dtype besides the store:
 # (after the norm, after the weight). See `numerics` in functional.py.
 ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
@@ -44,7 +46,15 @@ def gated_norm_ref(
 
     Returns:
         `[..., D]` in `out_dtype`, by default the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: an option that breaks a rule; names value, rule and remedy.
     """
+    check_options(
+        eps, activation, numerics, norm_before_gate=norm_before_gate, is_rms_norm=is_rms_norm,
+        zero_centered=zero_centered,
+    )  # fmt: skip
+    channels = check_group_size(group_size, x.shape[-1], "the last dimension of x", "D")
     dtype, out_dtype = x.dtype, out_dtype or x.dtype
     compute = torch.promote_types(dtype, torch.float32) if upcast else dtype
     round_norm, round_weight = ROUNDING[numerics]
@@ -55,9 +65,7 @@ def gated_norm_ref(
     h = x.to(compute)
     if gate is not None and not norm_before_gate:
         h = h * gate
-    h = rearrange(
-        h, "... (groups channels) -> ... groups channels", channels=group_size or x.shape[-1]
-    )
+    h = rearrange(h, "... (groups channels) -> ... groups channels", channels=channels)
     if not is_rms_norm:
         h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)

@@ -81,7 +81,7 @@ def test_function_transforms_are_refused(small, function, transform):
         "jvp": lambda: torch.func.jvp(norm, (i.x,), (i.x,)),
         "jacrev": lambda: torch.func.jacrev(norm)(i.x),
     }
-    with pytest.raises(RuntimeError, match=r"torch\.func.*rms_norm_ref") as caught:
+    with pytest.raises(RuntimeError, match=r"torch\.func.*gated_norm_ref") as caught:
         calls[transform]()
     assert "\n" not in str(caught.value)
 
@@ -96,17 +96,24 @@ def test_forward_mode_is_refused(small, function):
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         function(i.x)
         x = torch.autograd.forward_ad.make_dual(i.x, i.x)
-        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*rms_norm_ref"):
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*gated_norm_ref"):
             function(x)
 
 
-def test_batched_gradients(small):
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("by", ["is_grads_batched", "vmap"])
+def test_batched_gradients(small, by):
     """What a vectorised Jacobian asks for, row by row the gradients of a loop."""
     case, i = small()
     given = [t.requires_grad_() for t in (i.x, i.weight, i.z)]
     y = gatednorm.rmsnorm_fn(i.x, i.weight, None, i.z, **case.options)
     dys = torch.stack([i.dy, -2 * i.dy, i.dy.flip(0)])
-    batched = torch.autograd.grad(y, given, dys, is_grads_batched=True, retain_graph=True)
+    if by == "vmap":
+        batched = torch.func.vmap(lambda dy: torch.autograd.grad(y, given, dy, retain_graph=True))(
+            dys
+        )
+    else:
+        batched = torch.autograd.grad(y, given, dys, is_grads_batched=True, retain_graph=True)
     for n, dy in enumerate(dys):
         single = torch.autograd.grad(y, given, dy, retain_graph=True)
         for got, want in zip(batched, single, strict=True):
@@ -120,9 +127,46 @@ def test_saved_tensors_that_come_back_as_others(small, change):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
         y = gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options)
     with pytest.raises(
-        RuntimeError, match=r"^x was saved .* as torch.float32 on .* brought it back"
+        RuntimeError, match=r"^x was saved .* as torch.float32 \(6, 16\) on .* brought it back"
     ):
         y.sum().backward()
+
+
+BROUGHT_BACK = {
+    "transposed": ("x", r"strides \(1, 6\)", lambda t: t.mT.contiguous().mT),
+    "expanded": ("weight", r"strides \(0,\)", lambda t: t[:1].expand(16)),
+    "every_other": ("weight", r"strides \(2,\)", lambda t: t.repeat_interleave(2)[::2]),
+    "column": ("rstd", r"strides \(2, 1\)", lambda t: t.repeat(1, 2)[:, :1]),
+    "fewer_rows": ("x", r"\(3, 16\)", lambda t: t[:3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROUGHT_BACK)
+def test_saved_tensors_that_no_kernel_was_made_for(path, case):
+    """A kernel would read other elements, or beyond the tensor's end, and say nothing."""
+    name, got, change = BROUGHT_BACK[case]
+    shape = {"x": (6, 16), "weight": (16,), "rstd": (6, 1)}[name]
+    i = inputs_of(Case((6,)), path.device)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: change(t) if t.shape == shape else t
+    ):
+        y = gatednorm.rmsnorm_fn(i.x.requires_grad_(), i.weight, None, i.z)
+    with pytest.raises(RuntimeError, match=f"^{name} was saved .* brought it back as .*{got}") as e:
+        y.sum().backward()
+    assert "\n" not in str(e.value)
+
+
+def test_a_graph_of_the_gradients_that_passes_by_the_norm(small):
+    """create_graph=True alone is no second derivative: of a head's, say."""
+    case, i = small()
+    x = i.x.requires_grad_()
+    head = torch.full((16,), 2.0, requires_grad=True)
+    y = gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options)
+    plain = torch.autograd.grad(((y * head) ** 2).sum(), [x, head], retain_graph=True)
+    dx, dhead = torch.autograd.grad(((y * head) ** 2).sum(), [x, head], create_graph=True)
+    assert same_bits(dx, plain[0])
+    (second,) = torch.autograd.grad(dhead.sum(), head)
+    torch.testing.assert_close(second, 2 * (y * y).sum(0).detach())
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "operator"])
@@ -139,7 +183,7 @@ def test_second_derivative_is_refused(small, compiled):
         (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.sum(), x)
 
-    with pytest.raises(RuntimeError, match=r"second derivative.*rms_norm_ref") as caught:
+    with pytest.raises(RuntimeError, match=r"second derivative.*gated_norm_ref") as caught:
         twice()
     assert "\n" not in str(caught.value)
 

@@ -75,6 +75,9 @@ BAD = {
     "activation_none": (ValueError, r"activation must be one of.*None", {"activation": None}),
     "numerics": (ValueError, r"numerics must be one of fp32, mamba2, qwen3_next, got 'bf16'", {"numerics": "bf16"}),
     "out_dtype": (TypeError, r"out_dtype must be float32.*torch\.int8", {"out_dtype": torch.int8}),
+    "flag_text": (TypeError, r"norm_before_gate must be True or False, got 'no'", {"norm_before_gate": "no"}),
+    "flag_none": (TypeError, r"norm_before_gate must be True or False, got None", {"norm_before_gate": None}),
+    "flag_tensor": (TypeError, r"zero_centered must be True or False, got tensor\(True\)", {"zero_centered": torch.tensor(True)}),
 }  # fmt: skip
 
 
@@ -140,6 +143,26 @@ def test_a_parameter_is_no_out(launched, path, name):
     with pytest.raises(ValueError, match=f"out must not be {name}, .* None for a new tensor"):
         gatednorm.rms_norm_gated(x, **{name: parameter}, out=parameter)
     assert launched == []
+
+
+def test_one_sequence_of_time_first_memory(path):
+    """A dimension of size 1 has a stride that means nothing: batches of one when decoding."""
+    memory = torch.randn(5, 32, device=path.device)
+    x = memory.view(1, 5, 32)[..., :16]
+    want = gatednorm.rms_norm_gated(x)
+    time_first = memory.view(5, 1, 32).transpose(0, 1)
+    assert time_first.stride() != memory.view(1, 5, 32).stride()
+    for out in (time_first[..., 16:], time_first[..., :16]):
+        assert same_bits(gatednorm.rms_norm_gated(x, out=out), want)
+
+
+@pytest.mark.parametrize(
+    "case", ["activation", "numerics", "group_size_zero", "eps_nan", "flag_text"]
+)
+def test_bad_options_of_the_reference(case):
+    error, pattern, changed = BAD[case]
+    with pytest.raises(error, match=pattern):
+        gatednorm.rms_norm_ref(torch.ones(4, 8), None, None, torch.ones(4, 8), **changed)
 
 
 def test_an_expanded_out_beside_an_expanded_input(launched, path):

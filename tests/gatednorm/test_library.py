@@ -1,5 +1,7 @@
 """The registered operators and all that traces: opcheck, compile, export, subclasses."""
 
+import io
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -103,8 +105,10 @@ def test_export(path, norm_path):
         assert same_bits(program.module()(other.x, other.z), norm(other.x, other.z))
 
 
+@pytest.mark.parametrize("norm_path", gatednorm.NORM_PATHS)
 @pytest.mark.parametrize("bad", ["z", "weight", "group_size"])
-def test_export_refuses_what_the_call_would(small, bad):
+def test_export_refuses_what_the_call_would(small, bad, norm_path):
+    function = gatednorm.rmsnorm_fn if norm_path == "training" else gatednorm.rms_norm_gated
     _case, i = small()
     z = torch.ones(6, 8, device=i.x.device) if bad == "z" else i.z
     weight = torch.ones(5, device=i.x.device) if bad == "weight" else i.weight
@@ -112,7 +116,7 @@ def test_export_refuses_what_the_call_would(small, bad):
 
     class Norm(torch.nn.Module):
         def forward(self, x):
-            return gatednorm.rmsnorm_fn(x, weight, None, z, group_size=groups)
+            return function(x, weight, None, z, group_size=groups)
 
     with pytest.raises(Exception, match=rf"{bad} must"):
         torch.export.export(Norm(), (i.x,))
@@ -154,8 +158,10 @@ def test_a_trace_of_torchscript(small):
 
     _case, i = small()
     module = Both().to(i.x.device).requires_grad_(False)
-    traced = torch.jit.trace(module, (i.x, i.z))
-    assert same_bits(traced(i.x + 1, i.z), module(i.x + 1, i.z))
+    saved = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, (i.x, i.z)), saved)
+    saved.seek(0)
+    assert same_bits(torch.jit.load(saved)(i.x + 1, i.z), module(i.x + 1, i.z))
 
 
 def test_fake_and_meta_tensors():
@@ -164,6 +170,8 @@ def test_fake_and_meta_tensors():
         y = gatednorm.layernorm_fn(x, z=x, is_rms_norm=is_rms_norm, out_dtype=torch.float32)
         assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.float32, "meta")
         assert gatednorm.rms_norm_gated(x, z=x).shape == x.shape
+        with pytest.raises(RuntimeError, match="out must have the shape of x"):
+            gatednorm.rms_norm_gated(x, out=torch.empty(3, device="meta"))
         with FakeTensorMode():
             x = torch.empty(3, 5, 16, requires_grad=True)
             gatednorm.layernorm_fn(x, z=x, is_rms_norm=is_rms_norm).sum().backward()

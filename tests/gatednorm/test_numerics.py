@@ -4,7 +4,9 @@ and the rounding points of each model family, bit for bit."""
 import importlib
 import importlib.util
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +278,21 @@ def test_reference_equals_the_family(family, w_dtype):
         numerics=other, activation=activation, out_dtype=theirs.dtype,
     )  # fmt: skip
     assert not same_bits(differs, theirs)  # or this test could not tell them apart
+
+
+def test_the_table_of_families():
+    """docs/numerics.md names the options that the test above uses."""
+    document = (Path(__file__).parents[2] / "docs/numerics.md").read_text()
+    rows = re.findall(
+        r"^\| (\w.+) \| `(\w+)` \| `(\w+)` \| (`True`|`False`|its .+) \| .+ \|$", document, re.M
+    )
+    documented = {
+        family.split(" (")[0]: (numerics, activation, "True" in after or "its" in after)
+        for names, numerics, activation, after in rows
+        for family in names.split(", ")
+    }
+    tested = {name.split(".")[1]: options[:3] for name, options in FAMILIES.items()}
+    assert documented == tested
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
