@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from configs.manual import CONFIG_DIR, manual
 from configs.schema import (
+    HELP_LISTS_THEM,
     MODELS,
     ConfigError,
     all_keys,
@@ -207,7 +208,7 @@ def _nearest_key(key: str, keys: list[str], groups: dict[str, list[str]]) -> str
     section, _, name = key.rpartition(".")
     names = [k.removeprefix(f"{section}.") for k in keys if section and k.startswith(f"{section}.")]
     if not names:
-        return nearest(key, [*keys, *groups])
+        return nearest(key, [*keys, *groups]) or HELP_LISTS_THEM
     return nearest(name, names, f"{section}.") or f"; {section} has {', '.join(names)}"
 
 

@@ -321,6 +321,9 @@ def _stop_strings(text: str) -> list[str]:
     return value
 
 
+HELP_LISTS_THEM = "; --help lists them all"
+
+
 def nearest(word: str, choices: Any, prefix: str = "") -> str:
     """'; did you mean ...?' for the choice that is spelt most like `word`, said with `prefix`, or
     nothing."""
@@ -349,7 +352,8 @@ def _typed(schema: Any, composed: DictConfig, verbatim: Mapping[str, Any] | None
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = error.full_key or str(error.key)
-        raise ConfigError(f"there is no key {key!r}{nearest(key, all_keys(schema))}") from error
+        hint = nearest(key, all_keys(schema)) or HELP_LISTS_THEM
+        raise ConfigError(f"there is no key {key!r}{hint}") from error
     except MissingMandatoryValue as error:
         key = _dotted(schema, error.full_key)
         raise ConfigError(f"{key} must have a value, got none; give one") from error

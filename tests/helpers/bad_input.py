@@ -108,9 +108,10 @@ def answer(case: Bad) -> Answer:
 HEAD = """# Bad input
 
 What `train.py` and `infer.py` answer when something is wrong: one line on standard error that says
-what was given, what must hold and what to do; exit code 2; nothing is left behind. Nothing of a
-checkpoint is ever run as code. This page is written by `python tests/helpers/bad_input.py` from
-what the commands say, and `tests/test_bad_input.py` fails where it is out of date.
+what was given, what must hold and, where that leaves it open, what to do; exit code 2; nothing is
+left behind. Nothing of a checkpoint is ever run as code. This page is written by
+`python tests/helpers/bad_input.py` from what the commands say, and `tests/test_bad_input.py` fails
+where it is out of date.
 """
 
 
