@@ -6,6 +6,7 @@ answered with one line on standard error and exit code 2, before any work.
 """
 
 import errno
+import functools
 import os
 import signal
 import sys
@@ -240,8 +241,6 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
 def _check_groups(name: str, overrides: list[str]) -> None:
     """Raises ConfigError for a group that is set to anything but one of its files, which Hydra
     takes for values or for several files."""
-    with _hydra():
-        groups = _groups(name)
     for argument in overrides:
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -249,7 +248,10 @@ def _check_groups(name: str, overrides: list[str]) -> None:
             continue
         key, value = override.key_or_group, override.value()
         # Experiments are for changes that can be combined.
-        if key in groups and isinstance(value, dict | list) and key != "experiment":
+        if not isinstance(value, dict | list) or key == "experiment":
+            continue
+        groups = _groups(name)
+        if key in groups:
             raise ConfigError(
                 f"{key} must be one of {', '.join(groups[key])}, got "
                 f"{argument.partition('=')[2]!r}; use one of them, and set values by their keys, "
@@ -330,12 +332,14 @@ def _own(results: list[tuple[list[str], Any]]) -> list[tuple[str, Any]]:
     ]
 
 
+@functools.cache
 def _groups(name: str) -> dict[str, list[str]]:
     """The options of each config group that `name`.py has."""
-    loader = GlobalHydra.instance().config_loader()
-    chosen = hydra.compose(name, return_hydra_config=True).hydra.runtime.choices
-    groups = sorted(group for group in chosen if group.partition("/")[0] != "hydra")
-    return {group: loader.get_group_options(group) for group in groups}
+    with _hydra():
+        loader = GlobalHydra.instance().config_loader()
+        chosen = hydra.compose(name, return_hydra_config=True).hydra.runtime.choices
+        groups = sorted(group for group in chosen if group.partition("/")[0] != "hydra")
+        return {group: loader.get_group_options(group) for group in groups}
 
 
 def _take_verbatim(texts: tuple[str, ...], names: tuple[str, ...]) -> dict[str, str | None]:

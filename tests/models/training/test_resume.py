@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +27,24 @@ from small_runs import TWELVE_STEPS, checkpoint_step, train_until
 SMALL = [*TWELVE_STEPS, "model=mamba2", "trainer.checkpoint_every=4"]
 
 
-def stopped_run(step: int, monkeypatch, runs_dir: Path) -> Path:
-    return train_until(step, compose("train", [*SMALL, f"runs_dir={runs_dir}"]), monkeypatch)
+@pytest.fixture(scope="module")
+def stopped_runs() -> dict[int, Path]:
+    """By the step that they were stopped in, for as long as this file's tests run."""
+    return {}
+
+
+@pytest.fixture
+def stopped_run(stopped_runs, tmp_path_factory, tmp_path, monkeypatch) -> Callable[[int], Path]:
+    """Puts a run that was stopped in some step into `tmp_path`."""
+
+    def put(step: int) -> Path:
+        if step not in stopped_runs:
+            runs_dir = tmp_path_factory.mktemp("stopped")
+            config = compose("train", [*SMALL, f"runs_dir={runs_dir}"])
+            stopped_runs[step] = train_until(step, config, monkeypatch)
+        return shutil.copytree(stopped_runs[step], tmp_path / stopped_runs[step].name)
+
+    return put
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +61,8 @@ def undisturbed(tmp_path_factory):
         pytest.param(11, "auto", marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, monkeypatch):
-    run = stopped_run(step, monkeypatch, tmp_path)
+def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, stopped_run):
+    run = stopped_run(step)
     assert checkpoint_step(run) == step // 4 * 4
     resume = "auto" if resume == "auto" else str(run)
     config = compose("train", [*SMALL, f"runs_dir={tmp_path}"])
@@ -68,18 +85,18 @@ def metrics(run: Path) -> list[str]:
     return [line for line in lines[1:] if line.split(",")[3]]
 
 
-def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, monkeypatch):
+def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, stopped_run):
     config = compose("train", [*SMALL, f"runs_dir={undisturbed.run.parent}", "resume=auto"])
     assert find_stopped(config) is None
-    run = stopped_run(5, monkeypatch, tmp_path)
+    run = stopped_run(5)
     config = compose("train", [*SMALL, f"runs_dir={tmp_path}", "resume=auto"])
     assert find_stopped(config).run == run
     other = compose("train", ["model=fla", f"runs_dir={tmp_path}", "resume=auto"])
     assert find_stopped(other) is None
 
 
-def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
-    run = stopped_run(5, monkeypatch, tmp_path)
+def test_a_resumed_run_has_its_own_config(tmp_path, stopped_run):
+    run = stopped_run(5)
     config = compose("train", ["model=mamba2", f"runs_dir={tmp_path}", "resume=auto"])
     assert find_stopped(config).config.optim.steps == 12
     config.optim.learning_rate = 1e-4
@@ -91,9 +108,9 @@ def test_a_resumed_run_has_its_own_config(tmp_path, monkeypatch):
 
 
 def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, stopped_run
 ):
-    run = stopped_run(5, monkeypatch, tmp_path)
+    run = stopped_run(5)
     before = sorted(tmp_path.rglob("*"))
     for typed, says in (
         ("model=fla", "model.name must be as in the run that is resumed, 'mamba2', got 'fla'"),
@@ -112,8 +129,8 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
-    run = stopped_run(5, monkeypatch, tmp_path)
+def test_a_run_goes_on_with_other_devices(stopped_run):
+    run = stopped_run(5)
     other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
     config = compose("train", ["model=mamba2", *other, "trainer.activation_checkpointing=true"])
     config.resume = str(run)
@@ -123,8 +140,8 @@ def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
     assert trainer.activation_checkpointing
 
 
-def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path, monkeypatch):
-    run = stopped_run(5, monkeypatch, tmp_path)
+def test_a_flipped_bit_anywhere_is_found_or_harmless(stopped_run):
+    run = stopped_run(5)
     file = run / "last.ckpt"
     whole = file.read_bytes()
     expected = torch.load(file, weights_only=True)["state_dict"]
@@ -231,8 +248,10 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("how", UNREADABLE)
-def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(how, tmp_path, monkeypatch):
-    run = stopped_run(5, monkeypatch, tmp_path)
+def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(
+    how, tmp_path, monkeypatch, stopped_run
+):
+    run = stopped_run(5)
     change, says = UNREADABLE[how]
     change(run)
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -246,8 +265,8 @@ def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(how, tmp_p
     assert list(tmp_path.iterdir()) == [run]
 
 
-def test_a_run_in_a_folder_that_is_read_only_is_one_error(tmp_path, monkeypatch):
-    run = stopped_run(2, monkeypatch, tmp_path)
+def test_a_run_in_a_folder_that_is_read_only_is_one_error(monkeypatch, stopped_run):
+    run = stopped_run(5)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     config = compose("train", ["model=mamba2"])
     config.resume = str(run)
@@ -271,8 +290,8 @@ def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     train.train(config)
 
 
-def test_the_beginning_of_a_row_that_a_kill_left_is_no_row(tmp_path, monkeypatch):
-    run = stopped_run(5, monkeypatch, tmp_path)
+def test_the_beginning_of_a_row_that_a_kill_left_is_no_row(stopped_run):
+    run = stopped_run(5)
     with (run / "metrics.csv").open("a", newline="") as file:
         file.write("0,2")  # of 0,25,...
     assert [step for step, _ in read_metrics(run, 4)] == [0, 0, 1, 2, 3]
