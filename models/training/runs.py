@@ -141,7 +141,9 @@ def build_trainer(
                 throughput,
                 RandomState(),
                 FiniteLoss(config.trainer.checkpoint_every),
-                ProgressBar(refresh_rate=10 if gpu else 1),
+                # Batches between two pictures, and pictures a second at most: Lightning takes one
+                # number for both, and waits for the length of one where a bar ends.
+                ProgressBar(refresh_rate=10 if gpu else 4),
             ],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Files, tables and sets of the hub: which become documents, and which of them are held out."""
 
+import os
 import zlib
 from dataclasses import asdict
 from itertools import product
@@ -90,6 +91,22 @@ def test_a_folder_is_searched_without_what_is_hidden(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     assert find_files(of_files(folder))[1] == ["B.MD", "a.txt", "sub/f.py"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "skipped"),
+    [(["data=stdlib"], "site-packages"), (["data=text"], ".venv")],
+    ids=["installed", "hidden"],
+)
+def test_what_is_skipped_is_not_searched(tmp_path, monkeypatch, overrides, skipped):
+    """A hundred times as many files may be installed beside the standard library."""
+    (tmp_path / skipped / "package").mkdir(parents=True)
+    (tmp_path / "a.py").touch()
+    scanned = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (scanned.append(str(path)), scandir(path))[1])
+    assert find_files(compose("train", [*overrides, f"data.path={tmp_path}"]).data)[1] == ["a.py"]
+    assert scanned == [str(tmp_path)]
 
 
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
