@@ -45,9 +45,7 @@ class Problem:
     out_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: torch.device
-    saved: tuple[
-        tuple, ...
-    ]  # shape, dtype of what a backward keeps: x, weight, bias, z, mean, rstd
+    saved: tuple[tuple, ...]  # shape and dtype of x, weight, bias, z, mean, rstd
     plans: dict = field(default_factory=dict, repr=False)
 
 

@@ -324,9 +324,12 @@ def test_width_one(path, is_rms_norm, norm_before_gate):
     for groups in (1, 5):
         check(Case((9,), 1, groups, is_rms_norm, norm_before_gate, bias=True), path.device)
     x = x_of(9, 7).to(path.device)[:, 3:4].as_strided((9, 1), (7, 5))
+    x = x.requires_grad_()
     got = gatednorm.layernorm_fn(x, is_rms_norm=is_rms_norm)
     want = gatednorm.gated_norm_ref(x, is_rms_norm=is_rms_norm)
     torch.testing.assert_close(got, want)
+    slopes = (torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (got, want))
+    torch.testing.assert_close(*slopes)
 
 
 def test_alias_and_defaults(path):
