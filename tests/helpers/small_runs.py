@@ -24,6 +24,7 @@ TWELVE_STEPS = [  # on more rows
     *SIX_STEPS,
     *("optim.steps=12", "optim.batch_size=4", "optim.warmup_steps=3", "data.val_tokens=2000"),
 ]
+STOPPABLE = [*TWELVE_STEPS, "model=mamba2", "trainer.checkpoint_every=4"]
 
 
 class Stop(Exception):
