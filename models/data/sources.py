@@ -54,7 +54,7 @@ def find_files(config: DataConfig) -> tuple[Path, list[str]]:
         found = map(Path, glob.glob(str(folder), recursive=True))
         folder = Path(*takewhile(lambda part: not glob.has_magic(part), folder.parts))
     names = (path.relative_to(folder) for path in found if path.is_file())
-    files = sorted(name.as_posix() for name in names)
+    files = sorted(name.as_posix() for name in names if not skip.intersection(name.parts))
     if not files:
         why = "none there" if Path(config.path or folder).exists() else "no such path"
         raise ConfigError(
