@@ -19,6 +19,7 @@ from .row_kernels import (
     gated_input,
     load,
     load_parameters,
+    load_rows,
     mean_of,
     overlap_launches,
     read,
@@ -29,7 +30,9 @@ from .row_kernels import (
     sum_pieces,
     sum_pieces_twice,
     terms,
+    warp_dots,
     warp_sums,
+    widen,
 )
 
 
@@ -41,7 +44,7 @@ def _finish(u, z, rstd, w, b, y_ptr, y_off, live, first,
     """One piece from the centred value to the stored result."""
     _, h = affine(u * rstd[:, None], w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
     if GATE_LAST:
-        h = h * act_of(z.to(tl.float32), SIGMOID)
+        h = h * act_of(widen(z), SIGMOID)
     store(y_ptr, y_off, live, first, h, N, BLOCK, FULL)
 
 
@@ -71,25 +74,23 @@ def forward_kernel(
     HAS_B: tl.constexpr = b_ptr is not None
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
     overlap_launches(PDL)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
+    if LONG:
+        pid = pid.to(tl.int64)
     column_tile = pid % (GROUPS * CHUNKS)
     row = pid // (GROUPS * CHUNKS) * ROWS + tl.arange(0, ROWS)
-    live = row < n_rows
-    if not LONG:
-        row = row.to(tl.int32)
-        size1 = size1.to(tl.int32)
-        size2 = size2.to(tl.int32)
+    live = row < n_rows if ROWS > 1 else None
     group = column_tile // CHUNKS
-    first = (column_tile % CHUNKS).to(tl.int32) * BLOCK_A
+    first = column_tile % CHUNKS * BLOCK_A
     stat = row.to(tl.int64) * GROUPS + group
     x_ptr += group * N
     y_ptr += group * N
-    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
-    y_off = row_offset(row, size1, size2, y_s0, y_s1, y_s2, DIMS, ALIGN)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
+    y_off = row_offset(row, size1, size2, y_s0, y_s1, y_s2, DIMS, ALIGN, LONG)
     z_off = x_off
     if z_ptr is not None:
         z_ptr += group * N
-        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
     if w_ptr is not None:
         w_ptr += group * N
     if b_ptr is not None:
@@ -105,9 +106,9 @@ def forward_kernel(
         u_b, z_b = gated_input(x_ptr, x_off, z_ptr, z_off, live, BLOCK_A, N, BLOCK_B, FULL,
                                GATE_FIRST, SIGMOID)  # fmt: skip
     if STATS_GIVEN:
-        rstd = tl.load(rstd_ptr + stat, mask=live, other=0.0)
+        rstd = load_rows(rstd_ptr, stat, live)
         if not IS_RMS:
-            u_a -= tl.load(mean_ptr + stat, mask=live, other=0.0)[:, None]
+            u_a -= load_rows(mean_ptr, stat, live)[:, None]
     else:
         if not IS_RMS:
             sums_a = warp_sums(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
@@ -120,10 +121,10 @@ def forward_kernel(
                 u_b = centre(u_b, mean, BLOCK_A, N, BLOCK_B, FULL)
             if mean_ptr is not None:
                 tl.store(mean_ptr + stat, mean, mask=live)
-        sums_a = warp_sums(u_a * u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+        sums_a = warp_dots(u_a, u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
         sums_b = sums_a
         if BLOCK_B > 0:
-            sums_b = warp_sums(u_b * u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+            sums_b = warp_dots(u_b, u_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
         total = sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
         rstd = rsqrt(mean_of(total, N) + eps)
         if rstd_ptr is not None:
@@ -143,7 +144,7 @@ def forward_kernel(
 def _xhat(x_ptr, x_off, live, mean, rstd, first, N: tl.constexpr, BLOCK: tl.constexpr,
           FULL: tl.constexpr, IS_RMS: tl.constexpr):  # fmt: skip
     """One piece's `xhat` from memory once more, for a gate that comes last."""
-    u = load(x_ptr, x_off, live, first, N, BLOCK, FULL, "evict_first").to(tl.float32)
+    u = widen(load(x_ptr, x_off, live, first, N, BLOCK, FULL, "evict_first"))
     if not IS_RMS:
         u = centre(u, mean, first, N, BLOCK, FULL)
     return u * rstd[:, None]
@@ -154,10 +155,11 @@ def _tail(xhat, dxhat, act, dz, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off, li
           N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, IS_RMS: tl.constexpr,
           GATE_FIRST: tl.constexpr):  # fmt: skip
     """One piece after the row sums: `dx`, and `dz` of a gate that comes first."""
-    du = tl.fma(xhat, -c1[:, None], dxhat)
-    if not IS_RMS:
-        du -= c2[:, None]
-    du *= rstd[:, None]
+    if IS_RMS:
+        du = tl.fma(xhat, -c1[:, None], dxhat) * rstd[:, None]
+    else:
+        du = tl.fma(dxhat, rstd[:, None], -(c2 * rstd)[:, None])
+        du = tl.fma(xhat, -(c1 * rstd)[:, None], du)
     if GATE_FIRST:
         store(dz_ptr, dz_off, live, first, du * dz, N, BLOCK, FULL)
         du *= act
@@ -205,11 +207,16 @@ def backward_kernel(
     KEEP: tl.constexpr = "evict_last" if RELOAD else ""
     overlap_launches(PDL)
     zero = (n_workers >> 40) * 16  # 0, which only the caller knows; divisible by any alignment
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
+    if LONG or RELOAD:  # a wide row takes all registers, and with short counters some spill
+        pid = pid.to(tl.int64)
+    else:
+        n_rows = n_rows.to(tl.int32)
+        n_workers = n_workers.to(tl.int32)
     column_tile = pid % (GROUPS * CHUNKS)
     worker = pid // (GROUPS * CHUNKS)
     group = column_tile // CHUNKS
-    first = (column_tile % CHUNKS).to(tl.int32) * BLOCK_A
+    first = column_tile % CHUNKS * BLOCK_A
     dy_ptr += group * N
     x_ptr += group * N
     dx_ptr += group * N
@@ -218,13 +225,10 @@ def backward_kernel(
         dz_ptr += group * N
     if w_ptr is not None:
         w_ptr += group * N
-        dw_ptr += worker * D + group * N
+        dw_ptr += worker.to(tl.int64) * D + group * N
     if b_ptr is not None:
         b_ptr += group * N
-        db_ptr += worker * D + group * N
-    if not LONG:
-        size1 = size1.to(tl.int32)
-        size2 = size2.to(tl.int32)
+        db_ptr += worker.to(tl.int64) * D + group * N
 
     dw_a = tl.zeros([ROWS, BLOCK_A], tl.float32)
     db_a = dw_a
@@ -237,36 +241,36 @@ def backward_kernel(
             w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
     for tile in tl.range(worker, tl.cdiv(n_rows, ROWS), n_workers, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        live = row < n_rows
-        stat = row * GROUPS + group
-        if not LONG:
-            row = row.to(tl.int32)
-        dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
-        x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
-        dx_off = row_offset(row, size1, size2, dx_s0, dx_s1, dx_s2, DIMS, ALIGN)
+        live = row < n_rows if ROWS > 1 else None
+        stat = row.to(tl.int64) * GROUPS + group
+        dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN, LONG)
+        x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
+        dx_off = row_offset(row, size1, size2, dx_s0, dx_s1, dx_s2, DIMS, ALIGN, LONG)
         z_off = x_off
         dz_off = dx_off
         if z_ptr is not None:
-            z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
-            dz_off = row_offset(row, size1, size2, dz_s0, dz_s1, dz_s2, DIMS, ALIGN)
-        rstd = tl.load(rstd_ptr + stat, mask=live, other=0.0)
+            z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
+            dz_off = row_offset(row, size1, size2, dz_s0, dz_s1, dz_s2, DIMS, ALIGN, LONG)
+        rstd = load_rows(rstd_ptr, stat, live)
         mean = rstd
         if not IS_RMS:
-            mean = tl.load(mean_ptr + stat, mask=live, other=0.0)
+            mean = load_rows(mean_ptr, stat, live)
         if AHEAD:  # tiles of one row
             later = tl.minimum(tile + n_workers, n_rows - 1)
-            if not LONG:
-                later = later.to(tl.int32)
-            fetch(dy_ptr + row_offset(later, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN), N)
-            fetch(x_ptr + row_offset(later, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN), N)
+            fetch(
+                dy_ptr + row_offset(later, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN, LONG), N
+            )
+            fetch(x_ptr + row_offset(later, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG), N)
             if z_ptr is not None:
-                fetch(z_ptr + row_offset(later, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN), N)
+                fetch(
+                    z_ptr + row_offset(later, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG), N
+                )
 
         if not HOIST:
             w_a, b_a = load_parameters(w_ptr, b_ptr, first, ADD, N, BLOCK_A)
         dy_a, x_a, z_a = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first,
                               N, BLOCK_A, FULL_A, KEEP)  # fmt: skip
-        s_a = sigmoid(z_a.to(tl.float32))
+        s_a = sigmoid(widen(z_a))
         xhat_a, rounded, g, dxhat_a, act_a, dz_a = terms(
             dy_a, x_a, z_a, s_a, w_a, b_a, mean, rstd, first, HAS_Z, HAS_W, HAS_B, N, BLOCK_A,
             FULL_A, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
@@ -281,7 +285,7 @@ def backward_kernel(
                 w_b, b_b = load_parameters(w_ptr, b_ptr, BLOCK_A, ADD, N, BLOCK_B)
             dy_b, x_b, z_b = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, BLOCK_A,
                                   N, BLOCK_B, FULL, KEEP)  # fmt: skip
-            s_b = sigmoid(z_b.to(tl.float32))
+            s_b = sigmoid(widen(z_b))
             xhat_b, rounded, g, dxhat_b, act_b, dz_b = terms(
                 dy_b, x_b, z_b, s_b, w_b, b_b, mean, rstd, BLOCK_A, HAS_Z, HAS_W, HAS_B, N, BLOCK_B,
                 FULL, IS_RMS, GATE_FIRST, SIGMOID, ROUND_NORM, ROUND_WEIGHT)  # fmt: skip
@@ -293,14 +297,14 @@ def backward_kernel(
                 db_b += g
         c2 = rstd
         if SUMS_GIVEN:
-            c1 = tl.load(c1_ptr + stat, mask=live, other=0.0)
+            c1 = load_rows(c1_ptr, stat, live)
             if not IS_RMS:
-                c2 = tl.load(c2_ptr + stat, mask=live, other=0.0)
+                c2 = load_rows(c2_ptr, stat, live)
         else:
-            sums_a = warp_sums(dxhat_a * xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
+            sums_a = warp_dots(dxhat_a, xhat_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
             sums_b = sums_a
             if BLOCK_B > 0:
-                sums_b = warp_sums(dxhat_b * xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
+                sums_b = warp_dots(dxhat_b, xhat_b, ROWS, BLOCK_B, REPEATS_B, WARPS_B)
             if IS_RMS:
                 c1 = sum_pieces(sums_a, sums_b, ROWS, WARPS_A, WARPS_B)
             else:

@@ -29,11 +29,11 @@ class Tile(NamedTuple):
     block_b: int
     chunks: int
     num_warps: int
-    stages: int = 1  # depth of the backward's load pipeline
+    stages: int = 1  # depth of the backward's load pipeline, where rows are not fetched ahead
     workers_per_sm: int = 0
     hoist: bool = True  # read the parameters early and keep them in registers
     reload: bool = False  # read a row again after its sums instead of keeping it in registers
-    ahead: bool = False  # fetch the next row into the L2 cache, where it can (`_in_bulk`)
+    ahead: bool = False  # fetch the next row into the L2 cache, where that pays (`_fetches_ahead`)
     maxnreg: int | None = None
 
     @property
@@ -64,8 +64,11 @@ def _pieces(n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_tile(n: int, bias: bool = False) -> Tile:
-    """The forward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
+def forward_tile(
+    n: int, bias: bool = False, gate_first: bool = False, one_wave: bool = False
+) -> Tile:
+    """The forward's tile for groups of `n` columns; measured on an H200 and an H100
+    (benchmarks/NOTES.md). `one_wave`: with 32 registers a thread, all programs run at once."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
     a, b = _pieces(n)
@@ -74,35 +77,50 @@ def forward_tile(n: int, bias: bool = False) -> Tile:
     if a < 1024:
         return Tile(1024 // a, a, b, 1, 2)
     if a < 8192:
-        return Tile(1, a, b, 1, 4 if a < 4096 else 8)
-    return Tile(1, a, b, 1, 8 if a + b == 8192 else 16, hoist=False, maxnreg=64)
+        tile = Tile(1, a, b, 1, 4 if a < 4096 else 8)
+        if one_wave and a + b == 4096 and gate_first and not bias:
+            return tile._replace(hoist=False, maxnreg=32)
+        return tile
+    return Tile(1, a, b, 1, 16, hoist=False, maxnreg=40 if a + b == 8192 and not bias else 64)
 
 
 @functools.cache
 def backward_tile(n: int, bias: bool = False, gate_first: bool = False) -> Tile:
-    """The backward's tile for groups of `n` columns; measured on an H200 (benchmarks/NOTES.md)."""
+    """The backward's tile for groups of `n` columns; measured on an H200 and an H100
+    (benchmarks/NOTES.md)."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
     a, b = _pieces(n)
     if a < 256:
         return Tile(min(64, 2048 // a), a, b, 1, 8, stages=3, workers_per_sm=2)
-    if a < 1024:  # one row: Triton computes a tile of two in two layouts, so twice
-        return Tile(1, a, b, 1, 1, stages=4 if a < 512 else 3, workers_per_sm=8)
+    if a < 512:  # one row: Triton computes a tile of two in two layouts, so twice
+        return Tile(1, a, b, 1, 1, stages=4, workers_per_sm=8)
+    if a < 1024:
+        return Tile(1, a, b, 1, 2, stages=3, workers_per_sm=6)
     if a < 2048:
-        warps, workers = (4, 3) if b else (2, 4)
-        return Tile(1, a, b, 1, warps, stages=3, workers_per_sm=workers)
+        return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=3)
     if a < 4096:
-        return Tile(1, a, b, 1, 8 if b and bias else 4, stages=3, workers_per_sm=2)
+        if b and bias:  # half the workers, so half of the partial sums of dw and db
+            return Tile(1, a, b, 1, 16, stages=4, workers_per_sm=1)
+        return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=2)
     if a + b == 4096:
-        return Tile(1, a, b, 1, 8, workers_per_sm=2, ahead=True)
+        return Tile(1, a, b, 1, 8, stages=2, workers_per_sm=2, ahead=True)
     if a + b <= 8192:
-        return Tile(1, a, b, 1, 8 if b == 1024 else 16, stages=3, workers_per_sm=1)
-    wide = Tile(1, a, b, 1, 32, workers_per_sm=1, hoist=False, reload=True, maxnreg=64)
+        warps = 8 if b == 1024 else 16
+        return Tile(1, a, b, 1, warps, stages=3, workers_per_sm=1, ahead=a == 8192)
+    wide = Tile(1, a, b, 1, 32, workers_per_sm=1, reload=True, maxnreg=64)
     if b > 0:
-        return wide._replace(ahead=True)
+        return wide._replace(hoist=not bias, ahead=True)
     # Two halves: each step holds half of the row's temporaries.
-    wide = wide._replace(block_a=a // 2, block_b=a // 2)
+    wide = wide._replace(block_a=a // 2, block_b=a // 2, hoist=False)
     return wide._replace(num_warps=16, maxnreg=None, ahead=True) if gate_first else wide
+
+
+def reduce_tile(width: int, workers: int) -> tuple[int, int, int]:
+    """Workers a step, columns and warps of the kernel that adds up `dw` and `db`."""
+    # All workers in one step, where it can be: each step waits for the memory.
+    block = 16 if width >= 8192 else 8
+    return min(2048, _power_of_2_above(workers)), block, 16 if workers > 512 else 8
 
 
 @functools.cache
@@ -202,7 +220,7 @@ def _geometry(p: Problem, tile: Tile, tensors: list[Tensor | None]) -> tuple[tup
     each = iter(merged)
     strides = [_pad(()) if t is None else _pad(next(each)) for t in tensors]
     align = math.gcd(16, *(s for tensor in merged for s in tensor))
-    long = p.n_rows + tile.rows >= 2**31
+    long = p.n_rows + 2**20 >= 2**31  # a tile, or a step of all workers, beyond the end
     return (*sizes[1:], 1, 1)[:2], strides, {"DIMS": len(sizes), "ALIGN": align, "LONG": long}
 
 
@@ -247,10 +265,12 @@ def _rounding(p: Problem, x: Tensor, weight: Tensor | None) -> dict:
 
 
 def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch | None]:
-    tile = forward_tile(p.group_size, bias is not None)
+    norm = _norm_options(p, z)
+    # 32 registers: 8 programs of 8 warps a multiprocessor, and with 40, as it would be, 6.
+    programs = p.n_rows * p.n_groups / _multiprocessors(x.device)
+    tile = forward_tile(p.group_size, bias is not None, norm["GATE_FIRST"], 6 < programs <= 8)
     inner, (sx, sz, sy), rows = _geometry(p, tile, [x, z, out])
     wide = tile.chunks > 1
-    norm = _norm_options(p, z)
     sums = None
     if wide:
         sums = Launch(
@@ -290,14 +310,19 @@ def _fit(tile: Tile, device: torch.device, *loaded: Tensor | None) -> Tile:
         return tile._replace(num_warps=min(tile.num_warps, 16))
     room = _shared_memory(device)
     columns = tile.rows * (tile.block_a + tile.block_b)
-    buffers = 2 * columns * sum(t.element_size() for t in loaded if t is not None) + 1024
+    bytes_a_row = columns * sum(t.element_size() for t in loaded if t is not None)
+    buffers = (tile.stages - 1) * bytes_a_row + 1024
     return tile._replace(stages=1) if room and buffers > room else tile
 
 
-def _in_bulk(p: Problem, *loaded: Tensor | None) -> bool:
-    """Whether one instruction can fetch a whole group of each tensor."""
+def _fetches_ahead(p: Problem, tile: Tile, *loaded: Tensor | None) -> bool:
+    """Whether the backward fetches the next row: one instruction must be able to fetch a whole
+    group of each tensor. Rows that are read twice were faster with it on an H200, whose L2 cache
+    has 60 MB, and slower on an H100 with 50."""
     sizes = [p.group_size * t.element_size() for t in loaded if t is not None]
-    return _since_hopper(p.device) and not any(size % 16 for size in sizes)
+    if not tile.ahead or not _since_hopper(p.device) or any(size % 16 for size in sizes):
+        return False
+    return not tile.reload or torch.cuda.get_device_properties(p.device).L2_cache_size >= 60e6
 
 
 def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
@@ -307,6 +332,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
     wide = tile.chunks > 1
     rounding = _rounding(p, x, weight)
+    ahead = _fetches_ahead(p, tile, dy, x, z)
     sums = None
     if wide:
         sums = Launch(
@@ -321,18 +347,17 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
         kernels.backward_kernel, x.device, workers * column_tiles,
         (p.n_rows, workers, *inner, *sdy, *sx, *sz, *sdx, *sdz),
         _tile_options(p, tile) | rows | norm | rounding
-        | {"SUMS_GIVEN": wide, "STAGES": tile.stages, "HOIST": tile.hoist, "RELOAD": tile.reload,
-           "AHEAD": tile.ahead and _in_bulk(p, dy, x, z)},
+        | {"SUMS_GIVEN": wide, "STAGES": 1 if ahead else tile.stages, "HOIST": tile.hoist,
+           "RELOAD": tile.reload, "AHEAD": ahead},
         tile.num_warps, tile.maxnreg,
         # Its workers have equal shares. Started while the kernel before still fills some of the
         # multiprocessors, they would crowd on the others.
         early=False,
     )  # fmt: skip
-    # Few columns and many workers a step: some 260 workers are added up in two or three steps.
-    block = max(8, min(32, _power_of_2_above(p.width) // 64))
+    rows, block, num_warps = reduce_tile(p.width, workers)
     reduce = Launch(
         sum_kernels.reduce_kernel, x.device, -(-p.width // block), (workers,),
-        {"D": p.width, "ROWS": min(256, 4096 // block), "BLOCK": block}, 8,
+        {"D": p.width, "ROWS": rows, "BLOCK": block}, num_warps,
     )  # fmt: skip
     return main, sums, reduce, workers
 

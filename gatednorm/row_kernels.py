@@ -67,6 +67,40 @@ def warp_sums(
 
 
 @triton.jit
+def _halves(v, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first and the second half of each `COLUMNS` neighbours; a thread has both, so nothing
+    moves."""
+    v = tl.reshape(v, [ROWS, BLOCK // COLUMNS, 2, COLUMNS // 2])
+    left, right = tl.split(tl.trans(v, 0, 1, 3, 2))
+    return tl.reshape(left, [ROWS, BLOCK // 2]), tl.reshape(right, [ROWS, BLOCK // 2])
+
+
+@triton.jit
+def _chain(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """`total` (or None) plus the products of each `COLUMNS` neighbours, one multiply-add each."""
+    if COLUMNS == 1:
+        total = a * b if total is None else tl.fma(a, b, total)
+    else:
+        a_left, a_right = _halves(a, ROWS, BLOCK, COLUMNS)
+        b_left, b_right = _halves(b, ROWS, BLOCK, COLUMNS)
+        total = _chain(a_left, b_left, total, ROWS, BLOCK // 2, COLUMNS // 2)
+        total = _chain(a_right, b_right, total, ROWS, BLOCK // 2, COLUMNS // 2)
+    return total
+
+
+@triton.jit
+def warp_dots(
+    a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
+):
+    """`warp_sums(a * b)`, but first the columns that a thread has side by side in a chain."""
+    LANES: tl.constexpr = 32 if ROWS == 1 else 1  # of a row in several: 8 columns a thread
+    SHARE: tl.constexpr = BLOCK // (REPEATS * WARPS * LANES)
+    COLUMNS: tl.constexpr = 8 if SHARE > 8 else (SHARE if SHARE > 0 else 1)
+    v = _chain(a, b, None, ROWS, BLOCK, COLUMNS)
+    return warp_sums(v, ROWS, BLOCK // COLUMNS, REPEATS, WARPS)
+
+
+@triton.jit
 def across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """The rest of it, `[ROWS, WARPS]` to `[ROWS]`, pair by pair. `tl.split` fetches the sums of all
     warps in one exchange, where a reduction would meet at a barrier for each step."""
@@ -122,11 +156,15 @@ def row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def mean_of(total, N: tl.constexpr):
-    """`total / N`, rounded once; a product does it where `1 / N` is exact."""
-    if N & (N - 1) == 0:
-        return total * (1.0 / N)
-    else:
-        return tl.div_rn(total, N * 1.0)
+    """`total / N`: a product where `1 / N` is exact, else with one correction by what it leaves.
+
+    The division itself is a branch and a dozen instructions, which the whole row waits for.
+    """
+    mean = total * (1.0 / N)
+    if N & (N - 1) != 0:
+        left = tl.fma(mean, -1.0 * N, total)  # NaN for an infinite total
+        mean = tl.where(left == left, tl.fma(left, 1.0 / N, mean), mean)
+    return mean
 
 
 @triton.jit
@@ -137,8 +175,13 @@ def rsqrt(v):
 
 
 @triton.jit
-def row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.constexpr):
-    """Offset in elements of each row; `ALIGN` divides every stride."""
+def row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.constexpr,
+               LONG: tl.constexpr):  # fmt: skip
+    """Offset in elements of each row; `ALIGN` divides every stride. Rows have 64 bits if `LONG`."""
+    if not LONG:  # unsigned: a product with 64 bits is an instruction shorter
+        row = row.to(tl.uint32)
+        size1 = size1.to(tl.uint32)
+        size2 = size2.to(tl.uint32)
     if DIMS == 1:
         offset = row.to(tl.int64) * s0
     elif DIMS == 2:
@@ -151,15 +194,35 @@ def row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.cons
 
 
 @triton.jit
+def _inside(live, col, N: tl.constexpr, FULL: tl.constexpr):
+    """Which values of a tile exist, where not all do; `live` is None where all rows do."""
+    if live is None:
+        return (col < N)[None, :]
+    elif FULL:
+        return live[:, None]
+    else:
+        return live[:, None] & (col < N)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, index, live):
+    """One fp32 number for each row of a tile."""
+    if live is None:
+        return tl.load(ptr + index)
+    else:
+        return tl.load(ptr + index, mask=live, other=0.0)
+
+
+@triton.jit
 def load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
          EVICT: tl.constexpr):  # fmt: skip
     """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
     col = first + tl.arange(0, BLOCK)
-    mask = live[:, None]
-    if not FULL:
-        mask = mask & (col < N)[None, :]
     ptr = ptr + offset[:, None] + col[None, :]
-    return tl.load(ptr, mask=mask, other=0.0, eviction_policy=EVICT)
+    if live is None and FULL:
+        return tl.load(ptr, eviction_policy=EVICT)
+    else:
+        return tl.load(ptr, mask=_inside(live, col, N, FULL), other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -184,10 +247,24 @@ def fetch(ptr, N: tl.constexpr):
 @triton.jit
 def store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     col = first + tl.arange(0, BLOCK)
-    mask = live[:, None]
-    if not FULL:
-        mask = mask & (col < N)[None, :]
-    tl.store(ptr + offset[:, None] + col[None, :], v.to(ptr.dtype.element_ty), mask=mask)
+    v = v.to(ptr.dtype.element_ty)
+    ptr = ptr + offset[:, None] + col[None, :]
+    if live is None and FULL:
+        tl.store(ptr, v)
+    else:
+        tl.store(ptr, v, mask=_inside(live, col, N, FULL))
+
+
+@triton.jit
+def widen(v):
+    """To fp32: two instructions for a pair of bf16, where the compiler takes three."""
+    if NVIDIA and v.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r", [v], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return v.to(tl.float32)
 
 
 @triton.jit
@@ -224,6 +301,26 @@ def sigmoid(z):
 
 
 @triton.jit
+def closed(z, s):
+    """`1 - s` for `s = sigmoid(z)`, with all its digits where the gate is nearly open."""
+    if NVIDIA:
+        # exp(-z) * s; the exponential is the one that `sigmoid` has computed. Where it overflows,
+        # `s` is 0.
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .f32 t;
+                mul.f32 t, $1, 0fBFB8AA3B;
+                ex2.approx.ftz.f32 t, t;
+                min.f32 t, t, 0f7E800000;
+                mul.f32 $0, t, $2;
+            }""",
+            "=f,f,f", [z, s], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return sigmoid(-z)
+
+
+@triton.jit
 def act_of(z, SIGMOID: tl.constexpr):
     s = sigmoid(z)
     return s if SIGMOID else z * s
@@ -234,7 +331,7 @@ def act_slope(z, s, SIGMOID: tl.constexpr):
     """`act(z)` and `d act / dz` from `s = sigmoid(z)`."""
     if SIGMOID:
         act = s
-        slope = s * sigmoid(-z)  # 1 - s would lose the digits of a gate that is nearly open
+        slope = s * closed(z, s)
     else:
         act = z * s
         slope = tl.fma(act, 1.0 - s, s)
@@ -255,14 +352,17 @@ def affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
            ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
     """`xhat` with its rounding point, and `xhat * w + b` with its own."""
     if ROUND_NORM is not None:
-        xhat = xhat.to(ROUND_NORM).to(tl.float32)
+        xhat = widen(xhat.to(ROUND_NORM))
     h = xhat
-    if HAS_W:
-        h = h * w
-        if ROUND_WEIGHT is not None:
-            h = h.to(ROUND_WEIGHT).to(tl.float32)
-    if HAS_B:
-        h = h + b
+    if HAS_W and HAS_B and ROUND_WEIGHT is None:
+        h = tl.fma(h, w, b)
+    else:
+        if HAS_W:
+            h = h * w
+            if ROUND_WEIGHT is not None:
+                h = widen(h.to(ROUND_WEIGHT))
+        if HAS_B:
+            h = h + b
     return xhat, h
 
 
@@ -274,9 +374,9 @@ def gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK:
     z = u
     if z_ptr is not None:
         z = load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
-    u = u.to(tl.float32)
+    u = widen(u)
     if GATE_FIRST:
-        u = u * act_of(z.to(tl.float32), SIGMOID)
+        u = u * act_of(widen(z), SIGMOID)
     return u, z
 
 
@@ -300,12 +400,12 @@ def terms(dy, x, z, s, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.c
     """One piece, from `s = sigmoid(z)` too: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, and
     `dz`: the whole of it for a gate that comes last, its factor `x * act'(z)` for one that comes
     first."""
-    g = dy.to(tl.float32)
-    u = x.to(tl.float32)
+    g = widen(dy)
+    u = widen(x)
     act = u
     dz = u
     if HAS_Z:
-        act, slope = act_slope(z.to(tl.float32), s, SIGMOID)
+        act, slope = act_slope(widen(z), s, SIGMOID)
         if GATE_FIRST:
             dz = u * slope
             u = u * act

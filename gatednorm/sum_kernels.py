@@ -16,6 +16,7 @@ from .row_kernels import (
     rsqrt,
     sigmoid,
     terms,
+    widen,
 )
 
 
@@ -34,31 +35,26 @@ def forward_sums_kernel(
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
-    live = row < n_rows
-    if not LONG:
-        row = row.to(tl.int32)
-        size1 = size1.to(tl.int32)
-        size2 = size2.to(tl.int32)
-    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
     z_off = x_off
     x_ptr += group * N
     if GATE_FIRST:
         z_ptr += group * N
-        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
     else:
         z_ptr = None
     mean = tl.zeros([1], tl.float32)
     if not IS_RMS:
         total = tl.zeros([1, BLOCK], tl.float32)
         for first in range(0, N, BLOCK):
-            u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+            u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, None, first, N, BLOCK, FULL,
                                GATE_FIRST, SIGMOID)  # fmt: skip
             total += u
         mean = mean_of(row_sum(total, BLOCK, REPEATS, WARPS), N)
         tl.store(mean_ptr + pid + tl.arange(0, 1), mean)
     total = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
-        u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+        u, _ = gated_input(x_ptr, x_off, z_ptr, z_off, None, first, N, BLOCK, FULL,
                            GATE_FIRST, SIGMOID)  # fmt: skip
         if not IS_RMS:
             u = centre(u, mean, first, N, BLOCK, FULL)
@@ -86,19 +82,14 @@ def backward_sums_kernel(
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
-    live = row < n_rows
-    if not LONG:
-        row = row.to(tl.int32)
-        size1 = size1.to(tl.int32)
-        size2 = size2.to(tl.int32)
-    dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN)
-    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN)
+    dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN, LONG)
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
     z_off = x_off
     dy_ptr += group * N
     x_ptr += group * N
     if z_ptr is not None:
         z_ptr += group * N
-        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN)
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
     if w_ptr is not None:
         w_ptr += group * N
     rstd = tl.load(rstd_ptr + pid + tl.arange(0, 1))
@@ -109,9 +100,9 @@ def backward_sums_kernel(
     c2 = tl.zeros([1, BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         w, b = load_parameters(w_ptr, None, first, ADD, N, BLOCK)
-        dy, x, z = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N, BLOCK, FULL,
+        dy, x, z = read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, None, first, N, BLOCK, FULL,
                         "")  # fmt: skip
-        s = sigmoid(z.to(tl.float32))
+        s = sigmoid(widen(z))
         xhat, _, _, dxhat, _, _ = terms(
             dy, x, z, s, w, b, mean, rstd, first, z_ptr is not None, w_ptr is not None, False, N,
             BLOCK, FULL, IS_RMS, GATE_FIRST, SIGMOID, None, None)  # fmt: skip

@@ -160,7 +160,7 @@ def test_a_graph_of_the_gradients_that_passes_by_the_norm(small):
     """create_graph=True alone is no second derivative: of a head's, say."""
     case, i = small()
     x = i.x.requires_grad_()
-    head = torch.full((16,), 2.0, requires_grad=True)
+    head = torch.full((16,), 2.0, device=x.device, requires_grad=True)
     y = gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options)
     plain = torch.autograd.grad(((y * head) ** 2).sum(), [x, head], retain_graph=True)
     dx, dhead = torch.autograd.grad(((y * head) ** 2).sum(), [x, head], create_graph=True)

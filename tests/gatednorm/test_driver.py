@@ -215,34 +215,57 @@ def test_two_threads_start_one_kernel(cuda):
 
 
 @pytest.mark.parametrize(
-    ("room", "element_size", "stages"),
-    [(232448, 4, 3), (101376, 4, 1), (101376, 2, 3), (None, 4, 3)],
+    ("width", "room", "element_size", "stages"),
+    [
+        (5120, 232448, 4, 3),
+        (5120, 101376, 4, 1),
+        (5120, 101376, 2, 3),
+        (5120, None, 4, 3),
+        (3072, 101376, 4, 1),
+        (3072, 101376, 2, 4),
+    ],
 )
-def test_a_pipeline_that_fits_the_gpu(monkeypatch, room, element_size, stages):
+def test_a_pipeline_that_fits_the_gpu(monkeypatch, width, room, element_size, stages):
     launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
     monkeypatch.setattr(launch, "_shared_memory", lambda device: room)
     dtype = {2: torch.bfloat16, 4: torch.float32}[element_size]
     loaded = [torch.empty(1, dtype=dtype)] * 3
-    tile = launch._fit(launch.backward_tile(5120), loaded[0].device, *loaded)
-    assert tile == launch.backward_tile(5120)._replace(stages=stages)
+    tile = launch._fit(launch.backward_tile(width, True), loaded[0].device, *loaded)
+    assert tile == launch.backward_tile(width, True)._replace(stages=stages)
 
 
 @pytest.mark.parametrize(
-    ("group_size", "dtype", "capable", "bulk"),
+    ("group_size", "dtype", "capable", "cache", "ahead"),
     [
-        (4096, torch.bfloat16, True, True),
-        (4100, torch.bfloat16, True, False),
-        (4100, torch.float32, True, True),
-        (4096, torch.bfloat16, False, False),
+        (4096, torch.bfloat16, True, 50, True),
+        (4092, torch.bfloat16, True, 50, False),
+        (4092, torch.float32, True, 50, True),
+        (4096, torch.bfloat16, False, 50, False),
+        (12_288, torch.bfloat16, True, 60, True),
+        (12_288, torch.bfloat16, True, 50, False),
+        (2048, torch.bfloat16, True, 60, False),
     ],
-    ids=["whole", "half_of_16_bytes", "whole_fp32", "older_gpu"],
+    ids=[
+        "whole",
+        "half_of_16_bytes",
+        "whole_fp32",
+        "older_gpu",
+        "wide_h200",
+        "wide_h100",
+        "narrow",
+    ],
 )
-def test_rows_fetched_with_one_instruction(monkeypatch, group_size, dtype, capable, bulk):
-    """It takes whole pieces of 16 bytes, on compute capability 9.0 and later."""
+def test_rows_fetched_ahead(monkeypatch, group_size, dtype, capable, cache, ahead):
+    """One instruction takes whole pieces of 16 bytes, on compute capability 9.0 and later; rows
+    that are read twice need the L2 cache (MiB) of an H200."""
     launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
     monkeypatch.setattr(launch, "_since_hopper", lambda device: capable)
+    properties = SimpleNamespace(L2_cache_size=cache * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     problem = SimpleNamespace(group_size=group_size, device=torch.device("cuda"))
-    assert launch._in_bulk(problem, torch.empty(1, dtype=dtype), torch.empty(1), None) is bulk
+    tile = launch.backward_tile(group_size)
+    loaded = (torch.empty(1, dtype=dtype), torch.empty(1), None)
+    assert launch._fetches_ahead(problem, tile, *loaded) is ahead
 
 
 def test_no_more_threads_than_an_amd_gpu_has(monkeypatch):

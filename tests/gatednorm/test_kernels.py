@@ -167,12 +167,13 @@ def test_sums_across_warps(kernels, change_tiles, is_rms_norm, width, rows, warp
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 300])
 def test_any_number_of_workers(kernels, change_tiles, workers):
-    """Each worker walks over several row tiles; the last share is smaller than the others. Their
-    sums are added up in several steps when there are many."""
+    """Each worker walks over several row tiles; the last share is smaller than the others. The sums
+    of many are added up in several steps."""
     chosen = launch.backward_tile
     change_tiles(
         backward_tile=lambda *args: chosen(*args)._replace(rows=2, workers_per_sm=workers),
         _multiprocessors=lambda device: 1,
+        reduce_tile=lambda *args: (128, 8, 4),
     )
     for rows in (1, 2, 9, 23) if workers < 100 else (601,):
         check(Case((rows,), 40, 1, False, bias=True), kernels.device)
@@ -253,6 +254,16 @@ def test_a_bad_row_touches_no_other(kernels, is_rms_norm, norm_before_gate, gate
         for result in ("y", "dx", "dz"):
             if result in got:
                 assert same_bits(got[result][others], clean[result][others]), (name, result)
+
+
+@pytest.mark.parametrize("width", [48, 64], ids="n{}".format)
+def test_a_row_whose_squares_overflow(kernels, width):
+    """Their mean is infinite, whatever the width, and the row becomes zeros as in the reference."""
+    x = torch.linspace(-1, 1, 3 * width, device=kernels.device).reshape(3, width)
+    x[1] *= 1e30
+    y = gatednorm.rmsnorm_fn(x)
+    assert not y[1].any()
+    torch.testing.assert_close(y, gatednorm.gated_norm_ref(x))
 
 
 # ---- one kernel, no copies ----

@@ -310,7 +310,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
 @pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
 def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
-    """At least 99.99% of the elements equal the reference, the rest are one unit off.
+    """At least 99.99% of the elements equal the reference, the rest are a few units off.
 
     In bf16, and in fp16 where the interpreter cannot judge bf16: fp16 rounds eight times as finely,
     so eight times as many elements lie close enough to a rounding boundary for fp32 noise to cross.
@@ -326,8 +326,9 @@ def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms
     got = gatednorm.layernorm_fn(*given_tensors, is_rms_norm=is_rms_norm, **case.options)
     want = gated_norm_ref(*given_tensors, is_rms_norm=is_rms_norm, **case.options)
     off = ulps(got, want)
-    # A last rounding that crosses a boundary moves one unit; an early one (norm, weight) moves what
-    # follows by at most two units of the result.
-    assert int(off.max()) <= (1 if numerics == "fp32" else 2)
+    # fp32 noise that crosses a boundary moves a value by one unit, and the next rounding can double
+    # that, where a product takes the value from the start of a binade to the end of one.
+    early = {"fp32": 0, "mamba2": 1, "qwen3_next": 1 if w_dtype else 2}[numerics]
+    assert int(off.max()) <= 2**early
     share = float((off > 0).double().mean())
     assert share <= (1e-4 if dtype == torch.bfloat16 else 8e-4), f"{share:.2%} differ"
