@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 import train
 from configs.command import compose
 from configs.schema import ConfigError, RunError
-from models.checkpoints.checkpoint import load_model
+from models.checkpoints.checkpoint import build_model, load_model
 from models.training import runs
-from models.training.processes import check_devices
+from models.training.processes import Processes, check_devices
 from models.training.runs import create_run
 from small_runs import SIX_STEPS, checkpoint_step
 
@@ -64,6 +64,16 @@ def test_torchrun_says_how_many_there_are(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"devices must be at most .*, 1, got 4"):
         check_devices(config)
+
+
+@pytest.mark.parametrize(("strategy", "mode"), [("auto", True), ("ddp", True), ("fsdp", False)])
+def test_fsdp_validates_outside_of_inference_mode(strategy, mode):
+    """Over NCCL, what it gathers there is kept and autograd refuses it; Lightning turns the mode
+    off by itself over gloo, so that no run on CPUs would tell."""
+    config = compose("train", [f"trainer.strategy={strategy}", "trainer.accelerator=cpu"])
+    model = build_model(config.model, "training")
+    trainer, _ = runs.build_trainer(config, Processes(1, 1, 0), model)
+    assert trainer.validate_loop.inference_mode is mode
 
 
 def test_a_trainer_that_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):

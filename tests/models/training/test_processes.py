@@ -62,6 +62,22 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_have_the_loss_curve_of_one(strategy, tmp_path):
+    """Over NCCL; a single process on one GPU reads what they leave."""
+    exact = ["trainer.accelerator=gpu", "trainer.precision=32-true"]
+    one = train.train(compose("train", [*SMALL, *exact, f"runs_dir={tmp_path / 'one'}"]))
+    launch(TORCHRUN, tmp_path, f"trainer={strategy}", *exact)
+    (run,) = (tmp_path / "runs").iterdir()
+    for column in ("train_bpb", "val_bpb"):
+        assert curve(run, column) == pytest.approx(curve(one.run, column), abs=2e-3)
+    weights = load_model(run).parameters()
+    for ours, other in zip(one.model.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours.detach().cpu(), other, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [TORCHRUN, []], ids=["torchrun", "lightning"])
 def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
