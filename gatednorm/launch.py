@@ -81,7 +81,11 @@ def forward_tile(
         if one_wave and a + b == 4096 and gate_first and not bias:
             return tile._replace(hoist=False, maxnreg=32)
         return tile
-    return Tile(1, a, b, 1, 16, hoist=False, maxnreg=40 if a + b == 8192 and not bias else 64)
+    if a == 8192 and b == 0:
+        return Tile(1, a, b, 1, 16, hoist=False, maxnreg=64 if bias else 40)
+    if b == 0:  # two halves: in one piece some registers spill
+        a = b = a // 2
+    return Tile(1, a, b, 1, 16, hoist=False, maxnreg=64)
 
 
 @functools.cache
@@ -101,7 +105,7 @@ def backward_tile(n: int, bias: bool = False, gate_first: bool = False) -> Tile:
         return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=3)
     if a < 4096:
         if b and bias:  # half the workers, so half of the partial sums of dw and db
-            return Tile(1, a, b, 1, 16, stages=4, workers_per_sm=1)
+            return Tile(1, a, b, 1, 8, stages=4, workers_per_sm=1)
         return Tile(1, a, b, 1, 4, stages=3, workers_per_sm=2)
     if a + b == 4096:
         return Tile(1, a, b, 1, 8, stages=2, workers_per_sm=2, ahead=True)

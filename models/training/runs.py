@@ -132,8 +132,8 @@ def build_trainer(
             # Each line of the log waits for the GPU, which then waits for the next step.
             log_every_n_steps=max(10 if gpu else 1, config.optim.steps // 1000),
             num_sanity_val_steps=0,
-            # FSDP keeps the tensors that it gathers parameters into, and autograd refuses those that
-            # a validation in inference mode has made. (Over gloo Lightning turns the mode off itself.)
+            # FSDP keeps the tensors that it gathers parameters into, and autograd refuses those
+            # that a validation in inference mode has made. (Over gloo Lightning turns it off.)
             inference_mode=strategy != "fsdp",
             use_distributed_sampler=False,
             enable_model_summary=False,
