@@ -11,7 +11,6 @@ normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = triton.knobs.runtime.interpret
 NVIDIA = tl.constexpr(
@@ -41,9 +40,13 @@ def overlap_launches(PDL: tl.constexpr):
     Programmatic dependent launch (NVIDIA, from compute capability 9.0 on) hides the launch latency
     of short kernels; nothing that another kernel writes may be read before this.
     """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    if PDL:  # Triton 3.4 has functions for these that it cannot call
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -76,16 +79,29 @@ def _halves(v, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _chain(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """`total` (or None) plus the products of each `COLUMNS` neighbours, one multiply-add each."""
-    if COLUMNS == 1:
-        total = a * b if total is None else tl.fma(a, b, total)
-    else:
-        a_left, a_right = _halves(a, ROWS, BLOCK, COLUMNS)
-        b_left, b_right = _halves(b, ROWS, BLOCK, COLUMNS)
-        total = _chain(a_left, b_left, total, ROWS, BLOCK // 2, COLUMNS // 2)
-        total = _chain(a_right, b_right, total, ROWS, BLOCK // 2, COLUMNS // 2)
-    return total
+def _chain_of_2(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """`total` (or None) plus the products of each two neighbours, one multiply-add each."""
+    a_left, a_right = _halves(a, ROWS, BLOCK, 2)
+    b_left, b_right = _halves(b, ROWS, BLOCK, 2)
+    total = a_left * b_left if total is None else tl.fma(a_left, b_left, total)
+    return tl.fma(a_right, b_right, total)
+
+
+@triton.jit
+def _chain_of_4(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    a_left, a_right = _halves(a, ROWS, BLOCK, 4)
+    b_left, b_right = _halves(b, ROWS, BLOCK, 4)
+    total = _chain_of_2(a_left, b_left, total, ROWS, BLOCK // 2)
+    return _chain_of_2(a_right, b_right, total, ROWS, BLOCK // 2)
+
+
+@triton.jit
+def _chain_of_8(a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Not a recursion over the length, which Triton 3.4 does not end."""
+    a_left, a_right = _halves(a, ROWS, BLOCK, 8)
+    b_left, b_right = _halves(b, ROWS, BLOCK, 8)
+    total = _chain_of_4(a_left, b_left, None, ROWS, BLOCK // 2)
+    return _chain_of_4(a_right, b_right, total, ROWS, BLOCK // 2)
 
 
 @triton.jit
@@ -95,8 +111,15 @@ def warp_dots(
     """`warp_sums(a * b)`, but first the columns that a thread has side by side in a chain."""
     LANES: tl.constexpr = 32 if ROWS == 1 else 1  # of a row in several: 8 columns a thread
     SHARE: tl.constexpr = BLOCK // (REPEATS * WARPS * LANES)
+    if SHARE >= 8:
+        v = _chain_of_8(a, b, ROWS, BLOCK)
+    elif SHARE >= 4:
+        v = _chain_of_4(a, b, None, ROWS, BLOCK)
+    elif SHARE >= 2:
+        v = _chain_of_2(a, b, None, ROWS, BLOCK)
+    else:
+        v = a * b
     COLUMNS: tl.constexpr = 8 if SHARE > 8 else (SHARE if SHARE > 0 else 1)
-    v = _chain(a, b, None, ROWS, BLOCK, COLUMNS)
     return warp_sums(v, ROWS, BLOCK // COLUMNS, REPEATS, WARPS)
 
 

@@ -18,8 +18,12 @@ MUTANTS = {
         "tl.where(left == left, tl.fma(left, 1.0 / N, mean), mean)",
         "tl.fma(left, 1.0 / N, mean)",
     ),
-    "chain starts anew": (R, "else tl.fma(a, b, total)", "else a * b"),
-    "chain of the second half twice": (R, "_chain(a_left, b_left", "_chain(a_right, b_right"),
+    "chain starts anew": (R, "else tl.fma(a_left, b_left, total)", "else a_left * b_left"),
+    "chain of the second half twice": (
+        R,
+        "_chain_of_2(a_left, b_left",
+        "_chain_of_2(a_right, b_right",
+    ),
     "newton step": (R, "r, r, 1.5)", "r, r, 1.4999)"),
     "second piece of the variance": (K, "warp_dots(u_b, u_b", "warp_dots(u_b, u_a"),
     "second piece of c1": (

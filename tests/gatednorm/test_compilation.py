@@ -1,0 +1,56 @@
+"""The kernels compile for GPUs that are not here: what the interpreter passes by, such as the
+instructions written by hand, and how many registers and how much memory the code asks for."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = importlib.util.find_spec("triton") and Path(
+    importlib.util.find_spec("triton").origin
+).with_name("backends")
+
+pytestmark = pytest.mark.skipif(not COMPILER or not COMPILER.exists(), reason="needs triton")
+
+
+def compile_for(kind: str, arch: str, cache: Path) -> list[dict]:
+    """One row for each kernel of the benchmark's cases, and of some more."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "tests/helpers/compile_kernels.py", kind, arch]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {row["kernel"] for row in rows}
+    assert names == {"forward", "forward sums", "backward", "backward sums", "reduce"}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("arch", "shared"),
+    [
+        pytest.param("80", 99, id="a100", marks=pytest.mark.slow),
+        pytest.param("90", 227, id="h100"),
+        pytest.param("100", 227, id="b200", marks=pytest.mark.slow),
+    ],
+)
+def test_nvidia(arch, shared, tmp_path):
+    """All fits, and of the benchmark's cases hardly anything spills."""
+    for row in compile_for("cuda", arch, tmp_path):
+        assert row["shared"] <= shared * 1024, row
+        assert row["registers"] <= 255, row
+        # The 16384 columns with the gate first take what registers there are.
+        hard = "16384, gate before" in row["case"] or arch == "100"
+        assert row["spilled"] <= (256 if hard else 0), row
+
+
+@pytest.mark.slow
+def test_amd(tmp_path):
+    """An MI300: wavefronts of 64, none of NVIDIA's instructions, 64 KiB of local memory."""
+    for row in compile_for("hip", "gfx942", tmp_path):
+        assert row["shared"] <= 64 * 1024, row
