@@ -1,6 +1,7 @@
 """Tiles and launches: which program owns which rows, and how a compiled kernel is started.
 
-Tiles follow from the group's width and the options, never from the number of rows. A call's
+Tiles follow from the group's width and the options. Where the number of rows has a say
+(`one_wave`), a row's sums keep their order, and so its bits. A call's
 arguments are worked out once and kept with its Problem; then a launch is a few pointers and a call
 into the driver (`driver.py`), past Triton's own binder, which costs more than the kernel.
 """
@@ -67,8 +68,8 @@ def _pieces(n: int) -> tuple[int, int]:
 def forward_tile(
     n: int, bias: bool = False, gate_first: bool = False, one_wave: bool = False
 ) -> Tile:
-    """The forward's tile for groups of `n` columns; measured on an H200 and an H100
-    (benchmarks/NOTES.md). `one_wave`: with 32 registers a thread, all programs run at once."""
+    """The forward's tile for groups of `n` columns; benchmarks/NOTES.md says what was measured
+    where. `one_wave`: with 32 registers a thread, all programs run at once."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
     a, b = _pieces(n)
@@ -90,8 +91,8 @@ def forward_tile(
 
 @functools.cache
 def backward_tile(n: int, bias: bool = False, gate_first: bool = False) -> Tile:
-    """The backward's tile for groups of `n` columns; measured on an H200 and an H100
-    (benchmarks/NOTES.md)."""
+    """The backward's tile for groups of `n` columns; benchmarks/NOTES.md says what was measured
+    where."""
     if n > WIDEST:
         return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
     a, b = _pieces(n)
@@ -218,13 +219,14 @@ def _pad(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return (*strides, 0, 0, 0)[:3]
 
 
-def _geometry(p: Problem, tile: Tile, tensors: list[Tensor | None]) -> tuple[tuple, list, dict]:
+def _geometry(p: Problem, tensors: list[Tensor | None]) -> tuple[tuple, list, dict]:
     """Inner outer sizes, three strides for each tensor, and DIMS, ALIGN, LONG."""
     sizes, merged = rows_of(p.shape, *(t.stride() for t in tensors if t is not None))
     each = iter(merged)
     strides = [_pad(()) if t is None else _pad(next(each)) for t in tensors]
     align = math.gcd(16, *(s for tensor in merged for s in tensor))
-    long = p.n_rows + 2**20 >= 2**31  # a tile, or a step of all workers, beyond the end
+    # Rows go on by a tile, or by a step of all workers, beyond the end.
+    long = max(p.n_rows + 2**20, p.width) >= 2**31
     return (*sizes[1:], 1, 1)[:2], strides, {"DIMS": len(sizes), "ALIGN": align, "LONG": long}
 
 
@@ -273,13 +275,13 @@ def _plan_forward(p: Problem, x, z, weight, bias, out) -> tuple[Launch, Launch |
     # 32 registers: 8 programs of 8 warps a multiprocessor, and with 40, as it would be, 6.
     programs = p.n_rows * p.n_groups / _multiprocessors(x.device)
     tile = forward_tile(p.group_size, bias is not None, norm["GATE_FIRST"], 6 < programs <= 8)
-    inner, (sx, sz, sy), rows = _geometry(p, tile, [x, z, out])
+    inner, (sx, sz, sy), rows = _geometry(p, [x, z, out])
     wide = tile.chunks > 1
     sums = None
     if wide:
         sums = Launch(
             sum_kernels.forward_sums_kernel, x.device, p.n_rows * p.n_groups,
-            (p.n_rows, *inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm,
+            (*inner, *sx, *sz, p.eps), _sums_options(p, tile) | rows | norm,
             tile.num_warps,
         )  # fmt: skip
     tiles = -(-p.n_rows // tile.rows) * p.n_groups * tile.chunks
@@ -314,8 +316,8 @@ def _fit(tile: Tile, device: torch.device, *loaded: Tensor | None) -> Tile:
         return tile._replace(num_warps=min(tile.num_warps, 16))
     room = _shared_memory(device)
     columns = tile.rows * (tile.block_a + tile.block_b)
-    bytes_a_row = columns * sum(t.element_size() for t in loaded if t is not None)
-    buffers = (tile.stages - 1) * bytes_a_row + 1024
+    bytes_a_tile = columns * sum(t.element_size() for t in loaded if t is not None)
+    buffers = (tile.stages - 1) * bytes_a_tile + 1024
     return tile._replace(stages=1) if room and buffers > room else tile
 
 
@@ -333,7 +335,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     norm = _norm_options(p, z)
     tile = backward_tile(p.group_size, bias is not None, norm["GATE_FIRST"])
     tile = _fit(tile, x.device, dy, x, z)
-    inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, tile, [dy, x, z, dx, dz])
+    inner, (sdy, sx, sz, sdx, sdz), rows = _geometry(p, [dy, x, z, dx, dz])
     wide = tile.chunks > 1
     rounding = _rounding(p, x, weight)
     ahead = _fetches_ahead(p, tile, dy, x, z)
@@ -341,7 +343,7 @@ def _plan_backward(p: Problem, dy, x, z, weight, bias, dx, dz) -> tuple:
     if wide:
         sums = Launch(
             sum_kernels.backward_sums_kernel, x.device, p.n_rows * p.n_groups,
-            (p.n_rows, *inner, *sdy, *sx, *sz),
+            (*inner, *sdy, *sx, *sz),
             _sums_options(p, tile) | rows | norm | {"ADD": rounding["ADD"]}, tile.num_warps,
         )  # fmt: skip
     column_tiles = p.n_groups * tile.chunks

@@ -1,8 +1,8 @@
 """What the kernels do with a piece of some rows: sums, loads and stores, gate, norm, affine.
 
-Every sum over a row is a tree fixed by column numbers (`warp_sums`) and no multiply-add is fused
-behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on the layout that the
-compiler picks for aligned or unaligned, whole or partial tiles.
+Every sum over a row has an order fixed by column numbers (`warp_sums`, `warp_dots`) and no
+multiply-add is fused behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on the
+layout that the compiler picks for aligned or unaligned, whole or partial tiles.
 
 Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; `u` is what is
 normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
@@ -89,6 +89,7 @@ def _chain_of_2(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _chain_of_4(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of each four neighbours."""
     a_left, a_right = _halves(a, ROWS, BLOCK, 4)
     b_left, b_right = _halves(b, ROWS, BLOCK, 4)
     total = _chain_of_2(a_left, b_left, total, ROWS, BLOCK // 2)
@@ -97,7 +98,7 @@ def _chain_of_4(a, b, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _chain_of_8(a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Not a recursion over the length, which Triton 3.4 does not end."""
+    """The same of each eight. (A recursion over the length would never end in Triton 3.4.)"""
     a_left, a_right = _halves(a, ROWS, BLOCK, 8)
     b_left, b_right = _halves(b, ROWS, BLOCK, 8)
     total = _chain_of_4(a_left, b_left, None, ROWS, BLOCK // 2)
@@ -109,7 +110,8 @@ def warp_dots(
     a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
 ):
     """`warp_sums(a * b)`, but first the columns that a thread has side by side in a chain."""
-    LANES: tl.constexpr = 32 if ROWS == 1 else 1  # of a row in several: 8 columns a thread
+    # Of the columns of a warp, a thread has 1/32. A tile of several rows gives each thread 8.
+    LANES: tl.constexpr = 32 if ROWS == 1 else 1
     SHARE: tl.constexpr = BLOCK // (REPEATS * WARPS * LANES)
     if SHARE >= 8:
         v = _chain_of_8(a, b, ROWS, BLOCK)
@@ -179,9 +181,10 @@ def row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def mean_of(total, N: tl.constexpr):
-    """`total / N`: a product where `1 / N` is exact, else with one correction by what it leaves.
+    """`total / N`: a product where `1 / N` is exact; elsewhere the remainder, divided likewise, is
+    added to it.
 
-    The division itself is a branch and a dozen instructions, which the whole row waits for.
+    A division itself is a branch and a dozen instructions, which the whole row waits for.
     """
     mean = total * (1.0 / N)
     if N & (N - 1) != 0:
@@ -325,10 +328,10 @@ def sigmoid(z):
 
 @triton.jit
 def closed(z, s):
-    """`1 - s` for `s = sigmoid(z)`, with all its digits where the gate is nearly open."""
+    """`1 - s` for `s = sigmoid(z)`, with all its digits where the gate is nearly open; to be
+    multiplied by `s`, which is 0 where this says 0 for want of a larger exponential."""
     if NVIDIA:
-        # exp(-z) * s; the exponential is the one that `sigmoid` has computed. Where it overflows,
-        # `s` is 0.
+        # exp(-z) * s; the exponential is the one that `sigmoid` has computed.
         return tl.inline_asm_elementwise(
             """{
                 .reg .f32 t;

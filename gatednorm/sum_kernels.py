@@ -22,7 +22,7 @@ from .row_kernels import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_sums_kernel(
-    x_ptr, z_ptr, mean_ptr, rstd_ptr, n_rows: tl.int64, size1: tl.int64, size2: tl.int64,
+    x_ptr, z_ptr, mean_ptr, rstd_ptr, size1: tl.int64, size2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64, eps: tl.float32,
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
@@ -67,7 +67,7 @@ def forward_sums_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_sums_kernel(
     dy_ptr, x_ptr, z_ptr, w_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr,
-    n_rows: tl.int64, size1: tl.int64, size2: tl.int64,
+    size1: tl.int64, size2: tl.int64,
     dy_s0: tl.int64, dy_s1: tl.int64, dy_s2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64,

@@ -268,6 +268,17 @@ def test_rows_fetched_ahead(monkeypatch, group_size, dtype, capable, cache, ahea
     assert launch._fetches_ahead(problem, tile, *loaded) is ahead
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "width", "long"),
+    [(2**31 - 2**21, 64, False), (2**31 - 2**19, 64, True), (3, 2**31, True), (3, 2**30, False)],
+)
+def test_counters_of_64_bits_where_rows_or_channels_need_them(n_rows, width, long):
+    launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
+    problem = SimpleNamespace(shape=(n_rows, width), n_rows=n_rows, width=width)
+    x = torch.empty(n_rows, width, dtype=torch.bfloat16, device="meta")
+    assert launch._geometry(problem, [x])[2]["LONG"] is long
+
+
 def test_no_more_threads_than_an_amd_gpu_has(monkeypatch):
     launch = pytest.importorskip("gatednorm.launch", reason="needs triton")
     monkeypatch.setattr(torch.version, "hip", "6.4")

@@ -229,15 +229,19 @@ def test_batch_does_not_change_the_gradient_of_a_row(kernels, width, norm_before
         assert same_bits(alone[3], dz[part])
 
 
-def test_a_tile_chosen_by_the_number_of_rows_keeps_their_bits(kernels):
+def test_a_tile_chosen_by_the_number_of_rows_keeps_their_bits(kernels, change_tiles):
     """The forward's one choice of that kind takes other registers and the same order of sums."""
     usual, one_wave = (launch.forward_tile(4096, False, True, wave) for wave in (False, True))
     assert usual != one_wave
     assert usual.sums == one_wave.sums
+    chosen = []
+    choose = launch.forward_tile
+    change_tiles(forward_tile=lambda *args: chosen.append(choose(*args)) or chosen[-1])
     rows = 8 * launch._multiprocessors(torch.empty(0, device=kernels.device).device)
     i = inputs_of(Case((rows,), 4096, 1, norm_before_gate=False), kernels.device)
     y = gatednorm.rmsnorm_fn(i.x, i.weight, None, i.z, norm_before_gate=False)
     few = gatednorm.rmsnorm_fn(i.x[:5], i.weight, None, i.z[:5], norm_before_gate=False)
+    assert chosen == [one_wave, usual]
     assert same_bits(few, y[:5])
 
 

@@ -310,7 +310,8 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
 @pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
 def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
-    """At least 99.99% of the elements equal the reference, the rest are a few units off.
+    """At least 99.99% of the elements equal the reference; the rest are one unit off, two or four
+    where values are rounded on their way.
 
     In bf16, and in fp16 where the interpreter cannot judge bf16: fp16 rounds eight times as finely,
     so eight times as many elements lie close enough to a rounding boundary for fp32 noise to cross.
@@ -327,8 +328,9 @@ def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms
     want = gated_norm_ref(*given_tensors, is_rms_norm=is_rms_norm, **case.options)
     off = ulps(got, want)
     # fp32 noise that crosses a boundary moves a value by one unit, and the next rounding can double
-    # that, where a product takes the value from the start of a binade to the end of one.
-    early = {"fp32": 0, "mamba2": 1, "qwen3_next": 1 if w_dtype else 2}[numerics]
-    assert int(off.max()) <= 2**early
+    # that, where a product takes the value from the start of a binade to the end of one. With the
+    # gate first no product follows the second of qwen3_next's.
+    twice = numerics == "qwen3_next" and w_dtype is None and norm_before_gate
+    assert int(off.max()) <= (1 if numerics == "fp32" else 4 if twice else 2)
     share = float((off > 0).double().mean())
     assert share <= (1e-4 if dtype == torch.bfloat16 else 8e-4), f"{share:.2%} differ"

@@ -1,6 +1,6 @@
 """Compile every kernel of some calls for a GPU that is not here, and print what the code needs.
 
-    python tests/helpers/compile_kernels.py cuda 90
+    python tests/helpers/compile_kernels.py cuda 90 60     # with 60 MiB of L2 cache
 
 One line of JSON a kernel: the call, registers a thread, bytes of them spilled, shared memory. AMD's
 code says the last only. Runs in a process of its own: in the tests' own Triton interprets.
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-KIND, ARCH = sys.argv[1], sys.argv[2]
+KIND, ARCH, CACHE = sys.argv[1:]
 if KIND == "hip":
     torch.version.hip = "6.4"  # before the kernels are imported, as a build for AMD has it
     torch.version.cuda = None
@@ -32,6 +32,10 @@ TARGET = GPUTarget("cuda", int(ARCH), 32) if KIND == "cuda" else GPUTarget("hip"
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MORE = (
+    Case(4096, 8192),
+    Case(5461, 12_288),
+    Case(5461, 12_288, norm_before_gate=False),
+    Case(1024, 4096, norm_before_gate=False),  # one wave
     Case(4096, 16384, norm_before_gate=False, is_rms_norm=False, bias=True, activation="sigmoid"),
     Case(300, 20_000, bias=True),
     Case(300, 600, norm_before_gate=False, is_rms_norm=False),
@@ -102,7 +106,7 @@ def kernels_of(case: Case):
 def main() -> None:
     hopper = KIND == "cuda" and int(ARCH) >= 90
     properties = SimpleNamespace(
-        multi_processor_count=132, L2_cache_size=60 * 2**20,
+        multi_processor_count=132, L2_cache_size=int(CACHE) * 2**20,
         shared_memory_per_block_optin=227 * 1024 if hopper else 99 * 1024,
     )  # fmt: skip
     torch.cuda.get_device_properties = lambda device: properties

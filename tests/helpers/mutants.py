@@ -121,7 +121,7 @@ MUTANTS = {
         "live[:, None] & (col < N)[None, :]",
         "live[:, None]",
     ),
-    "beyond the group of a tile of one row": (R, "return (col < N)[None, :]", "return None"),
+    "beyond the group of a tile of one row": (R, "return (col < N)", "return (col < 2 * N)"),
     "load without other": (R, "FULL), other=0.0, evict", "FULL), evict"),
     "load of ones outside": (R, "FULL), other=0.0, evict", "FULL), other=1.0, evict"),
     "store beyond the group": (
