@@ -1,8 +1,8 @@
 """What the kernels do with a piece of some rows: sums, loads and stores, gate, norm, affine.
 
 Every sum over a row has an order fixed by column numbers (`warp_sums`, `warp_dots`) and no
-multiply-add is fused behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on the
-layout that the compiler picks for aligned or unaligned, whole or partial tiles.
+multiply-add is fused behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on
+the layout that the compiler picks for aligned or unaligned, whole or partial tiles.
 
 Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; `u` is what is
 normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
