@@ -109,19 +109,20 @@ def _chain_of_8(a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def warp_dots(
     a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
 ):
-    """`warp_sums(a * b)`, but first the columns that a thread has side by side in a chain."""
+    """`warp_sums(a * b)` of `a`, `b` `[ROWS, BLOCK]`, to `[ROWS, WARPS]`; first the columns that a
+    thread has side by side, in a chain."""
     # Of the columns of a warp, a thread has 1/32. A tile of several rows gives each thread 8.
     LANES: tl.constexpr = 32 if ROWS == 1 else 1
     SHARE: tl.constexpr = BLOCK // (REPEATS * WARPS * LANES)
-    if SHARE >= 8:
+    COLUMNS: tl.constexpr = 8 if SHARE > 8 else (SHARE if SHARE > 0 else 1)
+    if COLUMNS == 8:
         v = _chain_of_8(a, b, ROWS, BLOCK)
-    elif SHARE >= 4:
+    elif COLUMNS == 4:
         v = _chain_of_4(a, b, None, ROWS, BLOCK)
-    elif SHARE >= 2:
+    elif COLUMNS == 2:
         v = _chain_of_2(a, b, None, ROWS, BLOCK)
     else:
         v = a * b
-    COLUMNS: tl.constexpr = 8 if SHARE > 8 else (SHARE if SHARE > 0 else 1)
     return warp_sums(v, ROWS, BLOCK // COLUMNS, REPEATS, WARPS)
 
 
