@@ -4,6 +4,8 @@
     python -m benchmarks.gated_norm --only gatednorm --cases 4 --append
     python -m benchmarks.gated_norm --replot           # plots and README table from the CSV, no GPU
 
+Without a GPU torch brings no triton, which `--replot` imports too: `pip install ".[demo,triton]"`.
+
 Each provider is compared with float64 before it is timed. Times on the GPU are medians in
 microseconds of `triton.testing.do_bench`, which writes 256 MB between two runs, so that no input
 lies in the L2 cache, over the replay of a CUDA graph of one call, so that no provider waits for its
