@@ -2,9 +2,9 @@
 
 import sys
 
-from configs.command import command
-from configs.schema import ConfigError, InferConfig
-from models.inference.prompts import read_prompts
+from demo.config.command import command
+from demo.config.schema import ConfigError, InferConfig
+from demo.inference.prompts import read_prompts
 
 PATHS = ("checkpoint", "runs_dir", "prompt_file", "prompts_file")
 
@@ -16,10 +16,10 @@ def main(config: InferConfig) -> None:
     # Imported here, so that --help and a misspelt key are answered at once.
     import torch
 
-    from models.checkpoints.checkpoint import load
-    from models.inference.measure import bench, compare, show
-    from models.inference.output import print_json, print_texts, readable
-    from models.inference.texts import Options
+    from demo.checkpoints.checkpoint import load
+    from demo.inference.measure import bench, compare, show
+    from demo.inference.output import print_json, print_texts, readable
+    from demo.inference.texts import Options
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be one that this machine has, got cuda; use device=cpu")

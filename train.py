@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from configs.command import command
-from configs.schema import TrainConfig
+from demo.config.command import command
+from demo.config.schema import TrainConfig, model_name
 
 if TYPE_CHECKING:
-    from models.training.runs import Summary
+    from demo.training.runs import Summary
 
 
 def train(config: TrainConfig) -> Summary:
@@ -19,15 +19,15 @@ def train(config: TrainConfig) -> Summary:
     # Imported here, so that --help and a misspelt key are answered at once.
     import lightning
 
-    from models.checkpoints.checkpoint import METRICS, PICTURE
-    from models.training.lit import LitLanguageModel
-    from models.training.loading import load_data
-    from models.training.parallel import prepare_blocks
-    from models.training.plots import compressors, plot_loss
-    from models.training.processes import check_devices, find_processes
-    from models.training.resume import continue_metrics, find_stopped
-    from models.training.runs import Summary, build_trainer, create_run, record, running
-    from models.training.start import start_model
+    from demo.checkpoints.checkpoint import METRICS, PICTURE
+    from demo.training.lit import LitLanguageModel
+    from demo.training.loading import load_data
+    from demo.training.parallel import prepare_blocks
+    from demo.training.plots import compressors, plot_loss
+    from demo.training.processes import check_devices, find_processes
+    from demo.training.resume import continue_metrics, find_stopped
+    from demo.training.runs import Summary, build_trainer, create_run, record, running
+    from demo.training.start import start_model
 
     stopped = find_stopped(config)
     config = stopped.config if stopped else config
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> Summary:
     summary = Summary(run, model, throughput.tokens, throughput.tokens_per_s, **scores)
     if processes.rank == 0:
         text = config.data.name or config.data.source
-        title = f"{config.model.name}, {summary.parameters / 1e6:.2f}M parameters, {text}"
+        title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"
         plot_loss(run / METRICS, run / PICTURE, title, compressors(val_text))
     return summary
 
@@ -65,10 +65,10 @@ def train(config: TrainConfig) -> Summary:
 NAMES = ("data.path", "data.name", "runs_dir", "resume", "checkpoint", "tokenizer")
 
 
-@command("train", names=NAMES, compare="models.training.runs.compare_runs")
+@command("train", names=NAMES, compare="demo.training.runs.compare_runs")
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
-    from models.training.runs import print_summary
+    from demo.training.runs import print_summary
 
     print_summary(summary)
     return summary

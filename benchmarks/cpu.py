@@ -16,7 +16,7 @@ import torch
 
 import gatednorm
 from benchmarks import report
-from models.inference.measure import peak_memory
+from demo.inference.measure import peak_memory
 
 SHAPES = ((8192, 512), (32768, 64))
 ROUNDS = 40

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from models.language_model import MIXERS, LanguageModel
+from models.config import GatedDeltaNetConfig, Mamba2Config
+from models.language_model import LanguageModel
+
+CONFIGS = {
+    "gated_deltanet": GatedDeltaNetConfig(hidden_size=128, num_layers=4, num_heads=2, head_dim=64),
+    "mamba2": Mamba2Config(hidden_size=128, num_layers=4, d_state=32, head_dim=64),
+}
 
 LENGTHS = (1024, 4096, 16384)
 
@@ -35,7 +41,7 @@ def seconds(function, repeats: int, device: str) -> float:
 def measure(mixer: str, length: int, repeats: int, device: str) -> dict:
     """One row of the table."""
     torch.manual_seed(0)
-    model = LanguageModel(mixer).to(device)
+    model = LanguageModel(CONFIGS[mixer]).to(device)
     tokens = torch.randint(0, 256, (1, length + 1), device=device)
 
     def train():
@@ -62,7 +68,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=report.RESULTS / "lengths.csv")
     args = parser.parse_args()
-    rows = [measure(m, n, args.repeats, args.device) for m in MIXERS for n in LENGTHS]
+    rows = [measure(m, n, args.repeats, args.device) for m in CONFIGS for n in LENGTHS]
     report.show(rows)
     report.write(args.out, rows, report.about(args.device))
 

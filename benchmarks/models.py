@@ -29,37 +29,24 @@ from benchmarks.profiles import (
     record,
     synchronize,
 )
+from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.generation import generate
 from models.language_model import LanguageModel
 from models.routes import ROUTES, use_route
 from models.ssd import chunk_ssd
 
+UNTIED = {"vocab_size": 32000, "tie_embeddings": False}
 MODELS = {
-    "gated_deltanet": {
-        "hidden_size": 1024,
-        "num_layers": 8,
-        "mlp_ratio": 4.0,
-        "mixer_args": {"num_heads": 6, "head_dim": 128, "expand_v": 2.0},
-    },
-    "mamba2": {
-        "hidden_size": 1024,
-        "num_layers": 16,
-        "mixer_args": {"d_state": 128, "head_dim": 64, "expand": 2},
-    },
+    "gated_deltanet": GatedDeltaNetConfig(
+        hidden_size=1024, num_layers=8, mlp_ratio=4.0, num_heads=6, head_dim=128, **UNTIED
+    ),
+    "mamba2": Mamba2Config(hidden_size=1024, num_layers=16, d_state=128, head_dim=64, **UNTIED),
 }
+SMALL = {"hidden_size": 64, "num_layers": 2, "vocab_size": 128, "tie_embeddings": False}
 TINY = {
-    "gated_deltanet": {
-        "hidden_size": 64,
-        "num_layers": 2,
-        "mlp_ratio": 4.0,
-        "mixer_args": {"num_heads": 2, "head_dim": 16, "expand_v": 2.0},
-    },
-    "mamba2": {
-        "hidden_size": 64,
-        "num_layers": 2,
-        "mixer_args": {"d_state": 16, "head_dim": 16, "expand": 2},
-    },
+    "gated_deltanet": GatedDeltaNetConfig(mlp_ratio=4.0, num_heads=2, head_dim=16, **SMALL),
+    "mamba2": Mamba2Config(d_state=16, head_dim=16, **SMALL),
 }
 PARTS = ("check", "train", "profile", "decode", "scans")
 
@@ -86,8 +73,7 @@ class Setup:
 
     def model(self, name: str) -> LanguageModel:
         torch.manual_seed(0)
-        sizes = (TINY if self.tiny else MODELS)[name]
-        model = LanguageModel(name, vocab_size=self.vocab, tie_embeddings=False, **sizes)
+        model = LanguageModel((TINY if self.tiny else MODELS)[name])
         return model.to(self.device, torch.bfloat16)
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,22 +242,22 @@ def decode(setup: Setup, name: str) -> None:
 
 def scans(setup: Setup, name: str) -> None:
     """One layer's scan alone, forward plus backward, by chunk size."""
-    sizes = (TINY if setup.tiny else MODELS)[name]["mixer_args"]
+    sizes = (TINY if setup.tiny else MODELS)[name]
     batch, tokens, device = setup.batch, setup.tokens, setup.device
 
     def randn(*shape, dtype=torch.bfloat16):
         return torch.randn(batch, tokens, *shape, device=device).to(dtype).requires_grad_()
 
     if name == "gated_deltanet":
-        heads, dim = sizes["num_heads"], sizes["head_dim"]
+        heads, dim = sizes.num_heads, sizes.head_dim
         q, k, v = randn(heads, dim), randn(heads, dim), randn(heads, 2 * dim)
         k = F.normalize(k.detach().float(), dim=-1).bfloat16().requires_grad_()
         g = (-0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
         beta = torch.rand(batch, tokens, heads, device=device).requires_grad_()
         inputs, function = [q, k, v, g, beta], chunk_gated_delta_rule
     else:
-        dim, state = sizes["head_dim"], sizes["d_state"]
-        heads = 2 * (TINY if setup.tiny else MODELS)[name]["hidden_size"] // dim
+        dim, state = sizes.head_dim, sizes.d_state
+        heads = 2 * sizes.hidden_size // dim
         x, b, c = randn(heads, dim), randn(1, state), randn(1, state)
         dt = (0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
         a = (-torch.rand(heads, device=device)).requires_grad_()

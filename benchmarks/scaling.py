@@ -77,15 +77,16 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    from configs.command import compose
-    from models.checkpoints.checkpoint import build_model
-    from models.data.batches import TrainLoader
-    from models.data.corpus import Documents
-    from models.training.callbacks import ProgressBar, process_peak_memory
-    from models.training.lit import LitLanguageModel
-    from models.training.parallel import prepare_blocks
-    from models.training.processes import find_processes
-    from models.training.runs import build_trainer, create_run, record
+    from demo.checkpoints.checkpoint import build_model
+    from demo.config.command import compose
+    from demo.config.schema import model_name
+    from demo.data.batches import TrainLoader
+    from demo.data.corpus import Documents
+    from demo.training.callbacks import ProgressBar, process_peak_memory
+    from demo.training.lit import LitLanguageModel
+    from demo.training.parallel import prepare_blocks
+    from demo.training.processes import find_processes
+    from demo.training.runs import build_trainer, create_run, record
 
     class Window(Callback):
         """The steps after the warm-up, until `seconds` are over."""
@@ -126,7 +127,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         peak = process_peak_memory(device)
         row = {
             **report.about(device.type),
-            "model": config.model.name,
+            "model": model_name(config.model),
             "parameters": model.num_parameters(),
             "strategy": config.trainer.strategy,
             "precision": trainer.precision,

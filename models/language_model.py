@@ -3,22 +3,16 @@
 Shape letters: B batch, T tokens, D hidden size, V vocabulary.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import LayerNorm, RMSNorm
+from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
-from models.mixer import check_positive
 
-MIXERS = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}
-DEFAULT_MIXER_ARGS = {
-    "gated_deltanet": {"num_heads": 2, "head_dim": 64, "expand_v": 2.0},
-    "mamba2": {"d_state": 32, "head_dim": 64},
-}
+MIXERS = {GatedDeltaNetConfig: GatedDeltaNet, Mamba2Config: Mamba2}
 
 State = list[tuple[Tensor, Tensor]]
 
@@ -60,52 +54,28 @@ class LanguageModel(nn.Module):
     """Embedding, blocks, norm, head.
 
     Args:
-        mixer: "gated_deltanet" or "mamba2".
-        vocab_size: V; 256 for bytes.
-        hidden_size, num_layers: D and the number of blocks.
-        mlp_ratio: 0 for no MLP; else its inner size is ``2 / 3 * mlp_ratio * hidden_size``,
-            rounded up to a multiple of 256.
-        mlp_size: the inner size itself, instead of ``mlp_ratio``.
-        tie_embeddings: whether the head is the embedding.
-        norm_eps: inside the root of every norm.
+        config: what the model is, kept as the attribute ``config``.
         norm_path: "training" (autograd) or "inference", of every norm.
-        mixer_args: further arguments of ``GatedDeltaNet`` or ``Mamba2``.
     Raises:
-        ValueError: for an unknown mixer, and for sizes that do not fit.
+        ValueError: for sizes that do not fit each other.
     """
 
-    def __init__(
-        self,
-        mixer: Literal["gated_deltanet", "mamba2"],
-        *,
-        vocab_size: int = 256,
-        hidden_size: int = 128,
-        num_layers: int = 4,
-        mlp_ratio: float = 0.0,
-        mlp_size: int | None = None,
-        tie_embeddings: bool = True,
-        norm_eps: float = 1e-5,
-        norm_path: str = "training",
-        mixer_args: dict | None = None,
-    ):
+    def __init__(self, config: ModelConfig, *, norm_path: str = "training"):
         super().__init__()
-        if mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
-        check_positive(vocab_size=vocab_size, num_layers=num_layers)
-        if mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio must be 0 (no MLP) or more, got {mlp_ratio}")
+        self.config = config
+        hidden_size, mlp_size, eps = config.hidden_size, config.mlp_size, config.norm_eps
         if mlp_size is None:
-            mlp_size = -(-int(hidden_size * mlp_ratio * 2 / 3) // 256) * 256
-        args = DEFAULT_MIXER_ARGS[mixer] if mixer_args is None else mixer_args
-        self.mixer_name, self.hidden_size, self.vocab_size = mixer, hidden_size, vocab_size
-        self.embedding = nn.Embedding(vocab_size, hidden_size)
+            mlp_size = -(-int(hidden_size * config.mlp_ratio * 2 / 3) // 256) * 256
+        self.embedding = nn.Embedding(config.vocab_size, hidden_size)
         self.blocks = nn.ModuleList()
-        for _ in range(num_layers):
-            layer = MIXERS[mixer](hidden_size, norm_eps=norm_eps, norm_path=norm_path, **args)
-            self.blocks.append(Block(layer, hidden_size, mlp_size, norm_eps, norm_path))
-        self.norm = RMSNorm(hidden_size, norm_eps, norm_before_gate=True, path=norm_path)
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
-        if tie_embeddings:
+        for _ in range(config.num_layers):
+            mixer = MIXERS[type(config)](
+                hidden_size, norm_eps=eps, norm_path=norm_path, **config.mixer_args()
+            )
+            self.blocks.append(Block(mixer, hidden_size, mlp_size, eps, norm_path))
+        self.norm = RMSNorm(hidden_size, eps, norm_before_gate=True, path=norm_path)
+        self.head = nn.Linear(hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
 

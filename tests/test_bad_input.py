@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from bad_input import TABLE, answer, table
-from configs.command import command
+from demo.config.command import command
 from mistakes import CASES, RUN, Bad
 
 ALL = [case for group in CASES.values() for case in group]

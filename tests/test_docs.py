@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models import Options, Result
+from demo import Options, Result
 from small_runs import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,6 @@
 """infer.py: which checkpoint, which text, and what it says when something is wrong."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,9 +11,8 @@ import pytest
 import torch
 
 import infer
-from configs.command import compose
-from models import Result, generate, load
-from models.checkpoints.checkpoint import (
+from demo import Result, generate, load
+from demo.checkpoints.checkpoint import (
     SHIPPED,
     WEIGHTS,
     build_model,
@@ -20,8 +20,9 @@ from models.checkpoints.checkpoint import (
     save_config,
     save_weights,
 )
-from models.checkpoints.tokenizer import TextTokenizer
-from models.inference.output import Speeds
+from demo.checkpoints.tokenizer import TextTokenizer
+from demo.config.command import compose
+from demo.inference.output import Speeds
 from small_runs import run, write_checkpoint
 from text_sets import byte_level
 
@@ -111,7 +112,7 @@ def test_stop_strings_are_taken_as_they_stand_or_as_json(
     argument, stop, run_folder, monkeypatch, capfd
 ):
     taken = []
-    monkeypatch.setattr("models.inference.output.print_texts", lambda *a: taken.append(a[-1].stop))
+    monkeypatch.setattr("demo.inference.output.print_texts", lambda *a: taken.append(a[-1].stop))
     assert run([argument], monkeypatch, capfd)[0] == 0
     assert taken == [stop]
 
@@ -119,7 +120,7 @@ def test_stop_strings_are_taken_as_they_stand_or_as_json(
 def test_a_model_of_words_counts_tokens(tmp_path, monkeypatch, capfd):
     config = compose("train", ["model=mamba2", "model.hidden_size=32", "model.num_layers=1"])
     tokenizer = TextTokenizer(byte_level(), eos=0)
-    config.model.vocab_size = tokenizer.vocab_size
+    config.model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     folder = tmp_path / "run"
     folder.mkdir()
     save_config(folder, config)

@@ -13,14 +13,13 @@ import torch
 import yaml
 
 import train
-from configs.command import compose
-from configs.schema import ConfigError, OptimConfig
-from models.checkpoints.checkpoint import load_model
-from models.data.corpus import load_corpus
-from models.generation import generate
-from models.training.callbacks import ProgressBar, Throughput
-from models.training.lit import learning_rate_factor
-from models.training.plots import (
+from demo.checkpoints.checkpoint import load_model
+from demo.config.command import compose
+from demo.config.schema import ConfigError, OptimConfig
+from demo.data.corpus import load_corpus
+from demo.training.callbacks import ProgressBar, Throughput
+from demo.training.lit import learning_rate_factor
+from demo.training.plots import (
     compressors,
     plot_comparison,
     plot_loss,
@@ -28,6 +27,7 @@ from models.training.plots import (
     read_training,
     smooth,
 )
+from models.generation import generate
 from small_runs import SIX_STEPS
 
 TINY = [*SIX_STEPS, "optim.steps=3"]
@@ -130,7 +130,7 @@ def test_the_same_seed_trains_the_same_weights(tiny_run, tmp_path):
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    from models.training.runs import create_run
+    from demo.training.runs import create_run
 
     config = compose("train", [f"runs_dir={tmp_path}"])
     assert len({create_run(config) for _ in range(5)}) == 5

@@ -10,7 +10,7 @@ import gatednorm
 from benchmarks import models as benchmark
 from benchmarks import profiles
 from models import routes
-from models.language_model import LanguageModel
+from small_models import small_model
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain):
     """Every backward node that the norms made counts, and no other: all the others together and
     the norms are the whole backward."""
-    torch.manual_seed(0)
-    args = {"num_heads": 2, "head_dim": 16}
-    model = LanguageModel(
-        "gated_deltanet", vocab_size=16, hidden_size=32, num_layers=2, mixer_args=args
-    )
+    model = small_model("gated_deltanet", vocab_size=16, hidden_size=32, head_dim=16)
     restore = profiles.label_norms(model, plain)
     tokens = torch.randint(0, 16, (2, 40))
     try:

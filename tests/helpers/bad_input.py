@@ -41,7 +41,7 @@ class Answer:
 def good_runs() -> tempfile.TemporaryDirectory:
     """A folder with a checkpoint in `runs/small`, and a run that was stopped in `runs/stopped`."""
     import train
-    from configs.command import compose
+    from demo.config.command import compose
 
     made = tempfile.TemporaryDirectory()
     runs = Path(made.name, "runs")

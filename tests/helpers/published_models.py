@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-from models.checkpoints.published import FORMATS
+from demo.checkpoints.published import FORMATS
 from models.language_model import LanguageModel
 
 
@@ -189,8 +189,8 @@ def fla_train(steps, c=FLA):
 def train_weights(learn, c=FLA):
     """What `learn` makes of a new model of ours, as weights with FLA's names."""
     torch.manual_seed(0)
-    arguments, entries = FORMATS["gated_deltanet"]
-    model = LanguageModel(**arguments(c))
+    config_of, entries = FORMATS["gated_deltanet"]
+    model = LanguageModel(config_of(c))
     learn(model)
     filled, weights = {}, {}
     for source, target, rows in entries(model):

@@ -4,15 +4,16 @@ import csv
 import importlib
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from configs.command import compose
-from models.checkpoints.checkpoint import build_model, save_config, save_weights
-from models.checkpoints.tokenizer import Tokenizer
+from demo.checkpoints.checkpoint import build_model, save_config, save_weights
+from demo.checkpoints.tokenizer import Tokenizer
+from demo.config.command import compose
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
 FEW_STEPS = [  # of train.py, in seconds
@@ -33,7 +34,7 @@ class Stop(Exception):
 
 def train_until(batch: int, config, monkeypatch) -> Path:
     """Train, and die in the middle of a step. Returns the run, the only one in its folder."""
-    from models.training import lit  # takes seconds
+    from demo.training import lit  # takes seconds
 
     training_step = lit.LitLanguageModel.training_step
 
@@ -58,7 +59,7 @@ def curve(run: Path, column: str = "train_bpb") -> list[float]:
 
 def checkpoint_step(run: Path) -> int:
     """The step that the run's last.ckpt was written after, 0 where there is none yet."""
-    from models.training.resume import read_state
+    from demo.training.resume import read_state
 
     state = read_state(run)
     return 0 if state is None else state["global_step"]
@@ -71,7 +72,7 @@ def write_checkpoint(
     tokens are as likely."""
     config = compose("train", [f"model={model}", *SMALL])
     if tokenizer is not None:
-        config.model.vocab_size = tokenizer.vocab_size
+        config.model = replace(config.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(seed)
     language_model = build_model(config.model, "training").eval()
     with torch.no_grad():

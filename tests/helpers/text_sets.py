@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.command import compose
+from demo.config.command import compose
 from small_runs import SIX_STEPS
 
 TEXTS = [f'document {i}: caf\u00e9\r\n, with a comma "and quotes" {"x" * i}' for i in range(40)]

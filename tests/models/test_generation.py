@@ -5,19 +5,12 @@ import torch
 
 from models import generation
 from models.generation import generate, sample
-from models.language_model import MIXERS, LanguageModel
+from small_models import MIXERS, small_model
 
 
 @pytest.fixture(params=list(MIXERS))
 def model(request):
-    torch.manual_seed(0)
-    args = {
-        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
-        "mamba2": {"d_state": 8, "head_dim": 8},
-    }[request.param]
-    model = LanguageModel(
-        request.param, vocab_size=32, hidden_size=24, num_layers=2, mixer_args=args
-    )
+    model = small_model(request.param)
     with torch.no_grad():
         model.embedding.weight.mul_(15)  # logits sharp enough that no two are close to equal
     return model.eval()

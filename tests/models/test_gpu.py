@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from models import generation, routes
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.generation import generate
-from models.language_model import LanguageModel, state_to
+from models.language_model import state_to
 from models.ssd import chunk_ssd, recurrent_ssd
+from small_models import small_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,8 +106,7 @@ def loss_and_gradients(model, tokens, offsets):
 def test_model_equals_the_cpu(mixer, dtype, route):
     """Loss and gradients, for a batch and for packed sequences, against fp32 on the CPU; in bf16
     with at most twice the error that the CPU makes in bf16, where the scans compute in fp32."""
-    torch.manual_seed(0)
-    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer])
+    model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer])
     model = model.to(torch.bfloat16).float()  # weights that both can hold
     tokens = torch.randint(0, 64, (1, 301))
     for offsets in (None, torch.tensor([0, 3, 3, 150, 300], dtype=torch.int32)):
@@ -126,8 +126,7 @@ def test_model_equals_the_cpu(mixer, dtype, route):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_state_moves_between_devices(mixer, route):
-    torch.manual_seed(0)
-    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer])
+    model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer])
     tokens = torch.randint(0, 64, (2, 50))
     with torch.inference_mode():
         expected, _ = model(tokens)
@@ -145,8 +144,7 @@ def test_a_state_moves_between_devices(mixer, route):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_graph_equals_eager_steps(mixer, autocast, options, route):
     """The captured step gives the tokens of eager steps, in both of the 16-bit modes, and twice."""
-    torch.manual_seed(0)
-    model = LanguageModel(mixer, vocab_size=64, hidden_size=64, mixer_args=MIXERS[mixer]).cuda()
+    model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer]).cuda()
     model = model if autocast else model.bfloat16()
     prompts = [torch.randint(0, 64, (n,), device="cuda") for n in (3, 40, 9)]
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gatednorm import modules as norm_modules
-from models.language_model import MIXERS, LanguageModel, state_to
+from models.language_model import LanguageModel, state_to
+from small_models import CONFIGS, MIXERS, small_model
 
 SMALL = {
     "gated_deltanet": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
@@ -16,9 +17,7 @@ SMALL = {
 
 
 def make(mixer, **options):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 24, "num_layers": 2, "mlp_ratio": 1.0}
-    return LanguageModel(mixer, mixer_args=SMALL[mixer], **{**sizes, **options})
+    return small_model(mixer, **{"mlp_ratio": 1.0, **SMALL[mixer], **options})
 
 
 def tokens(batch, length):
@@ -179,8 +178,7 @@ def test_inference_path_refuses_to_train(mixer):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_new_model_guesses(mixer):
     """The loss of a new model is that of guessing: 8 bits per byte."""
-    torch.manual_seed(0)
-    model = LanguageModel(mixer)
+    model = small_model(mixer, vocab_size=256, hidden_size=128)
     text = torch.randint(0, 256, (2, 100))
     loss = F.cross_entropy(model(text)[0].flatten(0, 1), torch.randint(0, 256, (200,)))
     assert abs(float(loss.detach()) / 0.6931 - 8) < 0.15
@@ -205,30 +203,32 @@ def test_learns(mixer):
 
 def test_num_parameters():
     """A tied head counts once; sizes of the published configurations."""
-    tied = LanguageModel("mamba2", vocab_size=300)
-    assert LanguageModel("mamba2", vocab_size=300, tie_embeddings=False).num_parameters() == (
-        tied.num_parameters() + 300 * 128
+    tied = make("mamba2", vocab_size=300)
+    assert make("mamba2", vocab_size=300, tie_embeddings=False).num_parameters() == (
+        tied.num_parameters() + 300 * 24
     )
     with torch.device("meta"):
         large = LanguageModel(
-            "gated_deltanet",
-            vocab_size=32000,
-            hidden_size=1024,
-            num_layers=8,
-            mlp_ratio=4,
-            tie_embeddings=False,
-            mixer_args={"num_heads": 6, "head_dim": 128, "expand_v": 2},
+            CONFIGS["gated_deltanet"](
+                vocab_size=32000,
+                hidden_size=1024,
+                num_layers=8,
+                mlp_ratio=4,
+                tie_embeddings=False,
+                num_heads=6,
+                head_dim=128,
+            )
         )
     assert round(large.num_parameters() / 1e6) == 185
 
 
 BAD = {
-    "mixer": ({"mixer": "attention"}, "mixer must be one of gated_deltanet, mamba2"),
-    "vocab": ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
-    "layers": ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
-    "hidden": ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
-    "mlp": ({"mlp_ratio": -1}, "mlp_ratio must be 0"),
-    "heads": ({"mixer_args": {"d_state": 8, "head_dim": 7}}, "head_dim must divide"),
+    "vocab": ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+    "layers": ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+    "hidden": ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+    "mlp": ({"mlp_ratio": -1}, "mlp_ratio must be at least 0"),
+    "limits": ({"dt_limit": (1.0, 0.5)}, "dt_limit must be two numbers from 0"),
+    "heads": ({"head_dim": 7}, "head_dim must divide"),
     "path": ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
 }
 
@@ -237,7 +237,7 @@ BAD = {
 def test_bad_sizes(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        LanguageModel(**{"mixer": "mamba2", **options})
+        small_model("mamba2", **options)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -5,19 +5,12 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from models.generation import generate, penalize
-from models.language_model import LanguageModel
+from small_models import small_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = LanguageModel(
-        "mamba2",
-        vocab_size=32,
-        hidden_size=24,
-        num_layers=2,
-        mixer_args={"d_state": 8, "head_dim": 8},
-    )
+    model = small_model("mamba2")
     with torch.no_grad():
         model.embedding.weight.mul_(15)  # logits sharp enough that no two are close to equal
     return model.eval()

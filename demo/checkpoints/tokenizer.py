@@ -1,0 +1,215 @@
+"""From text to tokens and back: bytes, or a ``tokenizer.json`` of the tokenizers library."""
+
+import codecs
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from demo.checkpoints.files import write_whole
+from demo.checkpoints.hub import download, is_hub_id
+from demo.config.schema import first_line
+
+FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
+
+# What ends a document in published tokenizers, for one whose folder does not say.
+USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class TextStream(Protocol):
+    """Tokens in, text out as soon as no later token can change it; the pieces join to what
+    ``Tokenizer.decode`` makes of all tokens."""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token, often none."""
+
+    def finish(self) -> str:
+        """The rest: unfinished characters as U+FFFD."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back.
+
+    Attributes:
+        vocab_size: Tokens are below it.
+        eos: The token that ends a document, or None.
+    """
+
+    vocab_size: int
+    eos: int | None
+
+    def encode(self, text: bytes) -> list[int]:
+        """The tokens of a text, given as bytes so that any file survives."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, special ones left out; what is not UTF-8 comes out as U+FFFD."""
+
+    def stream(self) -> TextStream:
+        """For text that comes token by token."""
+
+    def save(self, folder: Path) -> None:
+        """Write what ``tokenizer_of`` reads back: nothing for bytes."""
+
+
+class ByteTokenizer:
+    """Every byte is a token."""
+
+    vocab_size = 256
+    eos = None
+
+    def encode(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+    def stream(self) -> "_ByteStream":
+        return _ByteStream()
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+class _ByteStream:
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self.decoder.decode(bytes([token]))
+
+    def finish(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+class TextTokenizer:
+    """A ``tokenizers.Tokenizer``. Text that is not UTF-8 reaches it with U+FFFD in its place.
+
+    Args:
+        tokenizer: It adds its own special tokens to a text, as in the model's training.
+        eos: The token that ends a document, or None.
+    """
+
+    def __init__(self, tokenizer: Any, eos: int | None = None):
+        tokenizer.no_truncation()  # both are kept in the file, and are about batches
+        tokenizer.no_padding()
+        self.tokenizer, self.eos = tokenizer, eos
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def encode(self, text: bytes) -> list[int]:
+        return self.tokenizer.encode(text.decode("utf-8", "replace")).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(tokens))
+
+    def stream(self) -> "_TextStream":
+        return _TextStream(self.decode)
+
+    def save(self, folder: Path) -> None:
+        text = self.tokenizer.to_str(pretty=True)
+        write_whole(folder / FILE, lambda part: part.write_text(text, encoding="utf-8"))
+        if self.eos is not None:
+            options = {
+                "tokenizer_class": "PreTrainedTokenizerFast",  # for transformers, which wants one
+                "eos_token": self.tokenizer.id_to_token(self.eos),
+            }
+            text = json.dumps(options, ensure_ascii=False, indent=2)
+            write_whole(folder / OPTIONS, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+class _TextStream:
+    """Decodes the tokens since the last but one piece of text, and gives what is new.
+
+    How a token reads depends on those before it (the first loses its leading space, a character
+    can span tokens), so a window starts one piece earlier than the text that it adds.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode = decode
+        self.tokens: list[int] = []  # the window
+        self.told = 0  # its first tokens, whose text has been given
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        text = self._new()
+        if not text or text.endswith("\ufffd"):
+            return ""  # perhaps the beginning of a character
+        self.tokens, self.told = self.tokens[self.told :], len(self.tokens) - self.told
+        return text
+
+    def finish(self) -> str:
+        text = self._new()
+        self.tokens, self.told = [], 0
+        return text
+
+    def _new(self) -> str:
+        return self.decode(self.tokens)[len(self.decode(self.tokens[: self.told])) :]
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer that ``source`` names.
+
+    Args:
+        source: "bytes", a ``tokenizer.json``, a folder that has one, or a hub id.
+    Raises:
+        ValueError: for anything else, a damaged file, and a missing package.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE
+    elif not path.exists() and is_hub_id(source):
+        path = download(source, FILE, OPTIONS) / FILE
+    if not path.is_file():
+        raise ValueError(
+            f"a tokenizer must be bytes, a {FILE}, a folder with one or a hub id, got {source!r}, "
+            f"where there is no such file; name another one, or use bytes"
+        )
+    return _read(path)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: its ``tokenizer.json``, or bytes where it has none.
+
+    Raises:
+        ValueError: for a damaged file, and a missing package.
+    """
+    file = Path(folder) / FILE
+    return _read(file) if file.is_file() else ByteTokenizer()
+
+
+def _read(file: Path) -> TextTokenizer:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            f"{str(file)!r} needs the package tokenizers, which is not installed; "
+            "pip install tokenizers"
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(
+            f"{str(file)!r} must be a file of the tokenizers library, but it cannot be read "
+            f"({first_line(error)}); download or train it again"
+        ) from error
+    try:
+        tokenizer.encode("\ufffd")  # also stands for what is not UTF-8
+    except Exception as error:
+        raise ValueError(
+            f"{str(file)!r} must be of a tokenizer that takes any text, got one that does not "
+            f"({first_line(error)}); train it with bytes for its alphabet, or with an unk_token"
+        ) from error
+    return TextTokenizer(tokenizer, _find_eos(tokenizer, file.with_name(OPTIONS)))
+
+
+def _find_eos(tokenizer: Any, options: Path) -> int | None:
+    names = USUAL_EOS
+    try:
+        name = json.loads(options.read_text(encoding="utf-8")).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        names = (name,) if isinstance(name, str) else names
+    except (OSError, ValueError, AttributeError):
+        pass  # a published tokenizer.json often comes without it
+    found = (tokenizer.token_to_id(name) for name in names)
+    return next((token for token in found if token is not None), None)

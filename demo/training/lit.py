@@ -1,0 +1,128 @@
+"""The language model under Lightning: loss, optimiser, validation in bits per byte."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+
+from demo.config.schema import OptimConfig
+from demo.data.batches import Batch, Packed
+from demo.training.parallel import ShardedStrategy, shard
+from models.language_model import LanguageModel
+
+
+class LitLanguageModel(L.LightningModule):
+    """Next-token prediction with AdamW, linear warm-up and cosine decay.
+
+    Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
+    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation.
+
+    Args:
+        bytes_per_token: How much text a token stands for, in training and in validation.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optim: OptimConfig,
+        bytes_per_token: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.model, self.optim = model, optim
+        # Nats per token to bits per byte.
+        self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
+        self.step_loss = torch.zeros(())  # of the last step, over all processes
+        self._sharded = False
+        self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy) and not self._sharded:
+            shard(self.model, self.device_mesh["data_parallel"])
+            self._sharded = True
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.device.type != "cuda":
+            return batch
+        # A copy from pinned memory does not wait for the step before it.
+        if isinstance(batch, Packed):
+            return batch._replace(tokens=batch.tokens.pin_memory())
+        return batch.pin_memory()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self._parts.append(loss.detach())
+        if len(self._parts) == self.trainer.accumulate_grad_batches:
+            bits = torch.stack(self._parts).mean() * self.train_scale
+            self._parts.clear()
+            if self.trainer.world_size > 1:  # Lightning's own way begins with a barrier
+                torch.distributed.all_reduce(bits)
+                bits /= self.trainer.world_size
+            self.step_loss = bits
+            self.log("train_bpb", bits)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        bits = self.loss(batch) * self.val_scale
+        rows = len(batch.tokens if isinstance(batch, Packed) else batch)
+        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=rows)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
+        if isinstance(batch, Packed):
+            tokens, offsets = batch.tokens, torch.from_numpy(batch.offsets)
+            logits, _ = self.model(tokens[:, :-1].reshape(1, -1), cu_seqlens=offsets)
+        else:
+            tokens = batch
+            logits, _ = self.model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own refuses a fused optimizer under any mixed precision.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.optim
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        others = [p for p in self.parameters() if p.ndim < 2]
+        # A fused optimizer takes scaled gradients, which are not to be clipped.
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": optim.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=optim.learning_rate,
+            betas=tuple(optim.betas),
+            fused=not scaled,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
+    """What to multiply the learning rate with at a step: linear warm-up, then a cosine down to the
+    smallest at the last step."""
+    floor = optim.min_learning_rate / optim.learning_rate
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = min(40, optim.steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, optim.steps - warmup)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return factor

@@ -1,0 +1,75 @@
+"""Ranges of a dataclass's fields, and the error for a value outside. Imports nothing heavy."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, field, fields, is_dataclass
+from typing import Any
+
+
+def one_of(*choices: str, default: Any = MISSING) -> Any:
+    """A field for one of these names, or for None where its type allows that."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def number(
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field for a finite number in a range, or for None where its type allows that."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"bounds": bounds})
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for the first field, nested ones included, that is out of its range."""
+    for f in fields(config):
+        key, value = prefix + f.name, getattr(config, f.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif value is not None and "choices" in f.metadata:
+            check_choice(key, value, f.metadata["choices"])
+        elif value is not None and "bounds" in f.metadata:
+            _check_bounds(key, value, f.metadata["bounds"])
+
+
+def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest choice, unless `value` is one of them."""
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ValueError(
+            f"{key} must be one of {', '.join(choices)}, got {as_written(value)}{hint}"
+        )
+
+
+def as_written(value: Any) -> str:
+    """A value as somebody wrote it who writes YAML: null and true, not None and True."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def nearest(word: str, choices: Iterable[Any], prefix: str = "") -> str:
+    """'; did you mean ...?' for the choice that is spelt most like `word`, said with `prefix`, or
+    nothing."""
+    names = {str(choice).lower(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{names[close[0]]}?" if close else ""
+
+
+def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+    }
+    finite = math.isfinite(value)
+    if not finite or not all(holds[word](bound) for word, bound in bounds.items()):
+        rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        rule = rule if finite else f"a finite number {rule}"
+        raise ValueError(f"{key} must be {rule}, got {value}; use a value in that range")

@@ -1,0 +1,156 @@
+"""A run that is damaged, of another version or read-only is one error, and stays as it is."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from demo.config.command import compose
+from demo.config.schema import ConfigError
+from demo.training.resume import find_stopped, read_metrics
+from small_runs import checkpoint_step
+
+
+def test_a_flipped_bit_anywhere_is_found_or_harmless(stopped_run):
+    run = stopped_run(5)
+    file = run / "last.ckpt"
+    whole = file.read_bytes()
+    expected = torch.load(file, weights_only=True)["state_dict"]
+    places = random.Random(0).sample(range(len(whole)), 60)
+    found = 0
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        error = ""
+        try:
+            assert checkpoint_step(run) == 4
+        except ConfigError as caught:
+            error = str(caught)
+        if error:
+            assert "last.ckpt" in error
+            assert "\n" not in error
+            found += 1
+        else:
+            state = torch.load(file, weights_only=True)["state_dict"]
+            assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert found > 40
+
+
+def of_another_version(run: Path, *keys: str) -> None:
+    """Without the part of last.ckpt that these keys lead to."""
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    *path, last = keys
+    part = state
+    for key in path:
+        part = part[key]
+    del part[last]
+    torch.save(state, run / "last.ckpt")
+
+
+def edited(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+UNREADABLE = {
+    "missing": (lambda run: (run / "config.yaml").unlink(), "without config.yaml"),
+    "finished": (lambda run: (run / "loss.png").touch(), "which is finished"),
+    "truncated": (lambda run: os.truncate(run / "last.ckpt", 5000), "it is cut short"),
+    "pickle": (
+        lambda run: (run / "last.ckpt").write_bytes(b"cos\nsystem\n(S'touch was-run'\ntR."),
+        "it is cut short",
+    ),
+    "config of a model alone": (
+        lambda run: (run / "config.yaml").write_text("model: {name: mamba2}"),
+        "it lacks model.hidden_size",
+    ),
+    "config of a list": (
+        lambda run: (run / "config.yaml").write_text("- model"),
+        "it has no model section",
+    ),
+    "config that refers to nothing": (
+        edited("config.yaml", "steps: 12", "steps: ${x}"),
+        "Interpolation key 'x' not found",
+    ),
+    "config without a section": (
+        edited("config.yaml", "optim:", "optics:"),
+        "there is no key 'optics'",
+    ),
+    "config of an older version": (
+        edited("config.yaml", "  steps: 12\n", ""),
+        "optim.steps must have a value, got none",
+    ),
+    "config of other sizes": (
+        edited("config.yaml", "hidden_size: 32", "hidden_size: 64"),
+        r"its embedding.weight has shape \[256, 32\] and not \[256, 64\]",
+    ),
+    "config of a huge size": (
+        edited("config.yaml", "hidden_size: 32", "hidden_size: 32000000"),
+        r"its embedding.weight has shape \[256, 32\] and not \[256, 32000000\]",
+    ),
+    "config of a billion layers": (
+        edited("config.yaml", "num_layers: 2", "num_layers: 1000000000"),
+        "too few tensors",
+    ),
+    "no optimizer": (
+        lambda run: of_another_version(run, "optimizer_states"),
+        "it has no optimizer_states, perhaps because another version",
+    ),
+    "no random state": (
+        lambda run: of_another_version(run, "callbacks", "RandomState"),
+        "it has no callbacks.RandomState",
+    ),
+    "no position": (
+        lambda run: of_another_version(
+            run, "loops", "fit_loop", "state_dict", "combined_loader", 0, "text"
+        ),
+        "got the parts position in the checkpoint, not position, text",
+    ),
+    "metrics": (
+        edited("metrics.csv", "epoch,step", "epoch,stop"),
+        "metrics.csv.* must be whole .* not a table of numbers with the column step",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(
+    how, tmp_path, monkeypatch, stopped_run
+):
+    run = stopped_run(5)
+    change, says = UNREADABLE[how]
+    change(run)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    config = compose("train", ["model=mamba2"])
+    config.resume = str(run)
+    with pytest.raises(ConfigError, match=says) as error:
+        train.train(config)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_run_in_a_folder_that_is_read_only_is_one_error(monkeypatch, stopped_run):
+    run = stopped_run(5)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    config = compose("train", ["model=mamba2"])
+    config.resume = str(run)
+    with pytest.raises(ConfigError, match="which cannot; change its permissions"):
+        find_stopped(config)
+
+
+def test_the_beginning_of_a_row_that_a_kill_left_is_no_row(stopped_run):
+    run = stopped_run(5)
+    with (run / "metrics.csv").open("a", newline="") as file:
+        file.write("0,2")  # of 0,25,...
+    assert [step for step, _ in read_metrics(run, 4)] == [0, 0, 1, 2, 3]
