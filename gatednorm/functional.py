@@ -1,22 +1,13 @@
-"""The functions that users call: check, then training (autograd) or inference (no graph)."""
+"""The functions that users call: options made once, then one operator or one kernel."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, run_backward, run_forward, traced
-from .problem import check_backward, describe
+from .autograd import LayerNormFn, needs_operator, run_backward, run_forward
+from .options import make_options
 
 NORM_PATHS = ("training", "inference")
-# Function.apply looks for torch.func transforms and for tensors that outlived theirs; looking here
-# alone saves the eager call 5 of some 30 microseconds.
-_apply = super(torch.autograd.Function, LayerNormFn).apply
-_of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def _outlived(*tensors: Tensor | None) -> bool:
-    """Whether a tensor was made in a torch.func transform that has ended."""
-    return any(isinstance(t, Tensor) and _of_a_transform(t) for t in tensors)
 
 
 def _refuse_transforms(name: str, *tensors: Tensor | None) -> None:
@@ -94,15 +85,14 @@ def layernorm_fn(
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
-    _refuse_transforms("layernorm_fn", x, weight, bias, z)
+    _refuse_transforms("layernorm_fn")
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or torch._C._is_tracing():  # torch.jit.trace
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.gatednorm.forward(x, weight, bias, z, *options)[0]
-    apply = LayerNormFn.apply if _outlived(x, weight, bias, z) else _apply
-    return apply(x, weight, bias, z, *options)
+    return LayerNormFn.apply(x, weight, bias, z, *options)
 
 
 def rmsnorm_fn(
@@ -170,13 +160,12 @@ def rms_norm_gated(
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
-    if traced(x, weight, bias, z, out):
+    if needs_operator(x, weight, bias, z, out):
         if out is None:
             out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
         torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)
         return out
-    p = describe(x, weight, bias, z, out, *options)
-    return run_forward(p, x, weight, bias, z, out, save_stats=False)[0]
+    return run_forward(x, weight, bias, z, out, make_options(*options), save_stats=False)[0]
 
 
 def layernorm_forward(
@@ -205,12 +194,12 @@ def layernorm_forward(
     """
     _refuse_transforms("layernorm_forward", x, weight, bias, z)
     _refuse_wrappers("layernorm_forward", x, weight, bias, z, out)
-    p = describe(
-        x, weight, bias, z, out, eps, group_size, norm_before_gate, is_rms_norm,
+    options = make_options(
+        eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
     with torch.no_grad():
-        return run_forward(p, x, weight, bias, z, out, save_stats=True)
+        return run_forward(x, weight, bias, z, out, options, save_stats=True)
 
 
 def layernorm_backward(
@@ -244,14 +233,10 @@ def layernorm_backward(
     Raises:
         ValueError, TypeError: as in :func:`layernorm_fn`; also when `dx` or `dz` overlaps an input.
     """
-    options = (
-        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
-    )  # fmt: skip
     _refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
     _refuse_wrappers("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
-    p = describe(x, weight, bias, z, None, *options, None)
-    if p.is_rms_norm:
-        mean = None  # RMS norm has no use for one that other copies' callers pass
-    check_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)
+    options = make_options(
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None
+    )
     with torch.no_grad():
-        return run_backward(p, dy, x, weight, bias, z, mean, rstd, dx, dz)
+        return run_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
-from .problem import check_group_size, check_options, one_of
+from .options import channels_in_group, make_options, one_of
 
 
 class LayerNorm(nn.Module):
@@ -46,11 +46,11 @@ class LayerNorm(nn.Module):
             raise TypeError(f"hidden_size must be an int, got {hidden_size!r}; use for example 128")
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
-        check_group_size(group_size, hidden_size, "hidden_size", "hidden_size")
-        check_options(
-            eps, activation, numerics, norm_before_gate=norm_before_gate,
-            zero_centered=zero_centered,
+        make_options(
+            eps, group_size, norm_before_gate, self.is_rms_norm, activation, zero_centered,
+            numerics, None,
         )  # fmt: skip
+        channels_in_group(group_size, hidden_size, "hidden_size", "hidden_size")
         self.hidden_size = hidden_size
         self.eps = eps
         self.group_size = group_size

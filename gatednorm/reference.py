@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .problem import check_group_size, check_options
+from .options import channels_in_group, make_options
 
 # Where a family of models rounds to the input's dtype besides the store:
 # (after the norm, after the weight). See `numerics` in functional.py.
@@ -50,11 +50,11 @@ def gated_norm_ref(
     Raises:
         ValueError, TypeError: an option that breaks a rule; names value, rule and remedy.
     """
-    check_options(
-        eps, activation, numerics, norm_before_gate=norm_before_gate, is_rms_norm=is_rms_norm,
-        zero_centered=zero_centered,
+    make_options(
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
+        out_dtype,
     )  # fmt: skip
-    channels = check_group_size(group_size, x.shape[-1], "the last dimension of x", "D")
+    channels = channels_in_group(group_size, x.shape[-1], "the last dimension of x", "D")
     dtype, out_dtype = x.dtype, out_dtype or x.dtype
     compute = torch.promote_types(dtype, torch.float32) if upcast else dtype
     round_norm, round_weight = ROUNDING[numerics]

@@ -34,7 +34,8 @@ settings.load_profile("gatednorm")
 
 def _kernels_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send CPU tensors to the Triton kernels, which the interpreter runs."""
-    from gatednorm import autograd, launch
+    from gatednorm import autograd
+    from gatednorm.kernels import launch
 
     monkeypatch.setattr(autograd, "backend", lambda device_type: launch)
 

@@ -127,7 +127,7 @@ def test_saved_tensors_that_come_back_as_others(small, change):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
         y = gatednorm.rmsnorm_fn(x, i.weight, None, i.z, **case.options)
     with pytest.raises(
-        RuntimeError, match=r"^x was saved .* as torch.float32 \(6, 16\) on .* brought it back"
+        RuntimeError, match=r"^hooks of saved tensors .* got x as .* and not as torch.float32"
     ):
         y.sum().backward()
 
@@ -151,7 +151,7 @@ def test_saved_tensors_that_no_kernel_was_made_for(path, case):
         lambda t: t, lambda t: change(t) if t.shape == shape else t
     ):
         y = gatednorm.rmsnorm_fn(i.x.requires_grad_(), i.weight, None, i.z)
-    with pytest.raises(RuntimeError, match=f"^{name} was saved .* brought it back as .*{got}") as e:
+    with pytest.raises(RuntimeError, match=f"^hooks of saved tensors must .*{name}.*{got}") as e:
         y.sum().backward()
     assert "\n" not in str(e.value)
 

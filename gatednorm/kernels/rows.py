@@ -4,28 +4,26 @@ Every sum over a row has an order fixed by column numbers (`warp_sums`, `warp_do
 multiply-add is fused behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on
 the layout that the compiler picks for aligned or unaligned, whole or partial tiles.
 
-Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; `u` is what is
-normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`.
+Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; a piece begins at column
+`col_start` of its group, and `row_mask` says which rows of a tile exist (None: all). `u` is what is
+normalised, `xhat` the normalised value, `g` the gradient of `xhat * w + b`. Without a gate
+NORM_BEFORE_GATE is True.
 """
+
+import os
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 NVIDIA = tl.constexpr(
     not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 )
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-
-def hooked(runtime=triton.knobs.runtime) -> bool:
-    """Whether somebody, a profiler say, wants to be called at every launch."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # older Tritons: functions
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
+# Triton would compile another variant where a size is 1 or divisible by 16.
 UNSPECIALIZED = [
     "n_rows", "size1", "size2", "n_workers", "x_s0", "x_s1", "x_s2", "z_s0", "z_s1", "z_s2",
     "y_s0", "y_s1", "y_s2", "dy_s0", "dy_s1", "dy_s2", "dx_s0", "dx_s1", "dx_s2",
@@ -221,50 +219,53 @@ def row_offset(row, size1, size2, s0, s1, s2, DIMS: tl.constexpr, ALIGN: tl.cons
 
 
 @triton.jit
-def _inside(live, col, N: tl.constexpr, FULL: tl.constexpr):
-    """Which values of a tile exist, where not all do; `live` is None where all rows do."""
-    if live is None:
+def _inside(row_mask, col, N: tl.constexpr, FULL: tl.constexpr):
+    """Which values of a tile exist, where not all do; `row_mask` is None where all rows do."""
+    if row_mask is None:
         return (col < N)[None, :]
     elif FULL:
-        return live[:, None]
+        return row_mask[:, None]
     else:
-        return live[:, None] & (col < N)[None, :]
+        return row_mask[:, None] & (col < N)[None, :]
 
 
 @triton.jit
-def load_rows(ptr, index, live):
+def load_rows(ptr, index, row_mask):
     """One fp32 number for each row of a tile."""
-    if live is None:
+    if row_mask is None:
         return tl.load(ptr + index)
     else:
-        return tl.load(ptr + index, mask=live, other=0.0)
+        return tl.load(ptr + index, mask=row_mask, other=0.0)
 
 
 @triton.jit
-def load(ptr, offset, live, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-         EVICT: tl.constexpr):  # fmt: skip
-    """`[ROWS, BLOCK]` values of the columns from `first` on; 0 outside the rows and the group."""
-    col = first + tl.arange(0, BLOCK)
+def load(ptr, offset, row_mask, col_start, N: tl.constexpr, BLOCK: tl.constexpr,
+         FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+    """`[ROWS, BLOCK]` values of the columns from `col_start` on; 0 outside of rows and group."""
+    col = col_start + tl.arange(0, BLOCK)
     ptr = ptr + offset[:, None] + col[None, :]
-    if live is None and FULL:
+    if row_mask is None and FULL:
         return tl.load(ptr, eviction_policy=EVICT)
     else:
-        return tl.load(ptr, mask=_inside(live, col, N, FULL), other=0.0, eviction_policy=EVICT)
+        return tl.load(ptr, mask=_inside(row_mask, col, N, FULL), other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def fetch(ptr, N: tl.constexpr):
-    """Bring `N` values into the L2 cache, by one thread (NVIDIA, compute capability 9.0 on)."""
+def fetch(ptr, row, size1, size2, s0, s1, s2, N: tl.constexpr, DIMS: tl.constexpr,
+          ALIGN: tl.constexpr, LONG: tl.constexpr):  # fmt: skip
+    """Bring `N` values of a row into the L2 cache, by one thread (NVIDIA, from compute capability
+    9.0 on)."""
+    ptr += row_offset(row, size1, size2, s0, s1, s2, DIMS, ALIGN, LONG)
     BYTES: tl.constexpr = N * ptr.dtype.element_ty.primitive_bitwidth // 8
     tl.inline_asm_elementwise(
         """{
-            .reg .pred first;
+            .reg .pred leader;
             .reg .b32 tid;
             .reg .b64 start;
             mov.u32 tid, %tid.x;
-            setp.eq.u32 first, tid, 0;
+            setp.eq.u32 leader, tid, 0;
             and.b64 start, $1, -16;
-            @first cp.async.bulk.prefetch.L2.global [start], $2;
+            @leader cp.async.bulk.prefetch.L2.global [start], $2;
             mov.u32 $0, 0;
         }""",
         "=r,l,r", [ptr.to(tl.int64), BYTES], dtype=tl.int32, is_pure=False, pack=1,
@@ -272,18 +273,19 @@ def fetch(ptr, N: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, offset, live, first, v, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    col = first + tl.arange(0, BLOCK)
+def store(ptr, offset, row_mask, col_start, v, N: tl.constexpr, BLOCK: tl.constexpr,
+          FULL: tl.constexpr):  # fmt: skip
+    col = col_start + tl.arange(0, BLOCK)
     v = v.to(ptr.dtype.element_ty)
     ptr = ptr + offset[:, None] + col[None, :]
-    if live is None and FULL:
+    if row_mask is None and FULL:
         tl.store(ptr, v)
     else:
-        tl.store(ptr, v, mask=_inside(live, col, N, FULL))
+        tl.store(ptr, v, mask=_inside(row_mask, col, N, FULL))
 
 
 @triton.jit
-def widen(v):
+def to_fp32(v):
     """To fp32: two instructions for a pair of bf16, where the compiler takes three."""
     if NVIDIA and v.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -295,15 +297,17 @@ def widen(v):
 
 
 @triton.jit
-def load_parameters(w_ptr, b_ptr, first, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """`[1, BLOCK]` of the weight, plus `ADD`, and of the bias, in fp32; 0 for an absent one."""
-    col = (first + tl.arange(0, BLOCK))[None, :]
+def load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET: tl.constexpr, N: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """`[1, BLOCK]` of the weight, plus `WEIGHT_OFFSET`, and of the bias, in fp32; 0 where there is
+    none."""
+    col = (col_start + tl.arange(0, BLOCK))[None, :]
     w = 0.0
     b = 0.0
     if w_ptr is not None:
         w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-        if ADD != 0:
-            w = w + ADD
+        if WEIGHT_OFFSET != 0:
+            w = w + WEIGHT_OFFSET
     if b_ptr is not None:
         b = tl.load(b_ptr + col, mask=col < N, other=0.0).to(tl.float32)
     return w, b
@@ -366,11 +370,11 @@ def act_slope(z, s, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def centre(u, mean, first, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def centre(u, mean, col_start, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """`u - mean`, and 0 outside the group, where the sums must not see the mean."""
     u = u - mean[:, None]
     if not FULL:
-        u = tl.where((first + tl.arange(0, BLOCK) < N)[None, :], u, 0.0)
+        u = tl.where((col_start + tl.arange(0, BLOCK) < N)[None, :], u, 0.0)
     return u
 
 
@@ -379,7 +383,7 @@ def affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
            ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
     """`xhat` with its rounding point, and `xhat * w + b` with its own."""
     if ROUND_NORM is not None:
-        xhat = widen(xhat.to(ROUND_NORM))
+        xhat = to_fp32(xhat.to(ROUND_NORM))
     h = xhat
     if HAS_W and HAS_B and ROUND_WEIGHT is None:
         h = tl.fma(h, w, b)
@@ -387,63 +391,22 @@ def affine(xhat, w, b, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
         if HAS_W:
             h = h * w
             if ROUND_WEIGHT is not None:
-                h = widen(h.to(ROUND_WEIGHT))
+                h = to_fp32(h.to(ROUND_WEIGHT))
         if HAS_B:
             h = h + b
     return xhat, h
 
 
 @triton.jit
-def gated_input(x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr, BLOCK: tl.constexpr,
-                FULL: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
-    """What is normalised, and the gate as loaded: `x` or `x * act(z)`, and `z`."""
-    u = load(x_ptr, x_off, live, first, N, BLOCK, FULL, "")
+def gated_input(x_ptr, x_off, z_ptr, z_off, row_mask, col_start, N: tl.constexpr,
+                BLOCK: tl.constexpr, FULL: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
+                SIGMOID: tl.constexpr):  # fmt: skip
+    """What is normalised, `x` or `x * act(z)`, and `z` as it was loaded (`x` without a gate)."""
+    u = load(x_ptr, x_off, row_mask, col_start, N, BLOCK, FULL, "")
     z = u
     if z_ptr is not None:
-        z = load(z_ptr, z_off, live, first, N, BLOCK, FULL, "")
-    u = widen(u)
-    if GATE_FIRST:
-        u = u * act_of(widen(z), SIGMOID)
+        z = load(z_ptr, z_off, row_mask, col_start, N, BLOCK, FULL, "")
+    u = to_fp32(u)
+    if not NORM_BEFORE_GATE:
+        u = u * act_of(to_fp32(z), SIGMOID)
     return u, z
-
-
-@triton.jit
-def read(dy_ptr, dy_off, x_ptr, x_off, z_ptr, z_off, live, first, N: tl.constexpr,
-         BLOCK: tl.constexpr, FULL: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
-    """`dy`, `x`, `z` of one piece as they lie in memory; without a gate `z` is `x`."""
-    dy = load(dy_ptr, dy_off, live, first, N, BLOCK, FULL, EVICT)
-    x = load(x_ptr, x_off, live, first, N, BLOCK, FULL, EVICT)
-    z = x
-    if z_ptr is not None:
-        z = load(z_ptr, z_off, live, first, N, BLOCK, FULL, EVICT)
-    return dy, x, z
-
-
-@triton.jit
-def terms(dy, x, z, s, w, b, mean, rstd, first, HAS_Z: tl.constexpr, HAS_W: tl.constexpr,
-          HAS_B: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-          IS_RMS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
-          ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr):  # fmt: skip
-    """One piece, from `s = sigmoid(z)` too: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, and
-    `dz`: the whole of it for a gate that comes last, its factor `x * act'(z)` for one that comes
-    first."""
-    g = widen(dy)
-    u = widen(x)
-    act = u
-    dz = u
-    if HAS_Z:
-        act, slope = act_slope(widen(z), s, SIGMOID)
-        if GATE_FIRST:
-            dz = u * slope
-            u = u * act
-    if not IS_RMS:
-        u = centre(u, mean, first, N, BLOCK, FULL)
-    xhat = u * rstd[:, None]
-    rounded, h = affine(xhat, w, b, HAS_W, HAS_B, ROUND_NORM, ROUND_WEIGHT)
-    if HAS_Z and not GATE_FIRST:
-        dz = g * h * slope
-        g = g * act
-    dxhat = g
-    if HAS_W:
-        dxhat = g * w
-    return xhat, rounded, g, dxhat, act, dz

@@ -1,0 +1,270 @@
+"""From a checked call to running kernels: constants, grid, launch.
+
+Triton's own launch binds, checks and boxes some sixty arguments a call, which costs more than the
+kernel. So the code that it has compiled is kept and called again: what it was compiled for, dtypes,
+constants and aligned addresses, is the key under which it is kept.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call, Kind
+from ..options import ROUNDING
+from . import backward as backward_kernels
+from . import forward as forward_kernels
+from .rows import INTERPRETED, NVIDIA, TL_DTYPES
+from .tiles import Tile, backward_tile, forward_tile, reduce_tile
+
+
+class Launcher:
+    """One kernel with its constants. `launcher(device, grid, tensors, numbers)` starts it.
+
+    Addresses that are not divisible by 16, for which Triton compiles another variant, and other
+    vendors' GPUs always go through Triton.
+
+    Args:
+        kernel: a `triton.jit` function of tensors, then numbers, then constants.
+        constants: by name, in any order.
+        early: let it be set up while the kernel before it still runs, where the device can do that.
+    """
+
+    __slots__ = ("compiled", "constants", "kernel", "options")
+
+    def __init__(
+        self, kernel, constants: dict[str, Any], device: torch.device, num_warps: int,
+        maxnreg: int | None = None, early: bool = True,
+    ):  # fmt: skip
+        constants = constants | {"PDL": not INTERPRETED and _since_hopper(device)}
+        self.kernel = kernel
+        self.constants = [constants[name] for name in kernel.arg_names if name in constants]
+        self.compiled = None
+        self.options = {}
+        if not INTERPRETED:
+            self.options = {"num_warps": num_warps, "enable_fp_fusion": False}
+            if NVIDIA:
+                self.options |= {"launch_pdl": early and constants["PDL"], "maxnreg": maxnreg}
+
+    def __call__(
+        self, device: torch.device, grid: int, tensors: list[Tensor | None], numbers: tuple
+    ) -> None:
+        if device.type == "cuda" and device.index == torch.cuda.current_device():
+            self._start(grid, tensors, numbers)
+        elif device.type == "cpu":  # under the interpreter
+            self.kernel[(grid, 1, 1)](*tensors, *numbers, *self.constants)
+        else:
+            with torch.get_device_module(device).device(device.index):
+                self._start(grid, tensors, numbers)
+
+    def _start(self, grid: int, tensors: list[Tensor | None], numbers: tuple) -> None:
+        addresses, bits = [], 0
+        for t in tensors:
+            address = None if t is None else t.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
+        if bits % 16 == 0 and self.compiled is not None:
+            self.compiled[(grid, 1, 1)](*addresses, *numbers, *self.constants)
+            return
+        start = self.kernel[(grid, 1, 1)]
+        compiled = start(*tensors, *numbers, *self.constants, **self.options)
+        if NVIDIA and bits % 16 == 0:
+            self.compiled = compiled
+
+
+def _constants(kind: Kind) -> dict[str, Any]:
+    """Those that all kernels of a call share."""
+
+    def rounds(when: bool, dtype: torch.dtype):
+        return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
+
+    x_dtype, w_dtype = kind.dtypes[:2]
+    after_weight = x_dtype if w_dtype is None else torch.promote_types(x_dtype, w_dtype)
+    round_norm, round_weight = ROUNDING[kind.numerics]
+    return {
+        "N": kind.group_size,
+        "GROUPS": kind.n_groups,
+        "DIMS": kind.dims,
+        "ALIGN": kind.align,
+        "LONG": kind.long,
+        "IS_RMS": kind.is_rms_norm,
+        "NORM_BEFORE_GATE": kind.norm_before_gate,
+        "SIGMOID": kind.activation == "sigmoid",
+        "WEIGHT_OFFSET": float(kind.zero_centered),
+        "ROUND_NORM": rounds(round_norm, x_dtype),
+        "ROUND_WEIGHT": rounds(round_weight, after_weight),
+    }
+
+
+def _tile_constants(kind: Kind, tile: Tile) -> dict[str, Any]:
+    return {
+        "CHUNKS": tile.chunks, "ROWS": tile.rows, "BLOCK_A": tile.block_a, "BLOCK_B": tile.block_b,
+        "FULL": kind.group_size % (tile.block_a + tile.block_b) == 0, "HOIST": tile.hoist,
+        **tile.sum_layout(),
+    }  # fmt: skip
+
+
+def _sums_launcher(kernel, kind: Kind, tile: Tile) -> Launcher | None:
+    """The kernel that makes the sums of wide rows, chunk by chunk."""
+    if tile.chunks == 1:
+        return None
+    layout = tile.sum_layout()
+    chunk = {
+        "BLOCK": tile.block_a, "REPEATS": layout["REPEATS_A"], "WARPS": layout["WARPS_A"],
+        "FULL": kind.group_size % tile.block_a == 0,
+    }  # fmt: skip
+    return Launcher(kernel, _constants(kind) | chunk, kind.device, tile.num_warps)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_launchers(kind: Kind, save_stats: bool) -> tuple[Tile, Launcher, Launcher | None]:
+    bias = kind.dtypes[2] is not None
+    tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
+    tile = _fit(tile, kind)
+    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants |= {"STATS_GIVEN": tile.chunks > 1, "HOIST": tile.hoist and not bias}
+    main = Launcher(
+        forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
+    )
+    return tile, main, _sums_launcher(forward_kernels.forward_sums_kernel, kind, tile)
+
+
+def forward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    out: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
+    tile, main, sums = _forward_launchers(call.kind, rstd is not None)
+    numbers, eps, n_rows = call.numbers, call.options.eps, x.numel() // call.width
+    if sums is not None:
+        if rstd is None:
+            rstd = torch.empty(n_rows, call.n_groups, dtype=torch.float32, device=x.device)
+            mean = None if call.options.is_rms_norm else torch.empty_like(rstd)
+        inputs = (*numbers[:-3], eps)  # without the strides of out
+        sums(call.device, n_rows * call.n_groups, [x, z, mean, rstd], inputs)
+    tiles = -(-n_rows // tile.rows) * call.n_groups * tile.chunks
+    tensors = [x, weight, bias, z, out, mean, rstd]
+    main(call.device, tiles, tensors, (n_rows, *numbers, eps))
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_launchers(kind: Kind) -> tuple[Tile, Launcher, Launcher | None]:
+    bias = kind.dtypes[2] is not None
+    tile = backward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
+    tile = _fit(tile, kind)
+    # One instruction fetches a whole group, in units of 16 bytes.
+    loaded = [kind.dtypes[i] for i in (0, 3, 4) if kind.dtypes[i] is not None]
+    whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
+    ahead = tile.ahead and whole and _since_hopper(kind.device)
+    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants |= {
+        "SUMS_GIVEN": tile.chunks > 1, "STAGES": 1 if ahead else tile.stages,
+        "RELOAD": tile.reload, "AHEAD": ahead,
+    }  # fmt: skip
+    # Its workers have equal shares. Started while the kernel before still fills some of the
+    # multiprocessors, they would crowd on the others.
+    main = Launcher(
+        backward_kernels.backward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg,
+        early=False,
+    )  # fmt: skip
+    return tile, main, _sums_launcher(backward_kernels.backward_sums_kernel, kind, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_launcher(width: int, workers: int, dtypes: tuple, device) -> tuple[int, Launcher]:
+    rows, block, num_warps = reduce_tile(width, workers)
+    constants = {"D": width, "ROWS": rows, "BLOCK": block}
+    return block, Launcher(backward_kernels.reduce_kernel, constants, device, num_warps)
+
+
+def backward(
+    call: Call,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor,
+    dz: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
+    tile, main, sums = _backward_launchers(call.kind)
+    numbers, device, n_rows = call.numbers, call.device, x.numel() // call.width
+    c1 = c2 = None
+    if sums is not None:
+        c1 = torch.empty(n_rows, call.n_groups, dtype=torch.float32, device=device)
+        c2 = None if call.options.is_rms_norm else torch.empty_like(c1)
+        tensors = [dy, x, weight, z, mean, rstd, c1, c2]
+        sums(device, n_rows * call.n_groups, tensors, numbers[:-6])  # dy, x, z
+    column_tiles = call.n_groups * tile.chunks
+    workers = -(-_multiprocessors(device) * tile.workers_per_sm // column_tiles)
+    workers = max(1, min(workers, -(-n_rows // tile.rows)))
+    dw = db = dw_part = db_part = None
+    if weight is not None:
+        dw = torch.empty_like(weight)
+        dw_part = torch.empty(workers, call.width, dtype=torch.float32, device=device)
+    if bias is not None:
+        db = torch.empty_like(bias)
+        db_part = torch.empty(workers, call.width, dtype=torch.float32, device=device)
+    tensors = [dy, x, weight, bias, z, mean, rstd, c1, c2, dx, dw_part, db_part, dz]
+    main(device, workers * column_tiles, tensors, (n_rows, workers, *numbers))
+    if dw is not None or db is not None:
+        dtypes = (dw is not None and dw.dtype, db is not None and db.dtype)
+        block, reduce = _reduce_launcher(call.width, workers, dtypes, device)
+        reduce(device, -(-call.width // block), [dw_part, db_part, dw, db], (workers,))
+    return dw, db
+
+
+# ---- what the device can do ----
+
+
+def _fit(tile: Tile, kind: Kind) -> Tile:
+    """The tile as this GPU can hold it; on one GPU it is always the same one."""
+    if torch.version.hip:  # 64 lanes a warp, 1024 a program
+        return tile._replace(num_warps=min(tile.num_warps, 16))
+    room = _shared_memory(kind.device)
+    columns = tile.rows * (tile.block_a + tile.block_b)
+    loaded = [kind.dtypes[i] for i in (0, 3, 4) if kind.dtypes[i] is not None]
+    buffers = (tile.stages - 1) * columns * sum(dtype.itemsize for dtype in loaded) + 1024
+    return tile._replace(stages=1) if room and buffers > room else tile
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.get_device_module(device).get_device_properties(device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # under the interpreter: enough for several workers
+        return 2
+    properties = _properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_eu_count // 8
+
+
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program may have; None where PyTorch does not say."""
+    if device.type == "cpu":
+        return None
+    return getattr(_properties(device), "shared_memory_per_block_optin", None)
+
+
+def _architecture(device: torch.device) -> int:
+    """NVIDIA's major compute capability, 0 elsewhere."""
+    if device.type != "cuda" or not NVIDIA:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _since_hopper(device: torch.device) -> bool:
+    """Whether kernels on this device may be launched before the one before them has ended, and can
+    fetch whole rows with one instruction."""
+    return _architecture(device) >= 9

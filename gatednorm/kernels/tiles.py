@@ -1,0 +1,154 @@
+"""Which program owns which rows: tables by architecture, width and options.
+
+Tiles follow from the width of a group and the options alone, never from the number of rows, so that
+a row's bits do not depend on the rows around it. To tune for another GPU, add an entry to `TABLES`;
+benchmarks/NOTES.md says what was measured where.
+"""
+
+from typing import NamedTuple
+
+WIDEST = 16384  # a wider group goes in chunks
+CHUNK = 4096
+
+
+class Tile(NamedTuple):
+    """A program's share: `rows` rows of `block_a + block_b` columns; `chunks` of them a group.
+
+    Attributes:
+        num_warps: of 32 threads.
+        stages: depth of the backward's load pipeline.
+        workers_per_sm: programs of the backward on a multiprocessor.
+        hoist: read the parameters early and keep them in registers.
+        reload: read a row again after its sums instead of keeping it in registers.
+        ahead: fetch the next row into the L2 cache.
+        maxnreg: registers a thread at most; None for the compiler's choice.
+    """
+
+    rows: int
+    block_a: int
+    block_b: int
+    chunks: int
+    num_warps: int
+    stages: int = 1
+    workers_per_sm: int = 0
+    hoist: bool = True
+    reload: bool = False
+    ahead: bool = False
+    maxnreg: int | None = None
+
+    def sum_layout(self) -> dict[str, int]:
+        """How a row's sum runs: 8 columns a thread, warps side by side, then repeated.
+
+        A row that has the tile to itself is spread over all warps, if need be with fewer columns.
+        """
+        layout = {}
+        for piece, block in (("A", self.block_a), ("B", self.block_b)):
+            warps = max(1, min(self.num_warps, block // (32 if self.rows == 1 else 256)))
+            layout[f"WARPS_{piece}"] = warps if block else 0
+            layout[f"REPEATS_{piece}"] = max(1, block // (256 * self.num_warps))
+        return layout
+
+
+class Rule(NamedTuple):
+    """The tile of groups of up to `upto` columns, for calls with (True) or without (False) a bias
+    and a norm before the gate; None for both. The first rule of a table that fits holds.
+
+    `columns` a program make a tile of `columns / block_a` rows, `max_rows` at most; by default one.
+    """
+
+    upto: int
+    num_warps: int
+    tile: dict = {}  # noqa: RUF012 (nobody writes to it)
+    bias: bool | None = None
+    norm_before_gate: bool | None = None
+    columns: int = 1
+    max_rows: int = 128
+
+
+SPILLS = {"hoist": False, "maxnreg": 64}
+WIDE = {"workers_per_sm": 1, "reload": True, **SPILLS}
+
+HOPPER_FORWARD = (
+    Rule(32, 4, columns=2048),
+    Rule(128, 2, bias=True, columns=2048, max_rows=16),
+    Rule(128, 4, columns=2048),
+    Rule(768, 2, columns=1024),
+    Rule(3072, 4),
+    Rule(6144, 8),
+    Rule(8192, 16, SPILLS, bias=True),
+    Rule(8192, 16, {"hoist": False, "maxnreg": 40}),
+    Rule(WIDEST, 16, SPILLS),
+)
+HOPPER_BACKWARD = (
+    Rule(128, 8, {"stages": 3, "workers_per_sm": 2}, columns=2048, max_rows=64),
+    # One row: Triton computes a tile of two in two layouts, so twice.
+    Rule(256, 1, {"stages": 4, "workers_per_sm": 8}),
+    Rule(768, 2, {"stages": 3, "workers_per_sm": 6}),
+    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3}),
+    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2}),
+    # Half the workers, so half of the partial sums of dw and db.
+    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1}, bias=True),
+    Rule(3072, 4, {"stages": 3, "workers_per_sm": 2}),
+    Rule(4096, 8, {"stages": 2, "workers_per_sm": 2, "ahead": True}),
+    Rule(4608, 16, {"stages": 3, "workers_per_sm": 1}),
+    Rule(5120, 8, {"stages": 3, "workers_per_sm": 1}),
+    Rule(6144, 16, {"stages": 3, "workers_per_sm": 1}),
+    Rule(8192, 16, {"stages": 3, "workers_per_sm": 1, "ahead": True}),
+    Rule(12288, 32, {**WIDE, "ahead": True}, bias=True),
+    Rule(12288, 32, {**WIDE, "hoist": True, "ahead": True}),
+    Rule(WIDEST, 32, WIDE, norm_before_gate=True),
+    Rule(WIDEST, 16, {**WIDE, "maxnreg": None, "ahead": True}, norm_before_gate=False),
+)
+# By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
+# vendor, takes Hopper's, as far as its memory and its warps allow (`fit`).
+TABLES = {9: (HOPPER_FORWARD, HOPPER_BACKWARD)}
+DEFAULT = TABLES[9]
+
+
+def forward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
+    """The forward's tile for groups of `n` columns."""
+    if n > WIDEST:
+        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
+    return _tile(TABLES.get(architecture, DEFAULT)[0], n, bias, norm_before_gate)
+
+
+def backward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
+    """The backward's tile for groups of `n` columns."""
+    if n > WIDEST:
+        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
+    return _tile(TABLES.get(architecture, DEFAULT)[1], n, bias, norm_before_gate)
+
+
+def _tile(table: tuple[Rule, ...], n: int, bias: bool, norm_before_gate: bool) -> Tile:
+    rule = next(
+        rule
+        for rule in table
+        if n <= rule.upto
+        and rule.bias in (None, bias)
+        and rule.norm_before_gate in (None, norm_before_gate)
+    )
+    a, b = _pieces(n)
+    rows = max(1, min(rule.max_rows, rule.columns // a))
+    return Tile(rows, a, b, 1, rule.num_warps, **rule.tile)
+
+
+def _pieces(n: int) -> tuple[int, int]:
+    """Two powers of two that cover `n` columns; the second is 0 where one covers them as well."""
+    one = _power_of_2_from(n)
+    if n > 12288:  # in one piece some registers spill
+        return one // 2, one // 2
+    if n == one or n < 512:
+        return one, 0
+    two = _power_of_2_from(n - one // 2)
+    return (one, 0) if two == one // 2 else (one // 2, two)
+
+
+def reduce_tile(width: int, workers: int) -> tuple[int, int, int]:
+    """Workers a step, columns and warps of the kernel that adds up `dw` and `db`."""
+    # All workers in one step, where it can be: each step waits for the memory.
+    block = 16 if width >= 8192 else 8
+    return min(2048, _power_of_2_from(workers)), block, 16 if workers > 512 else 8
+
+
+def _power_of_2_from(n: int) -> int:
+    return 1 << (n - 1).bit_length()

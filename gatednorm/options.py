@@ -1,0 +1,87 @@
+"""The options of a call as one object, made and checked once."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+ACTIVATIONS = ("silu", "swish", "sigmoid")
+# Where a family of models rounds to the input's dtype besides the store:
+# (after the norm, after the weight). See `numerics` in functional.py.
+ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Options(NamedTuple):
+    """What :func:`gatednorm.layernorm_fn` explains, in the order that the operators take it."""
+
+    eps: float = 1e-6
+    group_size: int | None = None
+    norm_before_gate: bool = True
+    is_rms_norm: bool = False
+    activation: str = "silu"
+    zero_centered: bool = False
+    numerics: str = "fp32"
+    out_dtype: torch.dtype | None = None
+
+
+def make_options(*values) -> Options:
+    """The checked options of these values, in the order of the fields of :class:`Options`; what was
+    checked once is remembered.
+
+    Raises:
+        ValueError, TypeError: an option that breaks a rule; names value, rule and remedy.
+    """
+    try:
+        return _checked(*values)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        raise TypeError(f"options must be plain numbers, names and dtypes, got {values}") from None
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _checked(*values) -> Options:
+    options = Options(*values)
+    eps, group_size, out_dtype = options.eps, options.group_size, options.out_dtype
+    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not number or not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}; 1e-6 is usual")
+    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
+        raise TypeError(
+            f"group_size must be an int or None, got {group_size!r}; use None for one group"
+        )
+    for name in ("norm_before_gate", "is_rms_norm", "zero_centered"):
+        if not isinstance(flag := getattr(options, name), bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    one_of("activation", options.activation, ACTIVATIONS)
+    one_of("numerics", options.numerics, tuple(ROUNDING))
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(
+            f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype!r}"
+        )
+    activation = "silu" if options.activation == "swish" else options.activation
+    return options._replace(eps=float(eps), activation=activation)
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def channels_in_group(group_size: int | None, width: int, what: str, name: str) -> int:
+    """The channels in a group of `width`, which an error calls `what` and `name`.
+
+    Raises:
+        ValueError: a group size that does not divide the width.
+    """
+    if group_size is None:
+        return width
+    if group_size < 1 or width % group_size:
+        raise ValueError(
+            f"group_size must divide {what}, got group_size={group_size} and {name}={width}; "
+            f"use a divisor of {width}, or None for one group"
+        )
+    return group_size
