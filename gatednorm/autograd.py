@@ -112,6 +112,7 @@ def run_backward(
     return dx, dw, db, dz
 
 
+NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those of options that were not given
 HOOKS = "hooks of saved tensors must bring back what was saved"
 
 
@@ -127,12 +128,12 @@ class LayerNormFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, z=None, *options):
         options = make_options(*Options(*options))
-        check_tensors(x=x, weight=weight, bias=bias, z=z)  # the operator's own errors say no remedy
         if needs_operator(x, weight, bias, z):
+            check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors say no remedy
             results = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
         else:
             results = run_forward(x, weight, bias, z, None, options, save_stats=True)
-        _save(ctx, (x, weight, bias, z, *options), results)
+        _save(ctx, x, weight, bias, z, *results[1:], options)
         return results[0]
 
     @staticmethod
@@ -147,11 +148,9 @@ class LayerNormFn(torch.autograd.Function):
         )
 
 
-def _save(ctx, inputs, results) -> None:
-    """Keep for :func:`_backward` what it needs of a forward's inputs and results."""
-    x, weight, bias, z, *options = inputs
-    _, mean, rstd = results
-    ctx.options, ctx.x_dtype = Options(*options), x.dtype
+def _save(ctx, x, weight, bias, z, mean, rstd, options: Options) -> None:
+    """Keep what :func:`_backward` needs."""
+    ctx.options, ctx.x_dtype = options, x.dtype
     ctx.save_for_backward(x, weight, bias, z, mean, rstd)
 
 
@@ -170,7 +169,7 @@ def _backward(ctx, dy, *_):
             grads = run_backward(_addressable(dy, x, z), *saved, None, None, ctx.options)
         except (TypeError, ValueError) as error:  # the forward has found all of it right
             raise RuntimeError(f"{HOOKS}, but {error}") from error
-    return *grads, *(None for _ in ctx.options)
+    return *grads, *NO_GRADIENTS
 
 
 def _has_memory(t: Tensor) -> bool:
@@ -315,7 +314,7 @@ for _name, _impl, _fake in (
 
 def _save_op(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, inputs, output)
+    _save(ctx, *inputs[:4], *output[1:], Options(*inputs[4:]))
 
 
 torch.library.register_autograd(

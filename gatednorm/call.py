@@ -107,14 +107,7 @@ def describe(
         _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
         _meta("out", out),
     )  # fmt: skip
-    long = x is not None and _long(x.shape)
-    try:
-        call = _describe(*[_of_any_rows(meta) for meta in metas], options, long)
-        if (z is not None and z.shape != x.shape) or (out is not None and out.shape != x.shape):
-            raise ValueError
-    except (TypeError, ValueError):
-        _describe.__wrapped__(*metas, options, long)  # says it of the real shapes
-        raise
+    call = _remembered(*metas, options)
     if out is not None:
         _check_no_overlap_within("out", _Meta(*metas[-1]))
         for name, other in (("x", x), ("z", z)):
@@ -156,6 +149,17 @@ def describe_backward(
                 _check_overlap(name, out, other_name, other, why)
         _check_overlap("dz", dz, "dx", dx, "which is written as well")
     return call
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(x, weight, bias, z, out, options: Options) -> Call:
+    metas, long = (x, weight, bias, z, out), x is not None and _long(x[0])
+    try:
+        if all(meta is None or meta[0] == x[0] for meta in (z, out)):
+            return _describe(*[_of_any_rows(meta) for meta in metas], options, long)
+    except (TypeError, ValueError):
+        pass
+    return _describe.__wrapped__(*metas, options, long)  # an error names the real shapes
 
 
 def _of_any_rows(meta: tuple | None) -> tuple | None:

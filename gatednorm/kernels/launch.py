@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from ..call import Call, Kind
 from ..options import ROUNDING
@@ -22,8 +24,8 @@ from .tiles import Tile, backward_tile, forward_tile, reduce_tile
 class Launcher:
     """One kernel with its constants. `launcher(device, grid, tensors, numbers)` starts it.
 
-    Addresses that are not divisible by 16, for which Triton compiles another variant, and other
-    vendors' GPUs always go through Triton.
+    Addresses that are not divisible by 16, for which Triton compiles another variant, profilers
+    that hook into Triton's launches, and other vendors' GPUs always go through Triton.
 
     Args:
         kernel: a `triton.jit` function of tensors, then numbers, then constants.
@@ -31,7 +33,7 @@ class Launcher:
         early: let it be set up while the kernel before it still runs, where the device can do that.
     """
 
-    __slots__ = ("compiled", "constants", "kernel", "options")
+    __slots__ = ("code", "constants", "kernel", "options")
 
     def __init__(
         self, kernel, constants: dict[str, Any], device: torch.device, num_warps: int,
@@ -40,7 +42,7 @@ class Launcher:
         constants = constants | {"PDL": not INTERPRETED and _since_hopper(device)}
         self.kernel = kernel
         self.constants = [constants[name] for name in kernel.arg_names if name in constants]
-        self.compiled = None
+        self.code = None  # what Triton has compiled, with its entry
         self.options = {}
         if not INTERPRETED:
             self.options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -50,27 +52,39 @@ class Launcher:
     def __call__(
         self, device: torch.device, grid: int, tensors: list[Tensor | None], numbers: tuple
     ) -> None:
-        if device.type == "cuda" and device.index == torch.cuda.current_device():
-            self._start(grid, tensors, numbers)
-        elif device.type == "cpu":  # under the interpreter
+        if device.type == "cpu":  # under the interpreter
             self.kernel[(grid, 1, 1)](*tensors, *numbers, *self.constants)
+        elif device.type == "cuda" and device.index == torch.cuda.current_device():
+            self._start(device.index, grid, tensors, numbers)
         else:
             with torch.get_device_module(device).device(device.index):
-                self._start(grid, tensors, numbers)
+                self._start(device.index, grid, tensors, numbers)
 
-    def _start(self, grid: int, tensors: list[Tensor | None], numbers: tuple) -> None:
+    def _start(self, index: int, grid: int, tensors: list[Tensor | None], numbers: tuple) -> None:
         addresses, bits = [], 0
         for t in tensors:
             address = None if t is None else t.data_ptr()
             addresses.append(address)
             bits |= address or 0
-        if bits % 16 == 0 and self.compiled is not None:
-            self.compiled[(grid, 1, 1)](*addresses, *numbers, *self.constants)
+        if self.code is not None and bits % 16 == 0 and not _hooked():
+            run, function, metadata = self.code
+            stream = driver.active.get_current_stream(index)
+            run(grid, 1, 1, stream, function, metadata, None, None, None,
+                *addresses, *numbers, *self.constants)  # fmt: skip
             return
         start = self.kernel[(grid, 1, 1)]
         compiled = start(*tensors, *numbers, *self.constants, **self.options)
         if NVIDIA and bits % 16 == 0:
-            self.compiled = compiled
+            self.code = compiled.run, compiled.function, compiled.packed_metadata
+
+
+def _hooked(runtime=knobs.runtime) -> bool:
+    """Whether somebody, a profiler say, wants to be called at every launch."""
+    enter, leave = (
+        runtime.launch_enter_hook,
+        runtime.launch_exit_hook,
+    )  # before Triton 3.5: functions
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _constants(kind: Kind) -> dict[str, Any]:

@@ -20,21 +20,25 @@ class Kernel:
 
     arg_names = ("x_ptr", "y_ptr", "n_rows", "PDL", "N")
 
-    def __init__(self, log, world, name="triton"):
-        self.log, self.world, self.name = log, world, name
+    def __init__(self, log, world):
+        self.log, self.world = log, world
 
     def __getitem__(self, grid):
         def start(*arguments, **options):
-            self.log.append((self.name, grid, arguments, options, self.world.current))
-            return Kernel(self.log, self.world, "kept")
+            self.log.append(("triton", grid, arguments, options, self.world.current))
+            return SimpleNamespace(run=self.run, function=77, packed_metadata="packed")
 
         return start
+
+    def run(self, x, y, z, stream, function, metadata, *arguments):
+        assert (function, metadata, arguments[:3]) == (77, "packed", (None, None, None))
+        self.log.append(("kept", (x, y, z), arguments[3:], stream, self.world.current))
 
 
 @pytest.fixture
 def on_gpu_1(monkeypatch):
     """A launcher for the second GPU of a machine whose first one is current; and what it does."""
-    world, log = SimpleNamespace(current=0), []
+    world, log = SimpleNamespace(current=0, hooked=False), []
 
     class Switched:
         def __init__(self, index):
@@ -48,6 +52,9 @@ def on_gpu_1(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: world.current)
     monkeypatch.setattr(torch.cuda, "device", Switched)
+    active = SimpleNamespace(get_current_stream=lambda index: (index, world.current))
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "_hooked", lambda: world.hooked)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "NVIDIA", True)
     monkeypatch.setattr(launch, "_since_hopper", lambda device: True)
@@ -72,7 +79,7 @@ def test_the_second_call_starts_what_the_first_one_compiled(on_gpu_1, current):
     assert (name, grid, given, where) == ("triton", (7, 1, 1), options, 1)
     assert arguments[0] is x
     assert arguments[1:] == (None, 3, True, 8)
-    assert again == ("kept", (7, 1, 1), (x.data_ptr() + 64, None, 3, True, 8), {}, 1)
+    assert again == ("kept", (7, 1, 1), (x.data_ptr() + 64, None, 3, True, 8), (1, 1), 1)
 
 
 def test_an_unaligned_address_is_left_to_triton(on_gpu_1):
@@ -82,6 +89,14 @@ def test_an_unaligned_address_is_left_to_triton(on_gpu_1):
     for tensors in ((x, x[1:]), (x, x), (x, x[1:]), (x, x)):
         start(*tensors)
     assert [entry[0] for entry in log] == ["triton", "triton", "triton", "kept"]
+
+
+def test_a_profiler_that_hooks_into_launches_is_called(on_gpu_1):
+    start, world, log = on_gpu_1
+    x = torch.zeros(64)
+    for world.hooked in (False, True, False):
+        start(x, x)
+    assert [entry[0] for entry in log] == ["triton", "triton", "kept"]
 
 
 def kind_of(n_rows=64, width=4096, dtype=torch.bfloat16, bias=False):
