@@ -7,8 +7,7 @@ raise `ConfigError`: one line that names the value, the rule and the remedy. Imp
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args
@@ -21,36 +20,11 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from demo.config.errors import ConfigError, RunError, about, first_line  # noqa: F401
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.ranges import as_written, check_choice, check_ranges, nearest, number, one_of
 
 NORM_PATHS = ("training", "inference")
-
-
-class ConfigError(ValueError):
-    """Something that the user can put right; the message is one line."""
-
-
-class RunError(ConfigError):
-    """A run that had to stop; the message says what is left and how to go on."""
-
-
-@contextmanager
-def about(key: str) -> Iterator[None]:
-    """A ValueError that comes out of it becomes a ConfigError about `key`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
 
 # The name of a model on the command line and in a config.yaml, and what it is.
 MODELS = {"fla": GatedDeltaNetConfig, "mamba2": Mamba2Config}
