@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.config.command import command
@@ -61,11 +62,13 @@ def train(config: TrainConfig) -> Summary:
     return summary
 
 
-# Taken from the command line as they stand.
-NAMES = ("data.path", "data.name", "runs_dir", "resume", "checkpoint", "tokenizer")
+def compare(folder: Path, results: list[tuple[str, Summary]]) -> None:
+    from demo.training.runs import compare_runs
+
+    compare_runs(folder, results)
 
 
-@command("train", names=NAMES, compare="demo.training.runs.compare_runs")
+@command("train", compare=compare)
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
     from demo.training.runs import print_summary

@@ -71,5 +71,5 @@ def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
     finite = math.isfinite(value)
     if not finite or not all(holds[word](bound) for word, bound in bounds.items()):
         rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-        rule = rule if finite else f"a finite number {rule}"
+        rule = rule if finite else f"finite and {rule}"
         raise ValueError(f"{key} must be {rule}, got {value}; use a value in that range")

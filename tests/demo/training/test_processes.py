@@ -86,7 +86,7 @@ def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
     assert "Traceback" not in err
     assert out.count("Runs in runs/") == 1
     (folder,) = tmp_path.glob("runs/compare_*")
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png", "multirun.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png"]
     assert len(list(tmp_path.glob("runs/*_mamba2"))) == 2
 
 
