@@ -143,7 +143,7 @@ UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs":
 def train_config(values: Mapping[str, Any]) -> TrainConfig:
     """The typed and checked form of a composed train.yaml or of a run's config.yaml. Raises
     ConfigError."""
-    config = _built(TrainConfig, values)
+    config = _section(TrainConfig, values)
     data, optim = config.data, config.optim
     _require(
         config.norm.path == "training",
@@ -183,7 +183,7 @@ def infer_config(values: Mapping[str, Any]) -> InferConfig:
     """As `train_config`, for a composed infer.yaml."""
     if isinstance(values.get("stop"), str):  # as it stands on the command line
         values = {**values, "stop": _stop_strings(values["stop"])}
-    config = _built(InferConfig, values)
+    config = _section(InferConfig, values)
     measure = "compare" if config.compare else "bench" if config.bench else None
     _require(
         not (config.compare and config.bench),
@@ -246,19 +246,8 @@ def _stop_strings(text: str) -> list[str]:
     )
 
 
-def _built(kind: type, values: Mapping[str, Any]) -> Any:
-    config = _section(kind, values, "")
-    with about():
-        check_ranges(config)
-    return config
-
-
-def _section(kind: type, values: Any, prefix: str) -> Any:
+def _section(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     """The values of a section as a dataclass of this kind; its keys begin with `prefix`."""
-    _require(
-        isinstance(values, Mapping),
-        f"{prefix or 'the config '}must be keys with values, got {as_written(values)}",
-    )
     keys = [prefix + f.name for f in fields(kind)]
     for name in values:
         if f"{prefix}{name}" not in keys:
@@ -270,9 +259,11 @@ def _section(kind: type, values: Any, prefix: str) -> Any:
         else:
             _require(f.default is not MISSING, f"{prefix}{f.name} must have a value, got none")
     try:
-        return kind(**made)
-    except ValueError as error:  # of a model's config, which knows its fields' names alone
+        section = kind(**made)
+        check_ranges(section)
+    except ValueError as error:  # which names the field alone
         raise ConfigError(f"{prefix}{error}") from error
+    return section
 
 
 KINDS = {
@@ -285,10 +276,10 @@ KINDS = {
 
 def _converted(key: str, kind: Any, value: Any) -> Any:
     """A value as YAML or Hydra's grammar reads it, as a value of a field of this type."""
-    if kind is ModelConfig:
-        return model_config(value)
     if is_dataclass(kind):
-        return _section(kind, value, f"{key}.")
+        given = as_written(value)
+        _require(isinstance(value, Mapping), f"{key} must have keys of its own, got {given}")
+        return model_config(value) if kind is ModelConfig else _section(kind, value, f"{key}.")
     if NoneType in get_args(kind):
         if value is None:
             return None
@@ -300,9 +291,9 @@ def _converted(key: str, kind: Any, value: Any) -> Any:
     elif kind is bool:
         if (word := str(value).lower()) in ("true", "yes", "on", "1", "false", "no", "off", "0"):
             return word in ("true", "yes", "on", "1")
-    elif isinstance(value, int | str if kind is int else int | float | str) and value != "":
-        with suppress(ValueError, OverflowError):  # not a number; larger than a float can be
-            if not isinstance(value, bool):
+    elif isinstance(value, int | str if kind is int else int | float | str):
+        with suppress(ValueError, OverflowError):  # not a number, or above what a float can be
+            if value != "" and not isinstance(value, bool):
                 return kind(value)
     what = f"a list, each {KINDS[kind]}" if many else KINDS[kind]
     raise ConfigError(f"{key} must be {what}, got {as_written(value)}; give one, or leave it out")

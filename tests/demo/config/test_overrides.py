@@ -81,6 +81,39 @@ def test_a_value_has_the_type_of_its_field(override, value):
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    ("section", "given", "says"),
+    [
+        ("optim", 5, "optim must have keys of its own, got 5"),
+        ("model", None, "model must have keys of its own, got null"),
+        ("optics", {}, "there is no key 'optics'; did you mean optim?"),
+        ("seed", True, "seed must be a whole number, got true; give one, or leave it out"),
+        ("runs_dir", ["a"], r"runs_dir must be a text of at least one character, got \['a'\]"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(section, given, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        train_config(compose_values("train", []).values | {section: given})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.weight_decay=1" + "0" * 400, "optim.weight_decay must be a number, got 1000"),
+        ("optim.betas=0.9", "optim.betas must be a list, each a number, got 0.9"),
+        ("optim.betas.x=1", "there is no key 'optim.betas.x'"),
+        ("model@x=fla", "there is no key 'model@x'"),
+        ("trainer.devices=true", "trainer.devices must be a whole number, got true"),
+        ("model.num_heads=2.0", "model.num_heads must be a whole number, got 2.0"),
+        ("model.name=mamba", "model.name must be one of fla, mamba2, got 'mamba'; did you mean m"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(override, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        compose("train", [override])
+
+
 def test_a_config_says_which_keys_and_groups_were_typed():
     config = compose("train", ["seed=1", "model=fla", "+data.path=null"])
     assert config.typed == {"seed", "model", "data.path"}
