@@ -67,11 +67,14 @@ def compose_values(name: str, overrides: Iterable[str]) -> Composed:
     job = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     values = OmegaConf.to_container(job, resolve=True)
     keys = [*all_keys(values), *options]
-    for key in given.keys() - chosen:
+    for key, value in given.items():
         if key not in keys:
             raise unknown_key(key, keys)
-        *sections, last = key.split(".")
-        functools.reduce(dict.__getitem__, sections, values)[last] = given[key]
+        if key not in chosen:
+            section, *sections, last = [values, *key.split(".")]
+            for inner in sections:
+                section = section[inner]
+            section[last] = value
     choices = {group: composed.hydra.runtime.choices.get(group) for group in options}
     return Composed(values, choices, frozenset(given), composed.hydra.help.template)
 

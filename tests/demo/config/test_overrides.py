@@ -104,12 +104,16 @@ def test_a_file_that_is_no_config_is_one_line(section, given, says):
         ("optim.betas=0.9", "optim.betas must be a list, each a number, got 0.9"),
         ("optim.betas.x=1", "there is no key 'optim.betas.x'"),
         ("model@x=fla", "there is no key 'model@x'"),
+        (
+            "optim.steps=0",
+            "optim.steps must be at least 1 and below 2147483648, got 0; use a value",
+        ),
         ("trainer.devices=true", "trainer.devices must be a whole number, got true"),
         ("model.num_heads=2.0", "model.num_heads must be a whole number, got 2.0"),
         ("model.name=mamba", "model.name must be one of fla, mamba2, got 'mamba'; did you mean m"),
     ],
 )
-def test_a_value_of_another_type_is_refused(override, says):
+def test_a_value_that_its_field_does_not_take_is_refused(override, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
         compose("train", [override])
 
