@@ -26,14 +26,8 @@ from demo.checkpoints.published import (
     published_tokenizer,
 )
 from demo.checkpoints.tokenizer import Tokenizer, tokenizer_of
-from demo.config.schema import (
-    MODELS,
-    NORM_PATHS,
-    ConfigError,
-    about,
-    model_config,
-    model_name,
-)
+from demo.config.errors import ConfigError, about
+from demo.config.schema import MODELS, NORM_PATHS, model_config, model_name
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 

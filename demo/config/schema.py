@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from demo.config.errors import ConfigError, RunError, about, first_line  # noqa: F401
+from demo.config.errors import ConfigError, about
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.ranges import as_written, check_choice, check_ranges, nearest, number, one_of
 

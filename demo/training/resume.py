@@ -29,15 +29,10 @@ from demo.checkpoints.checkpoint import (
 )
 from demo.checkpoints.files import lock
 from demo.config.command import compose
-from demo.config.schema import (
-    ConfigError,
-    TrainConfig,
-    as_written,
-    first_line,
-    model_name,
-    train_config,
-)
+from demo.config.errors import ConfigError, first_line
+from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
+from models.ranges import as_written
 
 # What somebody chose who chose a file of a group.
 CHOICES = {

@@ -21,7 +21,7 @@ from demo.checkpoints.checkpoint import (
     load_model,
 )
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from models.generation import generate
 from models.language_model import LanguageModel
 from published_models import FLA, fla_weights, mamba2, train, write

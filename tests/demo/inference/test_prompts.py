@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from demo.config.command import compose
-from demo.config.schema import ConfigError, InferConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import InferConfig
 from demo.inference.prompts import read_prompts
 
 

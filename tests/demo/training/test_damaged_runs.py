@@ -10,7 +10,7 @@ import torch
 
 import train
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.training.resume import find_stopped, read_metrics
 from small_runs import checkpoint_step
 

@@ -12,7 +12,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.training.processes import Processes, find_processes
 from small_runs import TWELVE_STEPS, checkpoint_step, curve
 
