@@ -56,6 +56,7 @@ def test_help_explains_values_as_the_composed_files_do(monkeypatch, capsys):
 def test_help_lists_the_groups_of_its_own_command(monkeypatch, capsys):
     out = printed("infer", ["--help"], monkeypatch, capsys)
     assert "  norm: inference, training\n" in out
+    assert "\n  which text\n    prompt: null " in out
     assert "optim:" not in out
 
 
