@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.config.command import command
@@ -62,13 +61,7 @@ def train(config: TrainConfig) -> Summary:
     return summary
 
 
-def compare(folder: Path, results: list[tuple[str, Summary]]) -> None:
-    from demo.training.runs import compare_runs
-
-    compare_runs(folder, results)
-
-
-@command("train", compare=compare)
+@command("train", compare="demo.training.runs:compare_runs")
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
     from demo.training.runs import print_summary

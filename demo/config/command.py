@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import yaml
@@ -25,13 +26,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def command(
-    name: str, *, compare: Callable[[Path, list[tuple[str, Any]]], None] | None = None
+    name: str, *, compare: str | None = None
 ) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Decorate `main(config)` of `name`.py; `main` may raise ConfigError.
 
     In a multirun (`-m`) the values of all jobs are checked before the first begins, and a job that
-    fails stops no other. `compare` then gets a new folder, and the result of each job with the
-    overrides that not all jobs have.
+    fails stops no other. The function that `compare` names, as "module:function", then gets a new
+    folder, and the result of each job with the overrides that not all jobs have.
     """
 
     def decorate(main: Callable[[Any], Any]) -> Callable[[], None]:
@@ -59,7 +60,7 @@ def command(
     return decorate
 
 
-def _run(name: str, main: Callable[[Any], Any], compare: Callable | None) -> bool:
+def _run(name: str, main: Callable[[Any], Any], compare: str | None) -> bool:
     """Do what the command line says; whether all of it succeeded."""
     options = _options(name)
     todo = jobs(name, options.overrides) if options.multirun else [options.overrides]
@@ -87,7 +88,7 @@ def _run(name: str, main: Callable[[Any], Any], compare: Callable | None) -> boo
     if compare is not None and results:
         folder = Path(configs[0].runs_dir, f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
         folder.mkdir(parents=True, exist_ok=True)
-        compare(folder, _told_apart(results))
+        resolve_name(compare)(folder, _told_apart(results))
     return len(results) == len(todo)
 
 
