@@ -3,13 +3,12 @@
 import sys
 
 from demo.config.command import command
-from demo.config.schema import ConfigError, InferConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import InferConfig
 from demo.inference.prompts import read_prompts
 
-PATHS = ("checkpoint", "runs_dir", "prompt_file", "prompts_file")
 
-
-@command("infer", texts=("prompt", "stop"), names=("model", *PATHS))
+@command("infer")
 def main(config: InferConfig) -> None:
     prompts = read_prompts(config)
 

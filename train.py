@@ -61,11 +61,7 @@ def train(config: TrainConfig) -> Summary:
     return summary
 
 
-# Taken from the command line as they stand.
-NAMES = ("data.path", "data.name", "runs_dir", "resume", "checkpoint", "tokenizer")
-
-
-@command("train", names=NAMES, compare="demo.training.runs.compare_runs")
+@command("train", compare="demo.training.runs:compare_runs")
 def main(config: TrainConfig) -> Summary:
     summary = train(config)
     from demo.training.runs import print_summary

@@ -10,7 +10,7 @@ examples in docs/inference.md::
 from importlib import import_module
 
 _WHERE = {
-    "ConfigError": "demo.config.schema",
+    "ConfigError": "demo.config.errors",
     "load": "demo.checkpoints.checkpoint",
     "generate": "demo.inference.texts",
     "stream_text": "demo.inference.texts",

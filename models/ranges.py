@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, field, fields
 from typing import Any
 
 
@@ -27,16 +27,14 @@ def number(
     return field(default=default, metadata={"bounds": bounds})
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for the first field, nested ones included, that is out of its range."""
+def check_ranges(config: Any) -> None:
+    """Raises ValueError for the first field of a dataclass that is out of its range."""
     for f in fields(config):
-        key, value = prefix + f.name, getattr(config, f.name)
-        if is_dataclass(value):
-            check_ranges(value, f"{key}.")
-        elif value is not None and "choices" in f.metadata:
-            check_choice(key, value, f.metadata["choices"])
+        value = getattr(config, f.name)
+        if value is not None and "choices" in f.metadata:
+            check_choice(f.name, value, f.metadata["choices"])
         elif value is not None and "bounds" in f.metadata:
-            _check_bounds(key, value, f.metadata["bounds"])
+            _check_bounds(f.name, value, f.metadata["bounds"])
 
 
 def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
@@ -71,5 +69,5 @@ def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
     finite = math.isfinite(value)
     if not finite or not all(holds[word](bound) for word, bound in bounds.items()):
         rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-        rule = rule if finite else f"a finite number {rule}"
+        rule = rule if finite else f"finite and {rule}"
         raise ValueError(f"{key} must be {rule}, got {value}; use a value in that range")

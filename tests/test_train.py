@@ -15,7 +15,8 @@ import yaml
 import train
 from demo.checkpoints.checkpoint import load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError, OptimConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import OptimConfig
 from demo.data.corpus import load_corpus
 from demo.training.callbacks import ProgressBar, Throughput
 from demo.training.lit import learning_rate_factor

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -27,15 +26,8 @@ from demo.checkpoints.published import (
     published_tokenizer,
 )
 from demo.checkpoints.tokenizer import Tokenizer, tokenizer_of
-from demo.config.schema import (
-    MODELS,
-    NORM_PATHS,
-    ConfigError,
-    about,
-    first_line,
-    model_config,
-    model_name,
-)
+from demo.config.errors import ConfigError, about
+from demo.config.schema import MODELS, NORM_PATHS, model_config, model_name
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 
@@ -230,7 +222,6 @@ def read_model_config(folder: Path) -> ModelConfig:
     except (
         OSError,
         yaml.YAMLError,
-        OmegaConfBaseException,
         ValueError,
         KeyError,
         TypeError,
@@ -251,13 +242,8 @@ def _in_words(error: Exception) -> str:
         if isinstance(error, yaml.constructor.ConstructorError):
             return f"{where} asks for more than plain values, which are all that is read"
         return f"{where} is not YAML, or what it begins has no end"
-    if isinstance(error, MissingMandatoryValue):
-        return f"it lacks model.{error.full_key or error.key}"
-    if isinstance(error, ConfigKeyError):
-        return f"there is no key 'model.{error.full_key or error.key}'"
-    if isinstance(error, OmegaConfBaseException):
-        reason = first_line(error)
-        return f"its model{'.' * bool(error.full_key)}{error.full_key or ''} is wrong: {reason}"
+    if isinstance(error, ConfigError):
+        return str(error).partition(";")[0]
     return f"it has no model section whose name is one of {', '.join(MODELS)}"
 
 

@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError:  # on Windows
     fcntl = None
 
-from demo.config.schema import first_line
+from demo.config.errors import first_line
 
 
 def lock(file: IO) -> bool:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from demo.config.schema import first_line
+from demo.config.errors import first_line
 
 
 def is_hub_id(name: str) -> bool:

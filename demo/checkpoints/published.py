@@ -21,7 +21,7 @@ from demo.checkpoints.files import unreadable
 from demo.checkpoints.hub import download
 from demo.checkpoints.tokenizer import FILE as TOKENIZER
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
-from demo.config.schema import first_line
+from demo.config.errors import first_line
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from demo.checkpoints.files import write_whole
 from demo.checkpoints.hub import download, is_hub_id
-from demo.config.schema import first_line
+from demo.config.errors import first_line
 
 FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 

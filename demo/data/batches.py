@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.data.corpus import Documents
 
 VALIDATION_TOKENS = 8192  # in a batch

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer
-from demo.config.schema import ConfigError, DataConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import DataConfig
 from demo.data.sources import as_bytes, make_table, read_source
 
 if TYPE_CHECKING:

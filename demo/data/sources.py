@@ -16,7 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.config.schema import ConfigError, DataConfig, RunError, as_written
+from demo.config.errors import ConfigError, RunError
+from demo.config.schema import DataConfig
+from models.ranges import as_written
 
 if TYPE_CHECKING:
     import datasets

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from demo.checkpoints.tokenizer import Tokenizer
-from demo.config.schema import ConfigError, DataConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import DataConfig
 from demo.data.batches import ANOTHER_TEXT, Batch, check_loader_state, make_batch
 from demo.data.corpus import (
     Corpus,

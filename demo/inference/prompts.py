@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from demo.config.schema import ConfigError, InferConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import InferConfig
 
 
 def read_prompts(config: InferConfig) -> list[bytes]:

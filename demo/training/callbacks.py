@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # on Windows
     resource = None
 
 from demo.checkpoints.checkpoint import LAST
-from demo.config.schema import RunError
+from demo.config.errors import RunError
 from demo.training.writing import go_on
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from demo.checkpoints.checkpoint import build_model
-from demo.config.schema import ConfigError, RunError, TrainConfig, model_name
+from demo.config.errors import ConfigError, RunError
+from demo.config.schema import TrainConfig, model_name
 from demo.training.processes import Processes, on_gpu
 from models.config import ModelConfig
 

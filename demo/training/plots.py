@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from demo.checkpoints.files import write_whole
-from demo.config.schema import RunError, first_line
+from demo.config.errors import RunError, first_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import torch
 
-from demo.config.schema import ConfigError, TrainConfig, TrainerConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import TrainConfig, TrainerConfig
 
 
 @dataclass(frozen=True)

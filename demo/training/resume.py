@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
+import yaml
 from lightning.pytorch.loggers import CSVLogger
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from demo.checkpoints.checkpoint import (
     CONFIG,
@@ -31,15 +29,10 @@ from demo.checkpoints.checkpoint import (
 )
 from demo.checkpoints.files import lock
 from demo.config.command import compose
-from demo.config.schema import (
-    ConfigError,
-    TrainConfig,
-    as_written,
-    first_line,
-    model_name,
-    train_config,
-)
+from demo.config.errors import ConfigError, first_line
+from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
+from models.ranges import as_written
 
 # What somebody chose who chose a file of a group.
 CHOICES = {
@@ -166,8 +159,8 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
     when it wants anything else to be different: that would not be the same run."""
     read_model_config(run)  # says in words what is wrong with a file that is no config at all
     try:
-        saved = train_config(OmegaConf.create((run / CONFIG).read_text(encoding="utf-8")))
-    except (OmegaConfBaseException, ValueError) as error:
+        saved = train_config(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    except ConfigError as error:
         raise ConfigError(damaged(run / CONFIG, first_line(error))) from error
     was = _flat(saved)
     for key, value in asked_for(asked).items():
@@ -186,10 +179,8 @@ def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
 def asked_for(config: TrainConfig) -> dict[str, Any]:
     """The values, by dotted key, that somebody chose: those that are not the default, and those
     that stand on the command line."""
-    typed = set()
-    if HydraConfig.initialized():
-        typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
-        typed |= {key for group, keys in CHOICES.items() if group in typed for key in keys}
+    chosen = {key for group, keys in CHOICES.items() if group in config.typed for key in keys}
+    typed = chosen | config.typed
     default = _flat(compose("train", [f"model={model_name(config.model)}"]))
     values = _flat(config)
     return {key: v for key, v in values.items() if key in typed or v != default.get(key)}

@@ -20,7 +20,8 @@ from demo.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, WEIGHTS,
 from demo.checkpoints.files import lock
 from demo.checkpoints.tokenizer import FILE as TOKENIZER
 from demo.checkpoints.tokenizer import Tokenizer
-from demo.config.schema import ConfigError, TrainConfig, TrainerConfig, first_line, model_name
+from demo.config.errors import ConfigError, first_line
+from demo.config.schema import TrainConfig, TrainerConfig, model_name
 from demo.training.callbacks import (
     Checkpoints,
     FiniteLoss,

@@ -4,17 +4,13 @@ from dataclasses import replace
 
 from demo.checkpoints.checkpoint import build_model, load
 from demo.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
-from demo.config.schema import (
-    ConfigError,
-    TrainConfig,
-    about,
-    as_written,
-    model_name,
-)
+from demo.config.errors import ConfigError, about
+from demo.config.schema import TrainConfig, model_name
 from demo.training.memory import check_model
 from demo.training.processes import Processes
 from demo.training.resume import Stopped, asked_for
 from models.language_model import LanguageModel
+from models.ranges import as_written
 
 
 def start_model(

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from demo.checkpoints.checkpoint import METRICS, save_weights
 from demo.checkpoints.files import write_whole
-from demo.config.schema import RunError, first_line
+from demo.config.errors import RunError, first_line
 from models.language_model import LanguageModel
 
 

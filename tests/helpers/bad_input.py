@@ -46,14 +46,7 @@ def good_runs() -> tempfile.TemporaryDirectory:
     made = tempfile.TemporaryDirectory()
     runs = Path(made.name, "runs")
     write_checkpoint(runs / "small", "mamba2")
-    config = compose(
-        "train",
-        [
-            "model=mamba2",
-            *SIX_STEPS,
-            f"runs_dir={runs}",
-        ],
-    )
+    config = compose("train", ["model=mamba2", *SIX_STEPS, f"runs_dir={runs}"])
     with contextlib.redirect_stdout(io.StringIO()):
         train.train(config).run.rename(runs / "stopped")
     (runs / "stopped/loss.png").unlink()

@@ -21,7 +21,7 @@ from demo.checkpoints.checkpoint import (
     load_model,
 )
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from models.generation import generate
 from models.language_model import LanguageModel
 from published_models import FLA, fla_weights, mamba2, train, write
@@ -197,11 +197,17 @@ WRONG_CONFIGS = {
     "date": ("2020-99-99", "it has no model section whose name is one of fla, mamba2"),
     "nested": ("[" * 5000, "it has no model section"),
     "empty": ("", "it has no model section"),
-    "other": ("model: {name: rwkv}", "it has no model section"),
-    "lacks": ("model: {name: fla}", "it lacks model.hidden_size"),
+    "other": ("model: {name: rwkv}", "model.name must be one of fla, mamba2, got 'rwkv'"),
+    "lacks": ("model: {name: fla}", "model.hidden_size must have a value, got none"),
     "unknown": ("model: {name: fla, depth: 2}", "there is no key 'model.depth'"),
-    "word": ("model: {name: fla, hidden_size: wide}", "its model.hidden_size is wrong: Value"),
-    "interpolated": ("model: {name: fla, hidden_size: '${x}'}", "its model.hidden_size is wrong"),
+    "word": (
+        "model: {name: fla, hidden_size: wide}",
+        "model.hidden_size must be a whole number",
+    ),
+    "interpolated": (
+        "model: {name: fla, hidden_size: '${x}'}",
+        "model.hidden_size must be a whole",
+    ),
 }
 
 
@@ -260,8 +266,8 @@ def test_sizes_that_are_not_those_of_the_weights_are_found_on_the_meta_device(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_layers", 0, "num_layers must be a positive integer, got 0"),
-        ("norm_groups", 7, "norm_groups must divide expand"),
+        ("num_layers", 0, "model.num_layers must be at least 1, got 0"),
+        ("norm_groups", 7, "its model section is wrong: norm_groups must divide expand"),
     ],
 )
 def test_sizes_that_no_model_has_are_the_configs_fault(name, value, message, tmp_path):
@@ -270,7 +276,7 @@ def test_sizes_that_no_model_has_are_the_configs_fault(name, value, message, tmp
     config = yaml.safe_load(file.read_text())
     config["model"][name] = value
     file.write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=f"its model section is wrong: {message}") as error:
+    with pytest.raises(ConfigError, match=message) as error:
         load(tmp_path / "run")
     assert str(error.value).startswith(f"checkpoint file {str(file)!r} must be whole")
 

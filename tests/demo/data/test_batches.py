@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from demo.checkpoints.checkpoint import build_model
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.data.batches import Packed, TrainLoader, ValidationLoader
 from demo.data.corpus import Documents, load_corpus
 from demo.training.lit import LitLanguageModel

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from demo.config.command import compose
-from demo.config.schema import ConfigError, DataConfig
+from demo.config.errors import ConfigError
+from demo.config.schema import DataConfig
 from demo.data import sources
 from demo.data.corpus import load_corpus
 from demo.data.sources import find_files, open_hub

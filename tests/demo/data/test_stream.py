@@ -6,7 +6,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
-from demo.config.schema import ConfigError, RunError
+from demo.config.errors import ConfigError, RunError
 from demo.data.batches import Packed
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus

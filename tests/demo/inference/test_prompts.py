@@ -3,16 +3,19 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from demo.config.schema import ConfigError, InferConfig
+from demo.config.command import compose
+from demo.config.errors import ConfigError
+from demo.config.schema import InferConfig
 from demo.inference.prompts import read_prompts
 
 
 def prompts(**given) -> InferConfig:
-    return InferConfig(**{"prompt": None, "prompt_file": None, "prompts_file": None, **given})
+    return replace(compose("infer"), **given)
 
 
 def test_a_prompt_that_is_not_utf8_is_read_byte_for_byte(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 import train
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.training.resume import find_stopped, read_metrics
 from small_runs import checkpoint_step
 
@@ -71,7 +71,7 @@ UNREADABLE = {
     ),
     "config of a model alone": (
         lambda run: (run / "config.yaml").write_text("model: {name: mamba2}"),
-        "it lacks model.hidden_size",
+        "model.hidden_size must have a value, got none",
     ),
     "config of a list": (
         lambda run: (run / "config.yaml").write_text("- model"),
@@ -79,7 +79,7 @@ UNREADABLE = {
     ),
     "config that refers to nothing": (
         edited("config.yaml", "steps: 12", "steps: ${x}"),
-        "Interpolation key 'x' not found",
+        r"optim.steps must be a whole number, got '\$\{x\}'",
     ),
     "config without a section": (
         edited("config.yaml", "optim:", "optics:"),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import train
 from demo.checkpoints.checkpoint import build_model, load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError, RunError
+from demo.config.errors import ConfigError, RunError
 from demo.training import runs
 from demo.training.processes import Processes, check_devices
 from demo.training.runs import create_run

@@ -8,7 +8,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import LAST, load_model
 from demo.config.command import compose
-from demo.config.schema import RunError
+from demo.config.errors import RunError
 from demo.training import callbacks, lit
 from small_runs import SIX_STEPS, checkpoint_step
 

@@ -10,7 +10,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import build_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError, RunError
+from demo.config.errors import ConfigError, RunError
 from demo.training import lit, memory
 from demo.training.memory import check_batch, check_model, count_parameters, host_memory
 from demo.training.processes import Processes

@@ -11,7 +11,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.training import lit, processes, runs
 from demo.training.parallel import prepare_blocks
 from demo.training.processes import check_devices

@@ -12,7 +12,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from demo.training.processes import Processes, find_processes
 from small_runs import TWELVE_STEPS, checkpoint_step, curve
 
@@ -86,7 +86,7 @@ def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
     assert "Traceback" not in err
     assert out.count("Runs in runs/") == 1
     (folder,) = tmp_path.glob("runs/compare_*")
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png", "multirun.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.png"]
     assert len(list(tmp_path.glob("runs/*_mamba2"))) == 2
 
 

@@ -11,7 +11,8 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError, model_name
+from demo.config.errors import ConfigError
+from demo.config.schema import model_name
 from demo.training.callbacks import RandomState
 from demo.training.resume import find_stopped
 from small_runs import STOPPABLE, checkpoint_step, train_until

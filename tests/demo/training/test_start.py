@@ -6,7 +6,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import SHIPPED, load, read_model_config
 from demo.config.command import compose
-from demo.config.schema import ConfigError
+from demo.config.errors import ConfigError
 from published_models import FLA, fla_forward, fla_weights, train_weights, write
 from small_runs import FEW_STEPS
 

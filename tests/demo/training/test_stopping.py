@@ -16,7 +16,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load_model
 from demo.config.command import compose
-from demo.config.schema import ConfigError, RunError
+from demo.config.errors import ConfigError, RunError
 from demo.training import lit
 from demo.training.resume import find_stopped
 from small_runs import STOPPABLE, checkpoint_step
