@@ -11,10 +11,10 @@ from importlib import import_module
 
 _MODULES = {
     "load": "demo.checkpoints.checkpoint",
-    "generate": "demo.inference.texts",
-    "stream_text": "demo.inference.texts",
-    "Options": "demo.inference.texts",
-    "Result": "demo.inference.texts",
+    "generate": "demo.inference.text_generation",
+    "stream_text": "demo.inference.text_generation",
+    "Options": "demo.inference.text_generation",
+    "Result": "demo.inference.text_generation",
     "ConfigError": "demo.config.schema",
 }
 __all__ = list(_MODULES)

@@ -15,7 +15,7 @@ from demo import Options, generate, load, stream_text
 from demo.checkpoints.checkpoint import Loaded
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from demo.config.command import compose
-from demo.inference import texts
+from demo.inference import text_generation
 from small_runs import write_checkpoint
 
 PROMPTS = ["import ", "a", "def f(x, y=1):\n    return x", "caf\u00e9 \U0001f600"]
@@ -35,7 +35,7 @@ def says(monkeypatch):
     def say(tokens, tokenizer=None, rows=1):
         steps = [(torch.full((rows,), t), torch.full((rows,), -0.5)) for t in tokens]
         monkeypatch.setattr(
-            texts.generation,
+            text_generation.generation,
             "generate",
             lambda model, prompt, max_new_tokens, **_: iter(steps[:max_new_tokens]),
         )
