@@ -22,7 +22,6 @@ from demo.checkpoints.hub import download
 from demo.checkpoints.tokenizer import FILE as TOKENIZER
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
 from demo.checkpoints.weights import model_on_meta, read_pickle, read_safetensors
-from demo.config.schema import first_line
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
 
@@ -60,8 +59,8 @@ def published_config(folder: Path) -> ModelConfig:
         return _format(values).config(values)
     except KeyError as error:
         reason = f"{error.args[0]!r} is missing"
-    except (TypeError, ArithmeticError) as error:
-        reason = f"its sizes must be numbers ({first_line(error)})"
+    except (TypeError, ArithmeticError):
+        reason = "its sizes must be numbers that can be computed with"
     except ValueError as error:
         raise ValueError(f"{folder / PUBLISHED_CONFIG}: {error}") from error
     raise ValueError(f"{folder / PUBLISHED_CONFIG}: {reason}; take the one of the checkpoint")
@@ -190,6 +189,8 @@ def _require(values: dict, **allowed: tuple) -> None:
 
 def _limits(value: list) -> tuple[float, float]:
     """A pair of numbers; transformers writes infinity as `{"__float__": "Infinity"}`."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"the limits of the step must be two numbers, got {value!r}")
     low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in value)
     return low, high
 

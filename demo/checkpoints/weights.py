@@ -22,8 +22,8 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         reason = first_line(error).removeprefix("Error while deserializing header: ")
         raise ValueError(
-            f"{str(file)!r} cannot be read ({reason}); name another checkpoint, or "
-            "download it or train again"
+            f"{str(file)!r} cannot be read ({reason}); name another checkpoint, "
+            "download it again, or train again"
         ) from error
 
 
@@ -52,11 +52,12 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def model_on_meta(config: ModelConfig, tensors: int) -> LanguageModel:
     """The model of `config` on the meta device, where no size needs memory. Raises ValueError for
     sizes that do not fit each other, or that no model with this number of tensors can have."""
-    if config.num_layers > tensors:  # a billion of them would take hours even there
-        raise ValueError(
-            f"num_layers must be at most the number of tensors, {tensors}, got {config.num_layers}"
-        )
     try:
+        if config.num_layers > tensors:  # a billion of them would take hours even there
+            raise ValueError(
+                f"num_layers must be at most the number of tensors, {tensors}, got "
+                f"{config.num_layers}"
+            )
         with torch.device("meta"):
             return LanguageModel(config)
     except (RuntimeError, ArithmeticError, TypeError) as error:

@@ -93,6 +93,7 @@ DAMAGED = {
     "activation": (config(hidden_act="gelu"), "hidden_act must be .*, got 'gelu'"),
     "lacks a size": (config(head_dim="gone"), "'head_dim' is missing"),
     "a word for a size": (config(num_hidden_layers="two"), "sizes must be numbers"),
+    "no number of layers": (config(num_hidden_layers=None), "sizes that no tensors can have"),
     "no layers": (config(num_hidden_layers=0), "num_layers must be at least 1, got 0"),
     "wide": (config(hidden_size=2_000_000), r"of shape \[256, 2000000\], got \[256, 24\]"),
     "many words": (config(vocab_size=10**12), r"of shape \[1000000000000, 24\], got"),
