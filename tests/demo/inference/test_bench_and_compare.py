@@ -22,7 +22,10 @@ def loaded(request, tmp_path_factory):
 
 
 def test_the_paths_are_the_same_to_the_bit_and_the_model_stays_on_its_own(loaded):
+    loaded.model.set_norm_path("training")
     found = compare(loaded, b"import os", 12, 3)
+    assert loaded.model.norm_path == "training"
+    loaded.model.set_norm_path("inference")
     assert (found.difference, found.other_bits, found.equal_tokens) == (0, 0, 12)
     assert found.logits == (9 + 11) * 256
     assert found.peak_bytes == {"training": None, "inference": None}
@@ -30,7 +33,6 @@ def test_the_paths_are_the_same_to_the_bit_and_the_model_stays_on_its_own(loaded
         assert (speed.norm_path, speed.prompt_tokens, speed.new_tokens) == (path, 9, 12)
         assert speed.prefill_s > 0
         assert speed.decode_s > 0
-    assert loaded.model.norm_path == "inference"
 
 
 def test_a_difference_is_seen(loaded, monkeypatch, capsys):
