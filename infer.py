@@ -16,27 +16,38 @@ def main(config: InferConfig) -> None:
     import torch
 
     from demo.checkpoints.checkpoint import load
-    from demo.inference.measure import bench, compare, show
-    from demo.inference.output import print_json, print_texts, readable
-    from demo.inference.texts import Options
+    from demo.inference.bench import bench
+    from demo.inference.compare import compare
+    from demo.inference.printing import (
+        print_json,
+        print_measurement,
+        print_texts,
+        relative_path,
+        speed_line,
+    )
+    from demo.inference.text_generation import Options, in_batches
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device must be one that this machine has, got cuda; use device=cpu")
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise ConfigError("device must be one that torch can use, got cuda; use device=cpu")
     loaded = load(
         config.checkpoint, config.model, norm_path=config.norm.path, runs_dir=config.runs_dir
     )
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    loaded.model.to("cuda" if on_gpu else "cpu")
+    loaded.model.to("cuda" if gpu and config.device != "cpu" else "cpu")
 
-    said = [f"checkpoint: {readable(loaded.folder)}"]
+    said = []
     if config.compare or config.bench:
         measure = compare if config.compare else bench
-        show(measure(loaded, prompts[0], config.max_new_tokens, config.bench_runs), config.output)
+        measured = measure(loaded, prompts[0], config.max_new_tokens, config.bench_runs)
+        print_measurement(measured, config.output)
     else:
-        write = print_json if config.output == "json" else print_texts
-        speeds = write(loaded, prompts, config.batch_size, Options.of(config))
-        said = [str(speeds), f"norm path: {loaded.model.norm_path}", *said]
-    print(" | ".join(said), file=sys.stderr)
+        batches = in_batches(loaded, prompts, config.batch_size, Options.of(config))
+        if config.output == "json":
+            results = print_json(batches)
+        else:
+            results = print_texts(batches, len(prompts))
+        said = [speed_line(results), f"norm path: {loaded.model.norm_path}"]
+    print(*said, f"checkpoint: {relative_path(loaded.folder)}", sep=" | ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ which is slow for a while is slow for both; `low` and `high` are its quartiles.
 """
 
 import argparse
+import json
+import os
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import gatednorm
 from benchmarks import report
-from demo.inference.measure import peak_memory
 
 SHAPES = ((8192, 512), (32768, 64))
 ROUNDS = 40
@@ -50,7 +53,7 @@ def main() -> None:
                 times[name].append((time.perf_counter() - start) * 1e3)
         plain = times["plain PyTorch"]
         for name, norm in ways.items():
-            memory = peak_memory(lambda norm=norm: step(norm), x.device)
+            memory = peak_memory(lambda norm=norm: step(norm))
             ratios = [one / other for one, other in zip(plain, times[name], strict=True)]
             low, ratio, high = statistics.quantiles(ratios, n=4)
             rows.append(
@@ -67,6 +70,25 @@ def main() -> None:
             )
     report.show(rows, f"forward + backward, fp32, {torch.get_num_threads()} threads")
     report.write(args.out, rows, report.about("cpu"))
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most bytes that `run` held at once on the CPU, beyond those held before, by the memory
+    events in the trace of torch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its start is logged to standard error
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    memory = [event for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for event in sorted(memory, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What train.py and infer.py need around the models, and the way in from Python, documented with
-examples in docs/inference.md::
+"""What train.py and infer.py need around the models, and the way in from Python, with examples in
+docs/inference.md::
 
     from demo import generate, load
 
@@ -9,19 +9,19 @@ examples in docs/inference.md::
 
 from importlib import import_module
 
-_WHERE = {
-    "ConfigError": "demo.config.errors",
+_MODULES = {
     "load": "demo.checkpoints.checkpoint",
-    "generate": "demo.inference.texts",
-    "stream_text": "demo.inference.texts",
-    "Options": "demo.inference.texts",
-    "Result": "demo.inference.texts",
+    "generate": "demo.inference.text_generation",
+    "stream_text": "demo.inference.text_generation",
+    "Options": "demo.inference.text_generation",
+    "Result": "demo.inference.text_generation",
+    "ConfigError": "demo.config.errors",
 }
-__all__ = list(_WHERE)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    # On first use: the scans and blocks alone need neither Hydra's configs nor safetensors.
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+    # Imported on first use: `--help` and a misspelt key are answered before torch is loaded.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

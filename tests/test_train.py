@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import train
-from demo.checkpoints.checkpoint import load_model
+from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.config.schema import OptimConfig
@@ -62,7 +62,7 @@ def test_a_model_learns_and_its_checkpoint_generates_what_it_did(model, tmp_path
     assert 3.5 < entropy < 6
     assert summary.after <= 0.7 * entropy < summary.before
 
-    loaded = load_model(summary.run, "inference")
+    loaded = load(summary.run).model
     assert loaded.norm_path == "inference"
     prompt = torch.tensor(list(b"import os\n\ndef "))
     before = [int(token) for token in generate(summary.model, prompt, 80, seed=3)]
@@ -116,7 +116,7 @@ def test_the_lightning_checkpoint_opens_without_running_code(tiny_run):
     assert checkpoint["global_step"] == 3
     (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert loader["position"] == 3
-    weights = load_model(summary.run).state_dict()
+    weights = load(summary.run).model.state_dict()
     for name, tensor in weights.items():
         assert torch.equal(checkpoint["state_dict"][f"model.{name}"], tensor)
 

@@ -2,34 +2,36 @@
 
 A run's is a folder with `model.safetensors` and `config.yaml`, and `tokenizer.json` unless it is a
 model of bytes. Reading one runs no code of it. The tensors carry a crc32, so that a damaged file is
-an error and not a worse model. Files are written beside their place and moved there: they are whole
-or absent. Published checkpoints have a `config.json` instead: demo/checkpoints/published.py.
+an error and not a worse model. Published checkpoints have a `config.json` instead:
+demo/checkpoints/published.py.
 """
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, uint8
 
-from demo.checkpoints.files import unreadable, write_whole
+from demo.checkpoints.atomic import write_atomically
 from demo.checkpoints.hub import is_hub_id
 from demo.checkpoints.published import (
+    PUBLISHED_CONFIG,
     download_published,
-    load_published,
-    published_name,
+    published_config,
     published_tokenizer,
+    published_weights,
 )
 from demo.checkpoints.tokenizer import Tokenizer, tokenizer_of
+from demo.checkpoints.weights import model_on_meta, read_safetensors
 from demo.config.errors import ConfigError, about
 from demo.config.schema import MODELS, NORM_PATHS, model_config, model_name
 from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.ranges import check_choice
 
 # The files of a run; the first two are the checkpoint.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
@@ -43,8 +45,8 @@ class Loaded:
     """A model as `load` found it.
 
     Attributes:
-        model: On the CPU; with norm_path="inference" in eval mode and without gradients, with
-            "training" in training mode.
+        model: In fp32 on the CPU; with norm_path="inference" in eval mode and without gradients,
+            with "training" in training mode.
         tokenizer: The one it was trained with.
         folder: Where its files lie.
         name: "fla" or "mamba2".
@@ -74,31 +76,36 @@ def load(
         norm_path: "inference" or "training".
         runs_dir: Where train.py puts its runs.
     Raises:
-        ConfigError: for what is not there, damaged, or of another model than `model`.
+        ConfigError: when it is not there, is damaged, or is of another model than `model`.
     """
-    for key, value, choices in (
-        ("model", model, (*MODELS, None)),
-        ("norm_path", norm_path, NORM_PATHS),
-    ):
-        if value not in choices:
-            names = ", ".join(choice for choice in choices if choice)
-            raise ConfigError(f"{key} must be one of {names}, got {value!r}; use one of them")
-    folder = find_checkpoint(model, checkpoint, str(runs_dir))
+    try:
+        check_choice("model", model or "fla", MODELS)
+        check_choice("norm_path", norm_path, NORM_PATHS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder = find_checkpoint(model, checkpoint, runs_dir)
+    of_a_run = (folder / CONFIG).is_file()
     with about("checkpoint"):
-        if _is_run(folder):
-            language_model, tokenizer = load_model(folder, norm_path), tokenizer_of(folder)
-        else:
-            language_model = load_published(folder, norm_path=norm_path)
-            tokenizer = published_tokenizer(folder)
-    if tokenizer.vocab_size > language_model.config.vocab_size:
-        raise ConfigError(
-            f"checkpoint: the tokenizer in {str(folder)!r} must have at most the model's "
-            f"{language_model.config.vocab_size} tokens, got {tokenizer.vocab_size}; put the "
-            "model's own tokenizer.json there"
-        )
+        config = read_model_config(folder) if of_a_run else published_config(folder)
+        name = model_name(config)
+        if model not in (None, name):
+            raise ConfigError(
+                f"checkpoint must be of model={model}, got {str(checkpoint)!r} of model={name}; "
+                f"use model={name}, or another checkpoint"
+            )
+        weights = (_read_weights if of_a_run else published_weights)(folder, config)
+        tokenizer = (tokenizer_of if of_a_run else published_tokenizer)(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {str(folder)!r} must have at most the model's "
+                f"{config.vocab_size} tokens, got {tokenizer.vocab_size}; put the model's own "
+                "tokenizer.json there"
+            )
+    language_model = LanguageModel(config, norm_path=norm_path)
+    language_model.load_state_dict(weights, strict=not config.tie_embeddings)
     training = norm_path == "training"
     language_model.train(training).requires_grad_(training)
-    return Loaded(language_model, tokenizer, folder, model_name(language_model.config))
+    return Loaded(language_model, tokenizer, folder, name)
 
 
 def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
@@ -111,13 +118,11 @@ def save_config(folder: Path, config: Any) -> None:
     """Write a dataclass of demo/config/schema.py as `config.yaml`."""
     values = dataclasses.asdict(config)
     values["model"] = {"name": model_name(config.model), **values["model"]}
-    if "dt_limit" in values["model"]:
-        values["model"]["dt_limit"] = list(values["model"]["dt_limit"])
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_whole(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write the tensors of a state dict, tied ones once, as `model.safetensors`."""
     tensors, seen = {}, set()
     for name, tensor in weights.items():
@@ -125,129 +130,91 @@ def save_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().cpu().contiguous()
     metadata = {"crc32": _checksum(tensors)}  # one entry: safetensors writes several in any order
-    write_whole(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
+    write_atomically(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
-def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: str) -> Path:
-    """The folder of the checkpoint that `load` reads, from the hub if need be; its arguments.
-    Raises ConfigError."""
+def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: str | Path) -> Path:
+    """The folder of the checkpoint that `load` reads, whose arguments these are; downloaded where
+    it is on the hub. Raises ConfigError."""
     if checkpoint is None:
         model = model or "fla"
-        runs = sorted(Path(runs_dir).glob(f"*/{WEIGHTS}"), key=lambda path: -path.stat().st_mtime)
-        return next((run.parent for run in runs if is_of(run.parent, model)), SHIPPED / model)
+        runs = sorted(Path(runs_dir).glob(f"*/{WEIGHTS}"), key=lambda file: -file.stat().st_mtime)
+        return next((run.parent for run in runs if is_run_of(run.parent, model)), SHIPPED / model)
     path = Path(checkpoint)
-    with about("checkpoint"):
-        if _on_hub(path):
-            path = download_published(path.as_posix())
-        folder = path.parent if path.is_file() or path.name in (WEIGHTS, CONFIG) else path
-        if not _is_run(folder) and (folder / "config.json").is_file():
-            _check_name(checkpoint, model, published_name(folder))
-            return folder
-    for needed in (CONFIG, WEIGHTS):
-        if not (folder / needed).is_file():
-            if not path.exists():
-                why = ", which does not exist"
-            elif folder == path:
-                why = f" without {needed}"
-            elif path.name in (WEIGHTS, CONFIG):
-                why = f" without {needed} beside it"
-            else:
-                why = ", a file that lies in no such folder"
-            raise ConfigError(
-                f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, a file in one, a "
-                "published model's folder with config.json, or a hub id, got "
-                f"{str(checkpoint)!r}{why}; name a folder under {runs_dir}/, or leave checkpoint "
-                "out"
-            )
-    _check_name(checkpoint, model, model_name(read_model_config(folder)))
+    if "/" in path.as_posix() and is_hub_id(path.as_posix()) and not path.parent.is_dir():
+        with about("checkpoint"):
+            return download_published(path.as_posix())
+    folder = path.parent if path.is_file() or path.name in (WEIGHTS, CONFIG) else path
+    if (folder / PUBLISHED_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        return folder
+    missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
+    if missing is not None:
+        where = "in it" if folder == path else "beside it"
+        why = f"with no {missing} {where}" if path.exists() else "which does not exist"
+        raise ConfigError(
+            f"checkpoint must be a run folder with {WEIGHTS} and {CONFIG}, a file in one, a "
+            f"published model's folder with {PUBLISHED_CONFIG}, or a hub id, got "
+            f"{str(checkpoint)!r}, {why}; name a folder under {runs_dir}/, or leave checkpoint out"
+        )
     return folder
 
 
-def load_model(folder: Path, norm_path: str = "inference") -> LanguageModel:
-    """The model of a checkpoint, on the CPU, in eval mode, its weights without gradients. Raises
+def check_weights(file: Path, config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check the tensors in `file`, by their names and shapes, against the model of the config.yaml
+    beside it. Allocates nothing: a damaged config may ask for more than the machine has. Raises
     ConfigError."""
-    config = read_model_config(folder)
+    try:
+        model = model_on_meta(config, len(shapes))
+    except ValueError as error:
+        why = f"its model section is wrong: {error}"
+        raise ConfigError(damaged(file.parent / CONFIG, why)) from error
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    given = {name: list(shape) for name, shape in shapes.items()}
+    for name in (*expected, *given):
+        wanted, got = expected.get(name, "none"), given.get(name, "none")
+        if wanted != got:
+            why = (
+                f"its tensors are not those of the {CONFIG} beside it: the shape of {name} must be "
+                f"{wanted}, got {got}"
+            )
+            raise ConfigError(damaged(file, why))
+
+
+def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     file = folder / WEIGHTS
-    try:
-        with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-            shapes = {name: weights.get_slice(name).get_shape() for name in names}
-            try:
-                why = misfit(config, shapes)
-            except ConfigError as error:
-                why = str(error).removeprefix(f"model={model_name(config)}: ")
-                why = f"its model section is wrong: {why}"
-                raise ConfigError(damaged(folder / CONFIG, why)) from error
-            if why is not None:
-                why = f"its tensors are not those of the {CONFIG} beside it: {why}"
-                raise ConfigError(damaged(file, why))
-            tensors = {name: weights.get_tensor(name) for name in names}
-            checksum = (weights.metadata() or {}).get("crc32")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(damaged(file, f"it cannot be read ({unreadable(error)})")) from error
-    if checksum != _checksum(tensors):
+    weights, metadata = read_safetensors(file)
+    check_weights(file, config, {name: tensor.shape for name, tensor in weights.items()})
+    if metadata.get("crc32") != _checksum(weights):
         raise ConfigError(damaged(file, "its checksum is wrong"))
-    model = build_model(config, norm_path)
-    model.load_state_dict(tensors, strict=not config.tie_embeddings)
-    return model.eval().requires_grad_(False)
-
-
-def misfit(config: ModelConfig, shapes: dict[str, list[int]]) -> str | None:
-    """Why tensors of these names and shapes are not those of a model of `config`, or None. Nothing
-    is allocated to find out: a damaged config.yaml may ask for more than the machine has. Raises
-    ConfigError."""
-    if config.num_layers > len(shapes):
-        return f"it has too few tensors ({len(shapes)}) for num_layers={config.num_layers}"
-    try:
-        with torch.device("meta"):
-            model = build_model(config, "inference")
-    except (RuntimeError, ArithmeticError, TypeError):  # numbers too large even to count with
-        return "no tensors have sizes as large as those asked for"
-    wanted = {name: list(tensor.shape) for name, tensor in model.named_parameters()}
-    for name, shape in wanted.items():
-        if name not in shapes:
-            return f"it has no {name}"
-        if shape != shapes[name]:
-            return f"its {name} has shape {shapes[name]} and not {shape}"
-    left = next((name for name in shapes if name not in wanted), None)
-    return left and f"the {left} that it has is not asked for"
+    return weights
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The `model` section of a checkpoint's config.yaml. Raises ConfigError."""
-    file = folder / CONFIG
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
-        return model_config(values)
-    except (
-        OSError,
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:
-        raise ConfigError(damaged(file, _in_words(error))) from error
+        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict):
+            raise ConfigError(f"it has no model section whose name is one of {', '.join(MODELS)}")
+        return model_config(model)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(damaged(folder / CONFIG, _reason(error))) from error
 
 
-def _in_words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What is wrong with a config.yaml, without the names of Python's classes."""
     if isinstance(error, OSError):
         return f"it cannot be read ({error.strerror})"
     if isinstance(error, UnicodeError):
         return "it is not text in UTF-8"
-    if isinstance(error, yaml.YAMLError):
-        mark = getattr(error, "problem_mark", None)
-        where = "it" if mark is None else f"its line {mark.line + 1}"
-        if isinstance(error, yaml.constructor.ConstructorError):
-            return f"{where} asks for more than plain values, which are all that is read"
-        return f"{where} is not YAML, or what it begins has no end"
-    if isinstance(error, ConfigError):
-        return str(error).partition(";")[0]
-    return f"it has no model section whose name is one of {', '.join(MODELS)}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"its line {error.problem_mark.line + 1} is not YAML of plain values"
+    if isinstance(error, (yaml.YAMLError, RecursionError)):
+        return "it is not YAML"
+    return str(error).partition(";")[0]
 
 
-def is_of(folder: Path, model: str) -> bool:
+def is_run_of(folder: Path, model: str) -> bool:
     """Whether the folder holds a run of this model."""
     try:
         return model_name(read_model_config(folder)) == model
@@ -263,28 +230,10 @@ def damaged(file: Path, why: str) -> str:
     )
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def _on_hub(path: Path) -> bool:
-    """Whether it reads as ``owner/name`` and no folder here has the owner's name."""
-    name = path.as_posix()
-    return "/" in name and is_hub_id(name) and not path.parent.is_dir()
-
-
-def _check_name(checkpoint: str | Path | None, asked: str | None, found: str) -> None:
-    if asked not in (None, found):
-        raise ConfigError(
-            f"checkpoint must be of model={asked}, got {str(checkpoint)!r} of model={found}; "
-            f"use model={found}, or another checkpoint"
-        )
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     crc = 0
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(uint8).numpy(), crc)
     return f"{crc:08x}"

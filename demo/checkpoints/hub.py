@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, by a model's id."""
+"""Files from the Hugging Face hub, by a repository's id."""
 
 import re
 from pathlib import Path
@@ -7,27 +7,22 @@ from demo.config.errors import first_line
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` could be one: ``owner/name``, or an old ``name`` alone."""
+    """Whether `name` could be one: `owner/name`, or `name` alone, as the oldest ones are."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
 
 
 def download(name: str, *patterns: str) -> Path:
-    """A local folder with those files of the hub's ``name`` that match ``patterns``; from the
-    hub's cache where there is no network.
+    """A local folder with those files of the hub's `name` that match `patterns`; from the hub's
+    cache where there is no network.
 
     Raises:
-        ValueError: where the files, the network or the package that reaches the hub are missing.
+        ValueError: when the files are neither in the cache nor reached.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(
-            f"{name!r} is not on this machine, and huggingface_hub, which looks for it on the hub, "
-            "is not installed; pip install huggingface_hub, or give a path"
-        ) from error
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # a dozen kinds, some of other packages
+    except Exception as error:  # the hub's errors and its HTTP client's share no base class
         raise ValueError(
             f"{name!r} is neither on this machine nor reached on the hub ({first_line(error)}); "
             "give a path, or a hub id owner/name and a network"

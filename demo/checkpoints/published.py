@@ -1,136 +1,135 @@
-"""Published checkpoints: their configuration and weights, as a LanguageModel.
+"""Published checkpoints: their configuration and weights, as those of a LanguageModel.
 
-Three formats, told apart by their ``config.json``:
+Three formats, told apart by their `config.json`:
 
-- transformers' Mamba-2 (``Mamba2ForCausalLM``), ``"model_type": "mamba2"``;
-- the state-spaces one (``MambaLMHeadModel``), ``"ssm_cfg": {"layer": "Mamba2"}``;
-- flash-linear-attention's Gated DeltaNet (``GatedDeltaNetForCausalLM``),
-  ``"model_type": "gated_deltanet"``.
+- transformers' Mamba-2 (`Mamba2ForCausalLM`), `"model_type": "mamba2"`;
+- the state-spaces project's (`MambaLMHeadModel`), `"ssm_cfg": {"layer": "Mamba2"}`;
+- flash-linear-attention's Gated DeltaNet (`GatedDeltaNetForCausalLM`),
+  `"model_type": "gated_deltanet"`.
+
+Every function raises ValueError, which names the file, the option or the weight that is wrong.
 """
 
 import json
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from demo.checkpoints.files import unreadable
 from demo.checkpoints.hub import download
 from demo.checkpoints.tokenizer import FILE as TOKENIZER
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
-from demo.config.errors import first_line
+from demo.checkpoints.weights import model_on_meta, read_pickle, read_safetensors
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
+
+PUBLISHED_CONFIG = "config.json"
+WHOLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 # What the state-spaces project's models were trained with, which their folders do not hold.
 NEOX, NEOX_TOKENS = "EleutherAI/gpt-neox-20b", 50277
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# By our name of a parameter: the name of the same tensor in a checkpoint, or the names of several
+# that are stacked, with the rows of each.
+Names = dict[str, str | dict[str, int]]
 
 
-class Entry(NamedTuple):
-    """One tensor of a checkpoint, and the rows of the parameter that it fills."""
+class Format(NamedTuple):
+    """How one project lays out its checkpoints."""
 
-    source: str
-    target: str
-    rows: int | None = None  # None: all of them
+    config: Callable[[dict], ModelConfig]  # of the content of a config.json
+    names: Callable[[LanguageModel], Names]
 
 
 def download_published(name: str) -> Path:
-    """The local copy of a checkpoint on the Hugging Face hub, ``owner/name``.
-
-    Raises:
-        ValueError: where the files, the network or the package that reaches the hub are missing.
-    """
-    about = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    folder = download(name, *about, "*.safetensors", "*.safetensors.index.json")
-    if not any((folder / file).exists() for file in WEIGHT_FILES):
-        folder = download(name, *about, "pytorch_model.bin")
+    """The local copy of a checkpoint on the Hugging Face hub, `owner/name`."""
+    about = (PUBLISHED_CONFIG, "tokenizer.json", "tokenizer_config.json")
+    folder = download(name, *about, "*.safetensors", f"*.{INDEX.partition('.')[2]}")
+    if not (folder / WHOLE).exists() and not (folder / INDEX).exists():
+        folder = download(name, *about, PICKLE)
     return folder
 
 
-def published_name(folder: str | Path) -> str:
-    """What the command line calls the model of a published checkpoint.
+def published_config(folder: Path) -> ModelConfig:
+    """The config of the model in a folder with a `config.json`."""
+    values = _read_json(folder / PUBLISHED_CONFIG)
+    try:
+        return _format(values).config(values)
+    except KeyError as error:
+        reason = f"{error.args[0]!r} is missing"
+    except (TypeError, ArithmeticError):
+        reason = "its sizes must be numbers that can be computed with"
+    except ValueError as error:
+        raise ValueError(f"{folder / PUBLISHED_CONFIG}: {error}") from error
+    raise ValueError(f"{folder / PUBLISHED_CONFIG}: {reason}; take the one of the checkpoint")
 
-    Raises:
-        ValueError: for a ``config.json`` that is of another model, or cannot be read.
-    """
-    config = _read_json(Path(folder) / "config.json")
-    return "fla" if _format(config, Path(folder)) == "gated_deltanet" else "mamba2"
 
-
-def published_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a published checkpoint: its own, or the one that its project names, or bytes
-    for a vocabulary of 256.
-
-    Raises:
-        ValueError: for a damaged file, and where there is none.
-    """
-    folder = Path(folder)
+def published_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's own tokenizer, or the one that its project names, or bytes for a vocabulary of
+    256."""
     if (folder / TOKENIZER).is_file():
         return tokenizer_of(folder)
-    config = _read_json(folder / "config.json")
-    if "ssm_cfg" in config and config.get("vocab_size") == NEOX_TOKENS:
+    values = _read_json(folder / PUBLISHED_CONFIG)
+    vocab_size = values.get("vocab_size")
+    if "ssm_cfg" in values and vocab_size == NEOX_TOKENS:
         return load_tokenizer(NEOX)
-    if config.get("vocab_size") == ByteTokenizer.vocab_size:
+    if vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
     raise ValueError(
-        f"{str(folder)!r} must hold {TOKENIZER}, as its model has a vocabulary of "
-        f"{config.get('vocab_size')} and not the 256 bytes, got none; copy the model's there"
+        f"{str(folder)!r} must hold {TOKENIZER}, as its model has a vocabulary of {vocab_size} and "
+        "not the 256 bytes, got none; copy the model's there"
     )
 
 
-def load_published(
-    folder: str | Path,
-    *,
-    norm_path: str = "inference",
-) -> LanguageModel:
-    """A model with the configuration and weights of a published checkpoint, in fp32 on the CPU.
+def published_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a LanguageModel of `config`, by its names; a tied head is left out.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors``, a sharded one with its index, or
-            the state-spaces project's ``pytorch_model.bin``.
-        norm_path: "training" or "inference".
-    Raises:
-        ValueError: naming the file, option or weight: an unknown format, an option that this
-            model does not have, and a weight that is missing, left over or of the wrong shape.
+        folder: With `model.safetensors`, several such files and their index, or
+            `pytorch_model.bin`.
+        config: What `published_config` makes of the folder.
     """
-    folder = Path(folder)
-    config = _read_json(folder / "config.json")
-    format_config, entries = FORMATS[_format(config, folder)]
+    weights = _read_weights(folder)
     try:
-        config = format_config(config)
-        weights = _read_weights(folder)
-        if config.num_layers > len(weights):
-            raise ValueError(
-                f"{folder} must hold weights for each of the {config.num_layers} layers of "
-                f"its config.json, got {len(weights)} weights in all; take the config.json of the "
-                "checkpoint"
-            )
-        with torch.device("meta"):  # sizes that no machine could hold need no memory there
-            shapes = LanguageModel(config, norm_path=norm_path)
-    except KeyError as error:
+        model = model_on_meta(config, len(weights))
+    except ValueError as error:
         raise ValueError(
-            f"{folder / 'config.json'} lacks {error.args[0]!r}; take the one of the checkpoint"
+            f"{folder / PUBLISHED_CONFIG}: {error}; take the one of the checkpoint"
         ) from error
-    except (TypeError, ArithmeticError, RuntimeError) as error:  # the last two for absurd sizes
+    names = _format(_read_json(folder / PUBLISHED_CONFIG)).names(model)
+    converted = {}
+    for ours, parameter in model.named_parameters():
+        parts, theirs = [], names[ours]
+        for name, rows in ({theirs: len(parameter)} if isinstance(theirs, str) else theirs).items():
+            value = weights.pop(name, None)
+            if value is not None and value.dim() == 3 and value.shape[1] == 1:
+                value = value[:, 0]  # of a depthwise convolution
+            shape = [rows, *parameter.shape[1:]]
+            if value is None or list(value.shape) != shape:
+                given = "none" if value is None else list(value.shape)
+                raise ValueError(
+                    f"{folder} must hold the weight {name} of shape {shape}, got {given}; take the "
+                    "config.json that belongs to it, or download it again"
+                )
+            parts.append(value)
+        converted[ours] = torch.cat(parts)
+    if config.tie_embeddings:
+        weights.pop(names["head.weight"], None)  # some store it a second time
+    if weights:
+        left = f"{', '.join(sorted(weights)[:5])}{' and more' if len(weights) > 5 else ''}"
         raise ValueError(
-            f"{folder / 'config.json'} must have numbers for sizes ({first_line(error)}); take "
-            "the one of the checkpoint"
-        ) from error
-    _fill(shapes, dict(weights), list(entries(shapes)), folder)
-    model = LanguageModel(config, norm_path=norm_path)
-    _fill(model, weights, list(entries(model)), folder)
-    return model
+            f"{folder} holds weights that its config.json has no place for: {left}; take the "
+            "config.json that belongs to them"
+        )
+    return converted
 
 
 # ---- files ----
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -144,157 +143,94 @@ def _read_json(file: Path) -> dict:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
-    if file is None:
-        raise ValueError(
-            f"{folder} must hold one of {', '.join(WEIGHT_FILES)}, got none of them; download the "
-            "weights too"
-        )
-    if file.suffix == ".bin":
-        return _read_pickle(file)
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        parts = _read_json(file).get("weight_map")
-        if not isinstance(parts, dict) or not all(isinstance(v, str) for v in parts.values()):
-            raise ValueError(f"{file} must name a file for each weight; download it again")
-        names = sorted(set(parts.values()))
-        return {key: value for name in names for key, value in load_file(folder / name).items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({unreadable(error)}); download it again"
-        ) from error
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """What torch.save wrote, without running code of it. torch's own reasons are left out: they
-    advise to read the file again and run its code."""
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (PermissionError, IsADirectoryError) as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} must be a pickle of nothing but tensors, and is damaged or holds other "
-            "objects, whose code was not run; use a checkpoint in safetensors, or download it again"
-        ) from error
-    except Exception as error:  # of any kind: it depends on which bytes are wrong
-        raise ValueError(f"{file} is cut short or damaged; download it again") from error
-    if not isinstance(weights, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
-    ):
-        raise ValueError(
-            f"{file} must hold tensors by their names, and nothing else; take the weights of the "
-            "model alone, not those of its training"
-        )
-    return weights
-
-
-def _fill(model: LanguageModel, weights: dict[str, Tensor], entries: list[Entry], folder: Path):
-    """Copy every entry into its rows; nothing may be missing, left over or of another shape."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled = dict.fromkeys(parameters, 0)
-    with torch.no_grad():
-        for source, target, rows in entries:
-            parameter = parameters[target]
-            start = filled[target]
-            part = parameter[start : start + rows] if rows is not None else parameter
-            filled[target] += len(part)
-            if source not in weights:
-                if target == "head.weight" and parameter is model.embedding.weight:
-                    continue  # a tied head is usually not stored twice
-                raise ValueError(
-                    f"{folder} lacks the weight {source}, of shape {list(part.shape)}: its "
-                    "config.json does not belong to it, or it is incomplete; download it again"
-                )
-            value = weights.pop(source)
-            if value.dim() == 3 and value.shape[1] == 1:
-                value = value[:, 0]  # the weight of a depthwise convolution
-            if value.shape != part.shape:
-                raise ValueError(
-                    f"the weight {source} of {folder} must have shape {list(part.shape)}, got "
-                    f"{list(value.shape)}; take the config.json that belongs to it"
-                )
-            part.copy_(value)
-    if weights:
-        raise ValueError(
-            f"{folder} holds weights that its config.json has no place for: "
-            f"{', '.join(sorted(weights)[:5])}{' and more' if len(weights) > 5 else ''}; take the "
-            "config.json that belongs to them"
-        )
-    short = [name for name, rows in filled.items() if rows != len(parameters[name])]
-    assert not short, f"parameters without a weight: {short}"
+    if (folder / WHOLE).exists():
+        return read_safetensors(folder / WHOLE)[0]
+    if (folder / INDEX).exists():
+        files = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+            raise ValueError(f"{folder / INDEX} must name the file of each weight; get it again")
+        return {
+            name: value
+            for file in sorted(set(files.values()))
+            for name, value in read_safetensors(folder / file)[0].items()
+        }
+    if (folder / PICKLE).exists():
+        return read_pickle(folder / PICKLE)
+    raise ValueError(
+        f"{folder} must hold one of {WHOLE}, {INDEX} or {PICKLE}, got none of them; download the "
+        "weights too"
+    )
 
 
 # ---- formats ----
 
 
-def _format(config: dict, folder: Path) -> str:
-    if config.get("model_type") in ("mamba2", "gated_deltanet"):
-        return config["model_type"]
-    ssm = config.get("ssm_cfg")
+def _format(values: dict[str, Any]) -> Format:
+    kind, ssm = values.get("model_type"), values.get("ssm_cfg")
     if isinstance(ssm, dict) and ssm.get("layer") == "Mamba2":
-        return "state_spaces"
-    raise ValueError(
-        f"{folder / 'config.json'} must be of a Mamba-2 or Gated DeltaNet model, got "
-        f"model_type={config.get('model_type')!r}; name a checkpoint of transformers' Mamba2, of "
-        "state-spaces, or of flash-linear-attention"
-    )
+        return STATE_SPACES
+    if kind not in ("mamba2", "gated_deltanet"):
+        raise ValueError(
+            f"model_type must be mamba2 or gated_deltanet, got {kind!r}; name a checkpoint of "
+            "transformers' Mamba2, of state-spaces, or of flash-linear-attention"
+        )
+    return MAMBA2 if kind == "mamba2" else GATED_DELTANET
 
 
-def _require(config: dict, **allowed: tuple) -> None:
-    """Options that the model does not have, unless they have a value that means the same."""
-    for name, values in allowed.items():
-        if name in config and config[name] not in values:
+def _require(values: dict, **allowed: tuple) -> None:
+    """Refuse options that our models do not have, unless their value means the same as without."""
+    for name, choices in allowed.items():
+        if name in values and values[name] not in choices:
             raise ValueError(
-                f"config.json asks for {name}={config[name]!r}, which this model does not have; "
-                f"it loads checkpoints with {name} in {list(values)}"
+                f"{name} must be one of {list(choices)}, got {values[name]!r}, which this model "
+                "does not have; name another checkpoint"
             )
 
 
 def _limits(value: list) -> tuple[float, float]:
-    """A pair of numbers; transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    """A pair of numbers; transformers writes infinity as `{"__float__": "Infinity"}`."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"the limits of the step must be two numbers, got {value!r}")
     low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in value)
     return low, high
 
 
-def _mamba2_config(c: dict) -> ModelConfig:
-    _require(c, hidden_act=("silu", "swish"))
-    if c["num_heads"] * c["head_dim"] != c.get("expand", 2) * c["hidden_size"]:
-        raise ValueError(
-            f"config.json must have num_heads * head_dim = expand * hidden_size, got "
-            f"{c['num_heads']} * {c['head_dim']} and {c.get('expand', 2)} * {c['hidden_size']}"
-        )
-    return Mamba2Config(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        tie_embeddings=c.get("tie_word_embeddings", False),
-        norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        d_state=c["state_size"],
-        head_dim=c["head_dim"],
-        expand=c.get("expand", 2),
-        n_groups=c["n_groups"],
-        conv_size=c.get("conv_kernel", 4),
-        conv_bias=c.get("use_conv_bias", True),
-        bias=c.get("use_bias", False),
-        dt_limit=_limits(c.get("time_step_limit", [0, float("inf")])),
+def _mamba2_config(values: dict) -> ModelConfig:
+    _require(values, hidden_act=("silu", "swish"))
+    config = Mamba2Config(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        tie_embeddings=values.get("tie_word_embeddings", False),
+        norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        d_state=values["state_size"],
+        head_dim=values["head_dim"],
+        expand=values.get("expand", 2),
+        n_groups=values["n_groups"],
+        conv_size=values.get("conv_kernel", 4),
+        conv_bias=values.get("use_conv_bias", True),
+        bias=values.get("use_bias", False),
+        dt_limit=_limits(values.get("time_step_limit", [0, float("inf")])),
     )
+    heads, inner = values["num_heads"], config.expand * config.hidden_size
+    if heads * config.head_dim != inner:
+        raise ValueError(
+            f"num_heads * head_dim must be expand * hidden_size, got {heads} * {config.head_dim} "
+            f"and {config.expand} * {config.hidden_size}; take the one of the checkpoint"
+        )
+    return config
 
 
-def _state_spaces_config(c: dict) -> ModelConfig:
-    ssm = c["ssm_cfg"]
-    _require(c, d_intermediate=(0,), attn_layer_idx=([], None), rms_norm=(True,))
+def _state_spaces_config(values: dict) -> ModelConfig:
+    ssm = values["ssm_cfg"]
+    _require(values, d_intermediate=(0,), attn_layer_idx=([], None), rms_norm=(True,))
     _require(ssm, rmsnorm=(True,), norm_before_gate=(False,), d_ssm=(None,), D_has_hdim=(False,))
-    multiple = c.get("pad_vocab_size_multiple", 8)
+    multiple = values.get("pad_vocab_size_multiple", 8)
     return Mamba2Config(
-        vocab_size=-(-c["vocab_size"] // multiple) * multiple,
-        hidden_size=c["d_model"],
-        num_layers=c["n_layer"],
-        tie_embeddings=c.get("tie_embeddings", True),
+        vocab_size=-(-values["vocab_size"] // multiple) * multiple,
+        hidden_size=values["d_model"],
+        num_layers=values["n_layer"],
+        tie_embeddings=values.get("tie_embeddings", True),
         norm_eps=1e-5,
         d_state=ssm.get("d_state", 128),
         head_dim=ssm.get("headdim", 64),
@@ -307,91 +243,86 @@ def _state_spaces_config(c: dict) -> ModelConfig:
     )
 
 
-def _gated_deltanet_config(c: dict) -> ModelConfig:
+def _gated_deltanet_config(values: dict) -> ModelConfig:
     _require(
-        c,
+        values,
         attn=(None,),
         use_short_conv=(True,),
         attnres_block_size=(None,),
         hidden_act=("swish", "silu"),
     )
-    ratio = c.get("hidden_ratio") or 4
-    activation = c.get("output_gate_activation", "swish")
+    activation = values.get("output_gate_activation", "swish")
     return GatedDeltaNetConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        mlp_ratio=ratio,
-        mlp_size=c.get("intermediate_size"),
-        tie_embeddings=c.get("tie_word_embeddings", False),
-        norm_eps=c.get("norm_eps", 1e-6),
-        num_heads=c["num_heads"],
-        head_dim=c["head_dim"],
-        expand_v=c.get("expand_v", 2.0),
-        num_v_heads=c.get("num_v_heads"),
-        conv_size=c.get("conv_size", 4),
-        allow_neg_eigval=c.get("allow_neg_eigval", False),
-        use_gate=c.get("use_gate", True),
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        mlp_ratio=values.get("hidden_ratio") or 4,
+        mlp_size=values.get("intermediate_size"),
+        tie_embeddings=values.get("tie_word_embeddings", False),
+        norm_eps=values.get("norm_eps", 1e-6),
+        num_heads=values["num_heads"],
+        head_dim=values["head_dim"],
+        expand_v=values.get("expand_v", 2.0),
+        num_v_heads=values.get("num_v_heads"),
+        conv_size=values.get("conv_size", 4),
+        allow_neg_eigval=values.get("allow_neg_eigval", False),
+        use_gate=values.get("use_gate", True),
         gate_activation="silu" if activation == "swish" else activation,
     )
 
 
-def _mamba2_entries(model: LanguageModel, embedding: str) -> Iterator[Entry]:
-    yield Entry(f"backbone.{embedding}.weight", "embedding.weight")
+def _mamba2_names(model: LanguageModel, embedding: str) -> Names:
+    names: Names = {
+        "embedding.weight": f"backbone.{embedding}.weight",
+        "norm.weight": "backbone.norm_f.weight",
+        "head.weight": "lm_head.weight",
+    }
+    for i in range(len(model.blocks)):
+        ours, theirs = f"blocks.{i}", f"backbone.layers.{i}"
+        names[f"{ours}.mixer_norm.weight"] = f"{theirs}.norm.weight"
+        for name in ("dt_bias", "A_log", "D", "norm.weight"):
+            names[f"{ours}.mixer.{name}"] = f"{theirs}.mixer.{name}"
+        for kind in ("weight", "bias"):
+            names[f"{ours}.mixer.in_proj.{kind}"] = f"{theirs}.mixer.in_proj.{kind}"
+            names[f"{ours}.mixer.out_proj.{kind}"] = f"{theirs}.mixer.out_proj.{kind}"
+            names[f"{ours}.mixer.conv_{kind}"] = f"{theirs}.mixer.conv1d.{kind}"
+    return names
+
+
+def _gated_deltanet_names(model: LanguageModel) -> Names:
+    names: Names = {
+        "embedding.weight": "model.embeddings.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
     for i, block in enumerate(model.blocks):
-        theirs, ours = f"backbone.layers.{i}", f"blocks.{i}"
-        yield Entry(f"{theirs}.norm.weight", f"{ours}.mixer_norm.weight")
-        for name in ("in_proj.weight", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight"):
-            yield Entry(f"{theirs}.mixer.{name}", f"{ours}.mixer.{name}")
-        if block.mixer.in_proj.bias is not None:
-            yield Entry(f"{theirs}.mixer.in_proj.bias", f"{ours}.mixer.in_proj.bias")
-            yield Entry(f"{theirs}.mixer.out_proj.bias", f"{ours}.mixer.out_proj.bias")
-        yield Entry(f"{theirs}.mixer.conv1d.weight", f"{ours}.mixer.conv_weight")
-        if block.mixer.conv_bias is not None:
-            yield Entry(f"{theirs}.mixer.conv1d.bias", f"{ours}.mixer.conv_bias")
-    yield Entry("backbone.norm_f.weight", "norm.weight")
-    yield Entry("lm_head.weight", "head.weight")
+        ours, theirs, mixer = f"blocks.{i}", f"model.layers.{i}", block.mixer
+        key, value = mixer.num_heads * mixer.head_dim, mixer.num_v_heads * mixer.v_head_dim
+        convolved = {"q": key, "k": key, "v": value}
+        gate = {"g": value} if model.config.use_gate else {}
+        projected = {**convolved, **gate, "b": mixer.num_v_heads, "a": mixer.num_v_heads}
+        inner = block.mlp.out_proj.in_features
+        names |= {
+            f"{ours}.mixer_norm.weight": f"{theirs}.attn_norm.weight",
+            f"{ours}.mixer.in_proj.weight": {
+                f"{theirs}.attn.{name}_proj.weight": rows for name, rows in projected.items()
+            },
+            f"{ours}.mixer.conv_weight": {
+                f"{theirs}.attn.{name}_conv1d.weight": rows for name, rows in convolved.items()
+            },
+            f"{ours}.mixer.A_log": f"{theirs}.attn.A_log",
+            f"{ours}.mixer.dt_bias": f"{theirs}.attn.dt_bias",
+            f"{ours}.mixer.norm.weight": f"{theirs}.attn.o_norm.weight",
+            f"{ours}.mixer.out_proj.weight": f"{theirs}.attn.o_proj.weight",
+            f"{ours}.mlp_norm.weight": f"{theirs}.mlp_norm.weight",
+            f"{ours}.mlp.in_proj.weight": {
+                f"{theirs}.mlp.{name}_proj.weight": inner for name in ("gate", "up")
+            },
+            f"{ours}.mlp.out_proj.weight": f"{theirs}.mlp.down_proj.weight",
+        }
+    return names
 
 
-def _gated_deltanet_entries(model: LanguageModel) -> Iterator[Entry]:
-    yield Entry("model.embeddings.weight", "embedding.weight")
-    for i, block in enumerate(model.blocks):
-        theirs, ours, mixer = f"model.layers.{i}", f"blocks.{i}", block.mixer
-        key = mixer.num_heads * mixer.head_dim
-        value = mixer.num_v_heads * mixer.v_head_dim
-        yield Entry(f"{theirs}.attn_norm.weight", f"{ours}.mixer_norm.weight")
-        for name, rows in (("q", key), ("k", key), ("v", value)):
-            yield Entry(f"{theirs}.attn.{name}_conv1d.weight", f"{ours}.mixer.conv_weight", rows)
-        heads = mixer.num_v_heads
-        for name, rows in (
-            ("q", key),
-            ("k", key),
-            ("v", value),
-            ("g", mixer.widths[1]),
-            ("b", heads),
-            ("a", heads),
-        ):
-            if rows:
-                yield Entry(
-                    f"{theirs}.attn.{name}_proj.weight", f"{ours}.mixer.in_proj.weight", rows
-                )
-        for name in ("A_log", "dt_bias"):
-            yield Entry(f"{theirs}.attn.{name}", f"{ours}.mixer.{name}")
-        yield Entry(f"{theirs}.attn.o_norm.weight", f"{ours}.mixer.norm.weight")
-        yield Entry(f"{theirs}.attn.o_proj.weight", f"{ours}.mixer.out_proj.weight")
-        yield Entry(f"{theirs}.mlp_norm.weight", f"{ours}.mlp_norm.weight")
-        inner = block.mlp.out_proj.weight.shape[1]
-        for name in ("gate", "up"):
-            yield Entry(f"{theirs}.mlp.{name}_proj.weight", f"{ours}.mlp.in_proj.weight", inner)
-        yield Entry(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.out_proj.weight")
-    yield Entry("model.norm.weight", "norm.weight")
-    yield Entry("lm_head.weight", "head.weight")
-
-
-FORMATS: dict[
-    str, tuple[Callable[[dict], ModelConfig], Callable[[LanguageModel], Iterator[Entry]]]
-] = {
-    "mamba2": (_mamba2_config, lambda model: _mamba2_entries(model, "embeddings")),
-    "state_spaces": (_state_spaces_config, lambda model: _mamba2_entries(model, "embedding")),
-    "gated_deltanet": (_gated_deltanet_config, _gated_deltanet_entries),
-}
+MAMBA2 = Format(_mamba2_config, lambda model: _mamba2_names(model, "embeddings"))
+STATE_SPACES = Format(_state_spaces_config, lambda model: _mamba2_names(model, "embedding"))
+GATED_DELTANET = Format(_gated_deltanet_config, _gated_deltanet_names)

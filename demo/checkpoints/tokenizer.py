@@ -1,12 +1,12 @@
-"""From text to tokens and back: bytes, or a ``tokenizer.json`` of the tokenizers library."""
+"""From text to tokens and back: bytes, or a `tokenizer.json` of the tokenizers library."""
 
 import codecs
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from demo.checkpoints.files import write_whole
+from demo.checkpoints.atomic import write_atomically
 from demo.checkpoints.hub import download, is_hub_id
 from demo.config.errors import first_line
 
@@ -16,73 +16,51 @@ FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
-class TextStream(Protocol):
-    """Tokens in, text out as soon as no later token can change it; the pieces join to what
-    ``Tokenizer.decode`` makes of all tokens."""
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token, often none."""
-
-    def finish(self) -> str:
-        """The rest: unfinished characters as U+FFFD."""
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back.
+class ByteTokenizer:
+    """Every byte is a token.
 
     Attributes:
         vocab_size: Tokens are below it.
         eos: The token that ends a document, or None.
     """
 
-    vocab_size: int
-    eos: int | None
-
-    def encode(self, text: bytes) -> list[int]:
-        """The tokens of a text, given as bytes so that any file survives."""
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens, special ones left out; what is not UTF-8 comes out as U+FFFD."""
-
-    def stream(self) -> TextStream:
-        """For text that comes token by token."""
-
-    def save(self, folder: Path) -> None:
-        """Write what ``tokenizer_of`` reads back: nothing for bytes."""
-
-
-class ByteTokenizer:
-    """Every byte is a token."""
-
     vocab_size = 256
     eos = None
 
     def encode(self, text: bytes) -> list[int]:
+        """The tokens of a text, which is given as bytes so that any file survives."""
         return list(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, special ones left out; what is not UTF-8 becomes U+FFFD."""
         return bytes(tokens).decode("utf-8", "replace")
 
-    def stream(self) -> "_ByteStream":
-        return _ByteStream()
+    def stream(self) -> "ByteStream":
+        """A decoder for tokens that come one at a time."""
+        return ByteStream()
 
     def save(self, folder: Path) -> None:
-        pass
+        """Write what `tokenizer_of` reads back: nothing for bytes."""
 
 
-class _ByteStream:
+class ByteStream:
+    """Tokens in, text out as soon as no later token can change it; the pieces join to what `decode`
+    makes of all tokens."""
+
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
+        """The text that became certain with this token, often none."""
         return self.decoder.decode(bytes([token]))
 
     def finish(self) -> str:
+        """The rest: unfinished characters as U+FFFD."""
         return self.decoder.decode(b"", final=True)
 
 
 class TextTokenizer:
-    """A ``tokenizers.Tokenizer``. Text that is not UTF-8 reaches it with U+FFFD in its place.
+    """As ByteTokenizer, but for a `tokenizers.Tokenizer`, which sees U+FFFD for what is not UTF-8.
 
     Args:
         tokenizer: It adds its own special tokens to a text, as in the model's training.
@@ -101,57 +79,55 @@ class TextTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return self.tokenizer.decode(list(tokens))
 
-    def stream(self) -> "_TextStream":
-        return _TextStream(self.decode)
+    def stream(self) -> "TextStream":
+        return TextStream(self.decode)
 
     def save(self, folder: Path) -> None:
-        text = self.tokenizer.to_str(pretty=True)
-        write_whole(folder / FILE, lambda part: part.write_text(text, encoding="utf-8"))
+        texts = {FILE: self.tokenizer.to_str(pretty=True)}
         if self.eos is not None:
             options = {
-                "tokenizer_class": "PreTrainedTokenizerFast",  # for transformers, which wants one
+                "tokenizer_class": "PreTrainedTokenizerFast",  # transformers asks for one
                 "eos_token": self.tokenizer.id_to_token(self.eos),
             }
-            text = json.dumps(options, ensure_ascii=False, indent=2)
-            write_whole(folder / OPTIONS, lambda part: part.write_text(text, encoding="utf-8"))
+            texts[OPTIONS] = json.dumps(options, ensure_ascii=False, indent=2)
+        for name, text in texts.items():
+            write_atomically(
+                folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8")
+            )
 
 
-class _TextStream:
-    """Decodes the tokens since the last but one piece of text, and gives what is new.
-
-    How a token reads depends on those before it (the first loses its leading space, a character
-    can span tokens), so a window starts one piece earlier than the text that it adds.
-    """
+class TextStream:
+    """As ByteStream. How a token reads depends on those before it (the first loses its leading
+    space, a character can span tokens), so a window of tokens is decoded that starts one piece
+    earlier than the text that is given out."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self.decode = decode
-        self.tokens: list[int] = []  # the window
-        self.told = 0  # its first tokens, whose text has been given
+        self.window: list[int] = []
+        self.given = 0  # tokens at the start of the window whose text has been given out
 
     def push(self, token: int) -> str:
-        self.tokens.append(token)
-        text = self._new()
+        self.window.append(token)
+        text = self.finish()
         if not text or text.endswith("\ufffd"):
             return ""  # perhaps the beginning of a character
-        self.tokens, self.told = self.tokens[self.told :], len(self.tokens) - self.told
+        self.window, self.given = self.window[self.given :], len(self.window) - self.given
         return text
 
     def finish(self) -> str:
-        text = self._new()
-        self.tokens, self.told = [], 0
-        return text
+        return self.decode(self.window)[len(self.decode(self.window[: self.given])) :]
 
-    def _new(self) -> str:
-        return self.decode(self.tokens)[len(self.decode(self.tokens[: self.told])) :]
+
+Tokenizer = ByteTokenizer | TextTokenizer
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer that ``source`` names.
+    """The tokenizer that `source` names.
 
     Args:
-        source: "bytes", a ``tokenizer.json``, a folder that has one, or a hub id.
+        source: "bytes", a `tokenizer.json`, a folder that has one, or a hub id.
     Raises:
-        ValueError: for anything else, a damaged file, and a missing package.
+        ValueError: for anything else, for a damaged file, and when a package is missing.
     """
     if source == "bytes":
         return ByteTokenizer()
@@ -163,18 +139,18 @@ def load_tokenizer(source: str) -> Tokenizer:
     if not path.is_file():
         raise ValueError(
             f"a tokenizer must be bytes, a {FILE}, a folder with one or a hub id, got {source!r}, "
-            f"where there is no such file; name another one, or use bytes"
+            "where there is no such file; name another one, or use bytes"
         )
     return _read(path)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: its ``tokenizer.json``, or bytes where it has none.
+    """The tokenizer of a checkpoint: its `tokenizer.json`, or bytes where it has none.
 
     Raises:
-        ValueError: for a damaged file, and a missing package.
+        ValueError: for a damaged file, and when a package is missing.
     """
-    file = Path(folder) / FILE
+    file = folder / FILE
     return _read(file) if file.is_file() else ByteTokenizer()
 
 
@@ -188,14 +164,14 @@ def _read(file: Path) -> TextTokenizer:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises Exception itself
+    except Exception as error:  # the library raises Exception itself for what it cannot parse
         raise ValueError(
             f"{str(file)!r} must be a file of the tokenizers library, but it cannot be read "
             f"({first_line(error)}); download or train it again"
         ) from error
     try:
         tokenizer.encode("\ufffd")  # also stands for what is not UTF-8
-    except Exception as error:
+    except Exception as error:  # the library raises Exception itself for an unknown character
         raise ValueError(
             f"{str(file)!r} must be of a tokenizer that takes any text, got one that does not "
             f"({first_line(error)}); train it with bytes for its alphabet, or with an unk_token"

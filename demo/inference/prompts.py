@@ -11,42 +11,34 @@ from demo.config.schema import InferConfig
 
 
 def read_prompts(config: InferConfig) -> list[bytes]:
-    """The bytes to continue, exactly as they were given; of a `prompts_file`, a prompt for each
-    line, without its line end (LF or CRLF), blank lines left out; where its name ends in .jsonl,
-    each line is a JSON object with the prompt. Raises ConfigError."""
-    given = [
-        f"{name}={value!r}"
-        for name in ("prompt", "prompt_file", "prompts_file")
-        if (value := getattr(config, name)) is not None
-    ]
+    """The bytes to continue, exactly as they were given. A `prompts_file` has a prompt in each line
+    that is not blank, without its line end (LF or CRLF); if its name ends in .jsonl, each line is a
+    JSON object with the prompt. Raises ConfigError."""
+    keys = ("prompt", "prompt_file", "prompts_file")
+    given = {key: value for key in keys if (value := getattr(config, key)) is not None}
     if len(given) > 1:
+        values = " and ".join(f"{key}={value!r}" for key, value in given.items())
         raise ConfigError(
-            "only one of prompt, prompt_file and prompts_file can be set, got "
-            f"{' and '.join(given)}; leave one out"
+            f"only one of prompt, prompt_file and prompts_file can be set, got {values}; leave one "
+            "out"
         )
-    if config.prompts_file is not None:
-        lines = _read("prompts_file", config.prompts_file).split(b"\n")
-        if config.prompts_file.lower().endswith(".jsonl"):
-            prompts = [
-                _from_json(line, f"line {number} of {config.prompts_file!r}")
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-        else:
-            prompts = [line.removesuffix(b"\r") for line in lines if line.strip()]
-        if not prompts:
+    key, value = next(iter(given.items()), ("prompt", "import "))
+    content = os.fsencode(value) if key == "prompt" else _read(key, value)
+    if key != "prompts_file":
+        if not content:
             raise ConfigError(
-                f"prompts_file must have a line that is not blank, got {config.prompts_file!r} "
-                "without one; write one prompt per line"
+                "the prompt must have at least one character, got none; give some text"
             )
-        return prompts
-    if config.prompt_file is not None:
-        prompt = _read("prompt_file", config.prompt_file)
-    else:
-        prompt = os.fsencode("import " if config.prompt is None else config.prompt)
-    if not prompt:
-        raise ConfigError("the prompt must have at least one character, got none; give some text")
-    return [prompt]
+        return [content]
+    lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(
+            f"prompts_file must have a line that is not blank, got {value!r} without one; write "
+            "one prompt per line"
+        )
+    if value.lower().endswith(".jsonl"):
+        return [_from_json(line, f"line {number} of {value!r}") for number, line in lines]
+    return [line.removesuffix(b"\r") for _, line in lines]
 
 
 def _from_json(line: bytes, where: str) -> bytes:

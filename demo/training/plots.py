@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from demo.checkpoints.files import write_whole
+from demo.checkpoints.atomic import write_atomically
 from demo.config.errors import RunError, first_line
 
 matplotlib.use("Agg")
@@ -117,7 +117,7 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
 def _write(figure: plt.Figure, target: Path) -> None:
     """Write a picture whole or not at all. Raises RunError."""
     try:
-        write_whole(target, lambda part: figure.savefig(part, format="png"))
+        write_atomically(target, lambda part: figure.savefig(part, format="png"))
     except OSError as error:
         raise RunError(
             f"a picture must fit on the disk, got {first_line(error)!r} for {target}; free some "

@@ -22,15 +22,15 @@ from demo.checkpoints.checkpoint import (
     METRICS,
     PICTURE,
     WEIGHTS,
+    check_weights,
     damaged,
-    is_of,
-    misfit,
+    is_run_of,
     read_model_config,
 )
-from demo.checkpoints.files import lock
 from demo.config.command import compose
 from demo.config.errors import ConfigError, first_line
 from demo.config.schema import TrainConfig, model_name, train_config
+from demo.training.lock import lock
 from models.config import ModelConfig
 from models.ranges import as_written
 
@@ -146,7 +146,7 @@ def _newest_stopped(asked: TrainConfig) -> Path | None:
     stopped = [
         path.parent
         for path in Path(asked.runs_dir).glob(f"*/{CONFIG}")
-        if not (path.parent / PICTURE).exists() and is_of(path.parent, model_name(asked.model))
+        if not (path.parent / PICTURE).exists() and is_run_of(path.parent, model_name(asked.model))
     ]
     stopped.sort(key=lambda run: -(run / CONFIG).stat().st_mtime)
     # Several processes must all find the same one, and only the first sees who is at work.
@@ -210,9 +210,7 @@ def read_state(run: Path, model: ModelConfig | None = None) -> dict[str, Any] | 
         if model.tie_embeddings:  # they are there twice
             weights.pop("head.weight", None)
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-        if (why := misfit(model, shapes)) is not None:
-            why = f"its tensors are not those of the {CONFIG} beside it: {why}"
-            raise ConfigError(damaged(file, why))
+        check_weights(file, model, shapes)
     return state
 
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.checkpoints.checkpoint import CONFIG, LAST, METRICS, PICTURE, WEIGHTS, save_config
-from demo.checkpoints.files import lock
 from demo.checkpoints.tokenizer import FILE as TOKENIZER
 from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.errors import ConfigError, first_line
@@ -29,6 +28,7 @@ from demo.training.callbacks import (
     RandomState,
     Throughput,
 )
+from demo.training.lock import lock
 from demo.training.memory import out_of_memory_in_a_line
 from demo.training.parallel import ShardedStrategy
 from demo.training.processes import Processes, on_gpu

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from demo.checkpoints.atomic import write_atomically
 from demo.checkpoints.checkpoint import METRICS, save_weights
-from demo.checkpoints.files import write_whole
 from demo.config.errors import RunError, first_line
 from models.language_model import LanguageModel
 
@@ -60,7 +60,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         weights = {name: state[f"model.{name}"] for name in self.parameters}
         try:
             save_weights(path.parent, weights)
-            write_whole(path, lambda part: torch.save(checkpoint, part))
+            write_atomically(path, lambda part: torch.save(checkpoint, part))
         except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
             raise full_disk(error, path) from error
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-from demo.checkpoints.published import FORMATS
+from demo.checkpoints.published import GATED_DELTANET
 from models.language_model import LanguageModel
 
 
@@ -189,16 +189,15 @@ def fla_train(steps, c=FLA):
 def train_weights(learn, c=FLA):
     """What `learn` makes of a new model of ours, as weights with FLA's names."""
     torch.manual_seed(0)
-    config_of, entries = FORMATS["gated_deltanet"]
-    model = LanguageModel(config_of(c))
+    model = LanguageModel(GATED_DELTANET.config(c))
     learn(model)
-    filled, weights = {}, {}
-    for source, target, rows in entries(model):
-        parameter = model.get_parameter(target).detach()
-        start = filled.get(target, 0)
-        filled[target] = start + (len(parameter) if rows is None else rows)
-        value = parameter[start : filled[target]].clone()
-        weights[source] = value[:, None] if "conv1d" in source else value
+    weights, names = {}, GATED_DELTANET.names(model)
+    for ours, parameter in model.named_parameters():
+        theirs = names[ours]
+        rows = {theirs: len(parameter)} if isinstance(theirs, str) else theirs
+        parts = parameter.detach().split(list(rows.values()))
+        for name, part in zip(rows, parts, strict=True):
+            weights[name] = (part[:, None] if "conv1d" in name else part).clone()
     return weights
 
 

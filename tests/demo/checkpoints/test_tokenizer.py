@@ -101,14 +101,13 @@ def test_saved_and_read_back(kind, tmp_path):
     subject = tokenizer(kind)
     subject.save(tmp_path)
     again = tokenizer_of(tmp_path)
-    text = TEXTS["accents"]
-    assert type(again) is type(subject)
-    assert again.encode(text) == subject.encode(text)
-    assert (again.vocab_size, again.decode(again.encode(text))) == (
-        subject.vocab_size,
-        subject.decode(subject.encode(text)),
-    )
+    tokens = subject.encode(TEXTS["accents"])
+    assert (type(again), again.vocab_size) == (type(subject), subject.vocab_size)
+    assert again.encode(TEXTS["accents"]) == tokens
+    assert again.decode(tokens) == subject.decode(tokens)
     assert not list(tmp_path.glob(".*"))
+    for source in [] if kind == "bytes" else [tmp_path, tmp_path / "tokenizer.json"]:
+        assert load_tokenizer(str(source)).encode(TEXTS["accents"]) == tokens
 
 
 EOS = {
@@ -144,15 +143,6 @@ def test_saved_truncation_and_padding_do_not_apply(tmp_path):
     raw.save(str(tmp_path / "tokenizer.json"))
     text = b"def f(x): return x, def f(x): return x"
     assert tokenizer_of(tmp_path).decode(tokenizer_of(tmp_path).encode(text)) == text.decode()
-
-
-def test_load_tokenizer_by_its_names(tmp_path):
-    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
-    tokenizer("byte_level").save(tmp_path)
-    for source in (tmp_path, tmp_path / "tokenizer.json"):
-        assert load_tokenizer(str(source)).encode(b"import") == tokenizer("byte_level").encode(
-            b"import"
-        )
 
 
 def test_transformers_reads_what_is_saved(tmp_path):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 
 import train
-from demo.checkpoints.checkpoint import build_model, load_model
+from demo.checkpoints.checkpoint import build_model, load
 from demo.config.command import compose
 from demo.config.errors import ConfigError, RunError
 from demo.training import runs
@@ -110,7 +110,7 @@ def test_metrics_without_room_are_one_line_and_keep_the_checkpoint(tmp_path, mon
         train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
     (run,) = tmp_path.iterdir()
     assert checkpoint_step(run) == 4
-    load_model(run)
+    load(run)
 
 
 def test_a_picture_without_room_is_one_line_and_the_run_is_whole(tmp_path, monkeypatch):
@@ -123,4 +123,4 @@ def test_a_picture_without_room_is_one_line_and_the_run_is_whole(tmp_path, monke
         train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
     (run,) = tmp_path.iterdir()
     assert not [file.name for file in run.iterdir() if "png" in file.name]
-    load_model(run)
+    load(run)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import LAST, load_model
+from demo.checkpoints.checkpoint import LAST, load
 from demo.config.command import compose
 from demo.config.errors import RunError
 from demo.training import callbacks, lit
@@ -67,7 +67,7 @@ def test_a_bad_loss_after_the_last_look_is_found_at_the_end(
         train_small(tmp_path, "trainer.checkpoint_every=4")
     (run,) = tmp_path.iterdir()
     assert checkpoint_step(run) == 4
-    assert all(p.isfinite().all() for p in load_model(run).parameters())
+    assert all(p.isfinite().all() for p in load(run).model.parameters())
 
 
 def test_a_validation_that_is_not_a_number_is_an_error(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load_model
+from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.training.processes import Processes, find_processes
@@ -58,7 +58,7 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path
     (run,) = (tmp_path / "a run (2)").iterdir()
     for column in ("train_bpb", "val_bpb"):
         assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
-    for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
+    for one, other in zip(alone.model.parameters(), load(run).model.parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
 
 
@@ -73,7 +73,7 @@ def test_two_gpus_have_the_loss_curve_of_one(strategy, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     for column in ("train_bpb", "val_bpb"):
         assert curve(run, column) == pytest.approx(curve(one.run, column), abs=2e-3)
-    weights = load_model(run).parameters()
+    weights = load(run).model.parameters()
     for ours, other in zip(one.model.parameters(), weights, strict=True):
         torch.testing.assert_close(ours.detach().cpu(), other, atol=2e-3, rtol=2e-3)
 
@@ -172,7 +172,7 @@ def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, tmp_path)
     config = compose("train", [*SMALL, "trainer.checkpoint_every=4", *resume, "resume=auto"])
     assert train.train(config).run == run
     assert curve(run, "train_bpb") == pytest.approx(curve(alone.run, "train_bpb"), abs=1e-4)
-    for one, other in zip(alone.model.parameters(), load_model(run).parameters(), strict=True):
+    for one, other in zip(alone.model.parameters(), load(run).model.parameters(), strict=True):
         torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load_model
+from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.config.schema import model_name
@@ -45,8 +45,8 @@ def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_pa
     assert summary.run == run
     assert (summary.before, summary.after) == (undisturbed.before, undisturbed.after)
     assert summary.tokens == undisturbed.tokens
-    expected = load_model(undisturbed.run).state_dict()
-    for name, tensor in load_model(run).state_dict().items():
+    expected = load(undisturbed.run).model.state_dict()
+    for name, tensor in load(run).model.state_dict().items():
         assert torch.equal(tensor, expected[name])
     columns = [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(run)]
     assert columns == [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(undisturbed.run)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load_model
+from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError, RunError
 from demo.training import lit
@@ -34,7 +34,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good(tmp_p
         train.train(config)
     (run,) = tmp_path.iterdir()
     assert checkpoint_step(run) == 8
-    assert all(p.isfinite().all() for p in load_model(run).parameters())
+    assert all(p.isfinite().all() for p in load(run).model.parameters())
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch
     (run,) = tmp_path.iterdir()
     assert checkpoint_step(run) == 4
     assert not list(run.glob(".*"))
-    load_model(run)
+    load(run)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     assert reached == sorted(reached)
     subprocess.run([*command, "resume=auto"], check=True, **options)
     (run,) = (tmp_path / "runs").iterdir()
-    expected = load_model(whole).state_dict()
-    for name, tensor in load_model(run).state_dict().items():
+    expected = load(whole).model.state_dict()
+    for name, tensor in load(run).model.state_dict().items():
         assert torch.equal(tensor, expected[name])
 
 

@@ -1,17 +1,16 @@
-"""From prompts to text: one call for many prompts, or text as soon as it is certain."""
+"""From prompts to text: one call for many prompts, or piece by piece as soon as it is certain."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from demo.inference.stopping import StopStrings
+from demo.checkpoints.checkpoint import Loaded
+from demo.checkpoints.tokenizer import Tokenizer
+from demo.inference.stop_strings import StopStrings
 from models import generation
-
-if TYPE_CHECKING:
-    from demo.checkpoints.checkpoint import Loaded
 
 CONTEXT = 8  # tokens of the prompt that are decoded with the first new one
 
@@ -48,11 +47,6 @@ class Options:
         """Those of its fields that have the same name, as in `demo.config.schema.InferConfig`."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `models.generation.generate` but the seed."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass
 class Result:
@@ -81,7 +75,7 @@ class Result:
 
 
 def generate(
-    loaded: "Loaded",
+    loaded: Loaded,
     prompts: str | bytes | Sequence[str | bytes],
     *,
     batch_size: int = 1,
@@ -92,28 +86,23 @@ def generate(
     Args:
         loaded: What `load` returned.
         prompts: One prompt for one `Result`, a list for a list of them in the same order.
-        batch_size: How many prompts go through the model together. With 1, a prompt gives to the
-            bit what it gives alone; more are faster, and can differ from that where two tokens
-            are as good as equally likely, because a matrix product of another size rounds
-            otherwise.
+        batch_size: How many prompts go through the model together. With 1, each gives to the bit
+            what it gives alone. More are faster, and can differ where two tokens are almost
+            equally likely, because a matrix product of another size rounds differently.
         **options: The fields of `Options`.
     Raises:
         ValueError: for an empty prompt and for options out of range.
-        TypeError: for an option that there is not.
+        TypeError: for an option that does not exist.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}; use 1 or more")
     one = isinstance(prompts, (str, bytes))
-    texts, results = [prompts] if one else list(prompts), []
-    for start in range(0, len(texts), batch_size):
-        batch = PromptBatch(loaded, texts[start : start + batch_size], Options(**options))
-        for _ in batch:
-            pass
-        results += batch.results
+    batches = in_batches(loaded, [prompts] if one else prompts, batch_size, Options(**options))
+    results = [result for batch in batches for result in batch.run()]
     return results[0] if one else results
 
 
-def stream_text(loaded: "Loaded", prompt: str | bytes, **options: Any) -> Iterator[str]:
+def stream_text(loaded: Loaded, prompt: str | bytes, **options: Any) -> Iterator[str]:
     """The continuation of one prompt, piece by piece; arguments and errors as for `generate`."""
     return (text for _, text in PromptBatch(loaded, [prompt], Options(**options)))
 
@@ -131,27 +120,35 @@ class PromptBatch:
         ValueError: at once, for an empty prompt and for options out of range.
     """
 
-    def __init__(self, loaded: "Loaded", prompts: Sequence[str | bytes], options: Options):
+    def __init__(self, loaded: Loaded, prompts: Sequence[str | bytes], options: Options):
         if options.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
-        texts = [text.encode() if isinstance(text, str) else text for text in prompts]
-        tokens = [loaded.tokenizer.encode(text) for text in texts]
-        for text, own in zip(texts, tokens, strict=True):
-            if not own:
-                raise ValueError(f"a prompt must have at least one token, got {text!r}")
-        self._texts = [_Text(loaded.tokenizer, own, options) for own in tokens]
+            raise ValueError(
+                f"max_new_tokens must be at least 1, got {options.max_new_tokens}; use a larger one"
+            )
+        self._texts = [
+            _Continuation(
+                loaded.tokenizer, text.encode() if isinstance(text, str) else text, options
+            )
+            for text in prompts
+        ]
         self.results = [text.result for text in self._texts]
-        for result, text, own in zip(self.results, texts, tokens, strict=True):
-            result.prompt, result.prompt_tokens = text.decode(errors="replace"), len(own)
         device = next(loaded.model.parameters()).device
-        packed = [torch.tensor(own, dtype=torch.int64, device=device) for own in tokens]
+        tokens = [
+            torch.tensor(text.prompt, dtype=torch.int64, device=device) for text in self._texts
+        ]
+        sampling = {f.name: getattr(options, f.name) for f in fields(options)}
+        del sampling["stop"]
+        if options.seed is not None:
+            sampling["seed"] = [options.seed] * len(tokens)
         self._steps = generation.generate(
-            loaded.model,
-            packed if len(packed) > 1 else packed[0],
-            seed=None if options.seed is None else [options.seed] * len(packed),
-            log_probs=True,
-            **options.sampling(),
+            loaded.model, tokens if len(tokens) > 1 else tokens[0], log_probs=True, **sampling
         )
+
+    def run(self) -> list[Result]:
+        """The results, when all of them are complete."""
+        for _ in self:
+            pass
+        return self.results
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         began = time.perf_counter()
@@ -170,15 +167,28 @@ class PromptBatch:
                 break
 
 
-class _Text:
-    """One prompt's continuation: tokens in, text out."""
+def in_batches(
+    loaded: Loaded, prompts: Sequence[str | bytes], batch_size: int, options: Options
+) -> Iterator[PromptBatch]:
+    """The prompts, `batch_size` at a time."""
+    for start in range(0, len(prompts), batch_size):
+        yield PromptBatch(loaded, prompts[start : start + batch_size], options)
 
-    def __init__(self, tokenizer: Any, prompt: list[int], options: Options):
+
+class _Continuation:
+    """What comes after one prompt: tokens in, text out."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: bytes, options: Options):
+        self.prompt = tokenizer.encode(prompt)
+        if not self.prompt:
+            raise ValueError(
+                f"a prompt must have at least one token, got {prompt!r}; give some text"
+            )
+        self.result = Result(prompt.decode(errors="replace"), prompt_tokens=len(self.prompt))
         self.eos, self.length = tokenizer.eos, options.max_new_tokens
         self.stream, self.stops = tokenizer.stream(), StopStrings(options.stop)
-        self.result = Result("")
         # How the first new token reads can depend on the prompt: whether it keeps its space.
-        before = prompt[-CONTEXT:]
+        before = self.prompt[-CONTEXT:]
         if not tokenizer.decode(before).endswith("\ufffd"):  # else the stream would give that again
             for token in before:
                 self.stream.push(token)

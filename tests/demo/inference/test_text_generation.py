@@ -1,19 +1,21 @@
-"""From prompts to texts: what `models.generate` and `models.stream_text` promise."""
+"""From prompts to texts: what `demo.generate` and `demo.stream_text` promise."""
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 
-import models
+import demo
 from demo import Options, generate, load, stream_text
 from demo.checkpoints.checkpoint import Loaded
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from demo.config.command import compose
-from demo.inference import texts
+from demo.inference import text_generation
 from small_runs import write_checkpoint
 
 PROMPTS = ["import ", "a", "def f(x, y=1):\n    return x", "caf\u00e9 \U0001f600"]
@@ -33,7 +35,7 @@ def says(monkeypatch):
     def say(tokens, tokenizer=None, rows=1):
         steps = [(torch.full((rows,), t), torch.full((rows,), -0.5)) for t in tokens]
         monkeypatch.setattr(
-            texts.generation,
+            text_generation.generation,
             "generate",
             lambda model, prompt, max_new_tokens, **_: iter(steps[:max_new_tokens]),
         )
@@ -169,17 +171,18 @@ def test_the_defaults_are_those_of_the_command():
 
 
 def test_the_public_names_are_there_and_no_others():
-    assert {name: getattr(models, name).__module__ for name in models.__all__} == {
-        "load": "demo.checkpoints.checkpoint",
-        "generate": "demo.inference.texts",
-        "stream_text": "demo.inference.texts",
-        "Options": "demo.inference.texts",
-        "Result": "demo.inference.texts",
-    }
-    files = {path.stem for path in Path(models.__file__).parent.iterdir()}
-    assert not files & set(models.__all__)  # a module, once imported, would hide the name
+    names = ["load", "generate", "stream_text", "Options", "Result", "ConfigError"]
+    assert demo.__all__ == names
+    assert [getattr(demo, name).__name__ for name in names] == names
+    files = {path.stem for path in Path(demo.__file__).parent.iterdir()}
+    assert not files & set(names)  # a module, once imported, would hide the name
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
-        models.lod  # noqa: B018
+        demo.lod  # noqa: B018
+
+
+def test_the_way_in_imports_nothing_heavy():
+    program = "import sys, demo; demo.ConfigError; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(demo.__file__).parents[1])
 
 
 def test_log_probabilities_are_finite(loaded):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demo.inference.stopping import StopStrings
+from demo.inference.stop_strings import StopStrings
 
 
 def ends(text: str, strings: list[str]) -> tuple[str, str | None]:
