@@ -66,10 +66,10 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     tokenizer = tokenizer or ByteTokenizer()
     table = read_source(config)
     texts = [as_bytes(text) for text in table["text"][:]]
-    count, end = len(texts), None
+    count, tail = len(texts), None
     if count == 1:
-        end = len(texts[0]) // config.hold_out
-        texts, held_out = cut(texts[0], end), np.array([False, True])
+        tail = len(texts[0]) // config.hold_out
+        texts, held_out = cut(texts[0], tail), np.array([False, True])
     else:
         names = table["name"][:] if "name" in table.column_names else [""] * count
         keys = [name.encode() or text for name, text in zip(names, texts, strict=True)]
@@ -77,7 +77,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     if isinstance(tokenizer, ByteTokenizer):
         documents = [np.frombuffer(text, np.uint8) for text in texts]
     else:
-        documents = arrays(tokenize(table, tokenizer, end), "tokens")
+        documents = arrays(tokenize(table, tokenizer, tail), "tokens")
     parts = []
     for part, chosen in (("training", ~held_out), ("validation", held_out)):
         size = sum(map(len, compress(texts, chosen)))
@@ -114,9 +114,9 @@ def choose_held_out(keys: Sequence[bytes], one_in: int) -> list[bool]:
     return held_out
 
 
-def cut(text: bytes, end: int) -> list[bytes]:
-    """A text without its last `end` bytes, and these."""
-    return [text[: len(text) - end], text[len(text) - end :]]
+def cut(text: bytes, tail: int) -> list[bytes]:
+    """A text without its last `tail` bytes, and these."""
+    return [text[: len(text) - tail], text[len(text) - tail :]]
 
 
 def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
@@ -125,19 +125,19 @@ def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
 
 
 def tokenize(
-    table: "datasets.Dataset", tokenizer: Tokenizer, end: int | None = None
+    table: "datasets.Dataset", tokenizer: Tokenizer, tail: int | None = None
 ) -> "datasets.Dataset":
     """A table with the column `tokens`, from the cache when neither table nor tokenizer is new.
 
-    Each document ends with the tokenizer's end of a document, if it has one. With `end` the only
-    document becomes two, of which the second is its last `end` bytes.
+    Each document ends with the tokenizer's end of a document, if it has one. With `tail` the only
+    document becomes two, of which the second is its last `tail` bytes.
     """
     import datasets
 
     tokens = datasets.List(datasets.Value(token_dtype(tokenizer)))
     return table.map(
         _tokenize_batch,
-        fn_kwargs={"tokenizer": tokenizer, "end": end},  # a part of what the cache is searched by
+        fn_kwargs={"tokenizer": tokenizer, "tail": tail},
         batched=True,
         batch_size=100,
         remove_columns=table.column_names,
@@ -147,11 +147,11 @@ def tokenize(
 
 
 def _tokenize_batch(
-    batch: dict[str, list], tokenizer: Tokenizer, end: int | None
+    batch: dict[str, list], tokenizer: Tokenizer, tail: int | None
 ) -> dict[str, list]:
     texts = [as_bytes(text) for text in batch["text"]]
-    if end is not None:
-        texts = cut(texts[0], end)
+    if tail is not None:
+        texts = cut(texts[0], tail)
     return {"tokens": [encode(tokenizer, text) for text in texts]}
 
 

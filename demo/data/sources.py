@@ -200,11 +200,10 @@ def _read_table(file: Path, column: str) -> Iterator[bytes]:
             **options,
         )
         for row in rows:
-            text = row.get(column, ...)
-            if not isinstance(text, str | bytes | None):
+            if column not in row or not isinstance(row[column], str | bytes | None):
                 raise _wrong_column(column, _kinds(row), str(file))
-            if text:
-                yield as_bytes(text)
+            if row[column]:
+                yield as_bytes(row[column])
     except ConfigError:
         raise
     except Exception as error:  # whatever the reader of such a file raises
@@ -244,15 +243,11 @@ def _kinds(columns: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _wrong_column(column: str, kinds: dict[str, str], where: str) -> ConfigError:
-    """For a column that is not there, or whose values are of another kind than text."""
     others = ", ".join(name for name in kinds if name != column)
-    if column not in kinds:
-        return ConfigError(
-            f"data.column must be a column of {where!r}, got {column!r}; use one of {others}"
-        )
+    what = f"which holds {kinds[column]}" if column in kinds else "which is not there"
     return ConfigError(
-        f"data.column must hold text, got {column!r} of {where!r}, which holds {kinds[column]}; "
-        + (f"use another one of {others}" if others else "make strings of it")
+        f"data.column must be a column of {where!r} that holds text, got {column!r}, {what}; "
+        + (f"use one of {others}" if others else "make strings of it")
     )
 
 

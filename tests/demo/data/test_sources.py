@@ -189,30 +189,36 @@ def test_a_folder_may_hold_files_of_all_kinds_and_rows_without_text(folder):
     assert all(text in corpus.val_text for text in held)  # whatever its file
 
 
+NOT_THERE = "column of .* that holds text, got 'text', which is not there; use one of txt"
+DAMAGED = "must hold files that are what their names say"
+EMPTY = "must hold files with text"
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("suffix", "content", "says"),
     [
-        ("a.jsonl", b'{"txt": "abc"}\n', "data.column must be a column of .*use one of txt"),
-        ("b.jsonl", b'{"text": "abc', "what their names say"),
-        ("c.parquet", b"PAR1 this is none", "what their names say"),
-        ("d.csv", b"txt\nabc\n", "data.column must be a column of"),
-        ("f.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "must hold text, .* dict"),
-        ("g.jsonl", b'{"text": ["abc"]}\n', "data.column must hold text, .* which holds list"),
-        ("h.jsonl", b'{"text": "a"}\n\n["b"]\n', "JSON parse error"),
-        ("i.jsonl", b'{"text": "\xff"}\n', "UnicodeDecodeError"),
-        ("j.jsonl", b"", "(it is empty)"),
-        ("k.csv", b"", "(it is empty)"),
-        ("l.jsonl", b'{"text": ""}\n{"text": null}\n', "must hold files with text"),
-        ("m.csv", b"text\n", "must hold files with text"),
-        ("n.txt", b"", "must hold files with text"),
+        ("jsonl", b'{"txt": "abc"}\n', NOT_THERE),
+        ("csv", b"txt\nabc\n", NOT_THERE),
+        ("jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "holds text, .* which holds dict; make"),
+        ("jsonl", b'{"text": ["abc"]}\n', "holds text, .* which holds list"),
+        ("jsonl", b'{"text": "abc', DAMAGED),
+        ("parquet", b"PAR1 this is none", DAMAGED),
+        ("jsonl", b'{"text": "a"}\n\n["b"]\n', f"{DAMAGED}.*JSON parse error"),
+        ("jsonl", b'{"text": "\xff"}\n', f"{DAMAGED}.*UnicodeDecodeError"),
+        ("jsonl", b"", f"{DAMAGED}.*it is empty"),
+        ("csv", b"", f"{DAMAGED}.*it is empty"),
+        ("jsonl", b'{"text": ""}\n{"text": null}\n', EMPTY),
+        ("csv", b"text\n", EMPTY),
+        ("txt", b"", EMPTY),
     ],
 )
-def test_a_table_that_cannot_be_read_is_one_error(name, content, says, tmp_path):
-    (tmp_path / name).write_bytes(content)
+def test_a_table_that_cannot_be_read_is_one_error(suffix, content, says, tmp_path):
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(content)
     with pytest.raises(ConfigError, match=says) as error:
-        load_corpus(settings("data=text", path=tmp_path / name).data)
+        load_corpus(settings("data=text", path=file).data)
     assert "\n" not in str(error.value)
-    assert name in str(error.value)
+    assert file.name in str(error.value)
 
 
 def test_a_cell_of_a_csv_is_what_is_written_there(folder):
@@ -238,9 +244,9 @@ def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
     [
         ({"name": "a"}, "data.name must be a text set that"),
         ({"split": "test"}, "data.name must be a text set that"),
-        ({"column": "body"}, "data.column must be a column of .*use one of n, text"),
-        ({"column": "n"}, "data.column must hold text"),
-        ({"name": "objects"}, "data.column must hold text"),
+        ({"column": "body"}, "that holds text, got 'body', which is not there; use one of n, text"),
+        ({"column": "n"}, "holds text, got 'n', which holds int64; use one of text"),
+        ({"name": "objects"}, "data.column .* holds text, got 'text', which holds"),
     ],
     ids=str,
 )
