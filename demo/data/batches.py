@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from demo.config.schema import ConfigError
+from demo.config.schema import ConfigError, as_written
 from demo.data.corpus import Documents
 
 VALIDATION_TOKENS = 8192  # in a batch
@@ -50,13 +50,15 @@ def make_batch(
         first = np.searchsorted(documents.starts, start, "right")
         last = np.searchsorted(documents.starts, start + sequence_length, "left")
         inside = np.append(documents.starts[first:last] - start, sequence_length)
-        ends.append(np.unique(inside) + row * sequence_length)  # once, where a document is empty
+        ends.append(np.unique(inside) + row * sequence_length)  # each once: a document may be empty
     return Packed(tokens, np.concatenate(ends).astype(np.int32))
 
 
 @dataclass(eq=False, kw_only=True)
 class Loader:
-    """Batches of training rows, for one of several processes, with a position to resume at.
+    """Batches of training rows for one of several processes, with a position to resume from.
+
+    What it reads is up to a subclass: `TrainLoader` here, `StreamLoader` in demo/data/stream.py.
 
     Args:
         batch_size: Rows in a batch, over all processes.
@@ -75,7 +77,7 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     reset_state: bool = False
-    position: int = field(default=0, init=False)  # batches read
+    position: int = field(default=0, init=False)  # how many batches have been read
 
     def __post_init__(self) -> None:
         assert self.batch_size % self.world_size == 0
@@ -94,11 +96,11 @@ class Loader:
         self.position = 0
 
     def batches(self) -> Iterator[Batch]:
-        """Without end, from `position` on."""
+        """From `position` on, without end."""
         raise NotImplementedError
 
     def gather(self, own: Any) -> list[Any]:
-        """What each process has, by rank. All of them have to call it."""
+        """What each process has, by rank. Every process has to call it."""
         gathered = [own] * self.world_size
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.all_gather_object(gathered, own)
@@ -188,7 +190,7 @@ def check_keys(state: dict[str, Any], keys: set[str]) -> None:
 
 
 def check_same(what: str, before: Any, now: Any, remedy: str = "put that text back") -> None:
-    """Raises ConfigError when a run that is resumed had something else."""
+    """Raises ConfigError when `what` was another one in the run that is resumed."""
     if before != now:
         raise ConfigError(
             f"{what} must be as in the run that is resumed, {before}, got {now}; {remedy}, or "
@@ -196,6 +198,7 @@ def check_same(what: str, before: Any, now: Any, remedy: str = "put that text ba
         )
 
 
+@dataclass(eq=False)
 class ValidationLoader:
     """Rows of held-out text that lie end to end, or `max_tokens` of them spread evenly over it.
 
@@ -205,36 +208,34 @@ class ValidationLoader:
     Raises ConfigError when there are fewer rows than processes.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        sequence_length: int,
-        max_tokens: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        reset_state: bool = False,
-        batch_size: int | None = None,
-    ) -> None:
-        self.documents, self.sequence_length = documents, sequence_length
-        self.reset_state = reset_state
-        starts = np.arange(0, len(documents.tokens) - sequence_length, sequence_length)
-        if max_tokens is not None and max_tokens < len(starts) * sequence_length:
-            count = max(1, max_tokens // sequence_length)
+    documents: Documents
+    sequence_length: int
+    max_tokens: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    reset_state: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        length, tokens = self.sequence_length, len(self.documents.tokens)
+        starts = np.arange(0, tokens - length, length)
+        if self.max_tokens is not None and self.max_tokens < len(starts) * length:
+            count = max(1, self.max_tokens // length)
             starts = starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
-        if len(starts) < world_size:
+        if len(starts) < self.world_size:
             raise ConfigError(
-                f"data.val_tokens must give each of {world_size} processes a row of "
-                f"data.sequence_length={sequence_length} tokens, got {len(starts)} rows in "
-                f"{len(documents.tokens)} held-out tokens with data.val_tokens="
-                f"{'null' if max_tokens is None else max_tokens}; raise it, shorten the rows or "
-                "lower data.hold_out"
+                f"data.val_tokens must give each of {self.world_size} processes a row of "
+                f"data.sequence_length={length} tokens, got {len(starts)} rows in {tokens} "
+                f"held-out tokens with data.val_tokens={as_written(self.max_tokens)}; raise it, "
+                "shorten the rows or lower data.hold_out"
             )
         # Processes work in step: they need the same number of batches, if not of the same size, and
         # none of them empty.
-        batch_size = batch_size or max(1, VALIDATION_TOKENS // sequence_length)
-        most, fewest = math.ceil(len(starts) / world_size), len(starts) // world_size
+        batch_size = self.batch_size or max(1, VALIDATION_TOKENS // length)
+        most, fewest = math.ceil(len(starts) / self.world_size), len(starts) // self.world_size
         batches = min(math.ceil(most / batch_size), fewest)
-        self.row_starts = np.array_split(np.array_split(starts, world_size)[rank], batches)
+        own = np.array_split(starts, self.world_size)[self.rank]
+        self.row_starts = np.array_split(own, batches)
 
     def __len__(self) -> int:
         return len(self.row_starts)

@@ -137,7 +137,7 @@ def tokenize(
     tokens = datasets.List(datasets.Value(token_dtype(tokenizer)))
     return table.map(
         _tokenize_batch,
-        fn_kwargs={"tokenizer": tokenizer, "tail": tail},
+        fn_kwargs={"tokenizer": tokenizer, "tail": tail},  # the cache knows them by their hash
         batched=True,
         batch_size=100,
         remove_columns=table.column_names,

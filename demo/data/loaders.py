@@ -47,7 +47,7 @@ def load_data(
         # Nobody knows it of text that is not read yet.
         bytes_per_token = corpus.val.bytes_per_token, corpus.val.bytes_per_token
         if state is None:
-            train.check_begin()
+            train.check_has_text()
     else:
         corpus = load_corpus(data, tokenizer)
         train = TrainLoader(corpus.train, config.seed, **rows, **process)

@@ -2,9 +2,9 @@
 
 Documents come in the order of the set, each process reads its own, and one whose text has a crc32
 that is a multiple of `data.hold_out` is left to validation. A checkpoint keeps, for each process,
-its position in the stream and the tokens that were read but not yet trained on. Nobody can look
-over all of a stream to see that it is still the same one, so a checkpoint also keeps the number of
-its files, and checksums of its beginning and of the document that each process read last.
+its position in the stream and the tokens that were read but not yet trained on. To see that it is
+still the same stream one would have to read all of it; instead a checkpoint keeps the number of its
+files, and checksums of its beginning and of the document that each process read last.
 """
 
 import zlib
@@ -33,9 +33,9 @@ class StreamLoader(Loader):
 
     Args:
         stream: With a column `text`.
-        tokenizer: What makes tokens of it.
+        tokenizer: Turns the documents into tokens.
         hold_out: One document in so many is left out.
-        beginning: The crc32 of the first documents.
+        beginning: The crc32 of the documents that were read to find those for validation.
 
     Raises ConfigError when a process has no training documents, RunError as `read_stream` does.
     """
@@ -47,15 +47,15 @@ class StreamLoader(Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._rest: list[np.ndarray] = []  # documents, read but not yet trained on
-        # The document read last: its crc32, and as `place` the stream's state_dict before it.
+        self._rest: list[np.ndarray] = []  # tokens of documents, read but not yet trained on
+        # The document read last: its crc32, and as `place` the stream's state_dict just before it.
         self._last: dict[str, Any] | None = None
 
     def batches(self) -> Iterator[Batch]:
         documents = self._documents()
         size = self.rows * self.sequence_length
         while True:
-            while sum(map(len, self._rest)) <= size:  # one token more is the last one's target
+            while sum(map(len, self._rest)) <= size:  # the last target is one token more
                 self._rest.append(next(documents))
             found = Documents.of(self._rest, token_dtype(self.tokenizer))
             row_starts = np.arange(0, size, self.sequence_length)
@@ -64,7 +64,7 @@ class StreamLoader(Loader):
             yield make_batch(found, row_starts, self.sequence_length, self.reset_state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all processes, which all have to ask: the first alone writes it."""
+        """The state of all processes. Each has to call it, though only the first writes it."""
         rest = [torch.from_numpy(tokens.astype(np.int64)) for tokens in self._rest]
         return {
             "position": self.position,
@@ -79,16 +79,16 @@ class StreamLoader(Loader):
         dtype = token_dtype(self.tokenizer)
         self._rest = [tokens.numpy().astype(dtype) for tokens in own["rest"]]
 
-    def check_begin(self) -> None:
-        """Raises ConfigError when a process has nothing to train on. The first process looks for
-        all of them: it is the one that prints."""
+    def check_has_text(self) -> None:
+        """Raises ConfigError when a process has nothing to train on. The first process, which
+        prints errors, checks all of them."""
         for rank in self._ranks_to_check():
             if not any(self._texts(rank)):
                 raise self._no_text(rank)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ConfigError when `state`, of a run to resume, is of another stream. The first
-        process looks for all of them."""
+        process, which prints errors, checks all of them."""
         check_keys(state, {"position", "beginning", "shards", "processes"})
         count = len(state["processes"])
         check_same("the number of processes of a stream", count, self.world_size, f"use {count}")
@@ -119,8 +119,8 @@ class StreamLoader(Loader):
     def _texts(
         self, rank: int, place: dict[str, Any] | None = None
     ) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-        """The training documents of a process from `place` on, each with its own place; None is the
-        beginning of the stream."""
+        """The training documents of a process from `place` on, each after its own place. A place is
+        a state_dict of the stream, None at its beginning."""
         from datasets.distributed import split_dataset_by_node
 
         stream = split_dataset_by_node(self.stream, rank, self.world_size)
@@ -141,21 +141,22 @@ class StreamLoader(Loader):
 def validation_corpus(
     stream: "datasets.IterableDataset", config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[Corpus, int]:
-    """A corpus without documents for training, with the first held-out documents of a stream for
-    `config.val_tokens` tokens; and the crc32 of all that was read of the stream to find them.
+    """The first held-out documents of a stream, until they have more than `config.val_tokens`
+    tokens, as a corpus that has none for training. And the crc32 of all that was read to find them.
     Raises ConfigError, and RunError as `read_stream` does."""
     if config.val_tokens is None:
         raise ConfigError(
             "data.val_tokens must be a number with data.streaming=true, got null: a stream has no "
             "end to look for; use for example data.val_tokens=65536"
         )
-    texts, documents, beginning = [], [], 0
+    texts, documents, tokens, beginning = [], [], 0, 0
     for text in read_stream(stream):
         beginning = zlib.crc32(text, beginning)
         if text and is_held_out(text, config.hold_out):
             texts.append(text)
             documents.append(encode(tokenizer, text))
-            if sum(map(len, documents)) > config.val_tokens:
+            tokens += len(documents[-1])
+            if tokens > config.val_tokens:
                 break
     val_text, dtype = b"".join(texts), token_dtype(tokenizer)
     val = Documents.of(documents, dtype, len(val_text))

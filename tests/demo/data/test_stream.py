@@ -121,12 +121,12 @@ def test_the_first_process_says_that_another_has_no_text_to_train_on(hub):
         file.unlink()
     (file,) = hub.iterdir()
     write_table(file, texts)
-    stream(hub, world_size=2).check_begin()
+    stream(hub, world_size=2).check_has_text()
     write_table(file, texts[:1])
-    stream(hub).check_begin()
+    stream(hub).check_has_text()
     says = "got none for process 1 of 2; use fewer"
     with pytest.raises(ConfigError, match=says):
-        stream(hub, world_size=2).check_begin()
+        stream(hub, world_size=2).check_has_text()
     with pytest.raises(ConfigError, match=says):
         next(iter(stream(hub, rank=1, world_size=2)))  # and does not look for ever
 
