@@ -7,7 +7,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
-from demo.data.corpus import load_corpus, token_dtype, tokenize
+from demo.data.corpus import encode, load_corpus, token_dtype, tokenize
 from demo.data.sources import open_hub
 from text_sets import TEXTS, TINY, held_out, settings, write_table
 
@@ -29,15 +29,15 @@ def test_documents_become_tokens_that_end_and_the_text_they_stand_for_is_known(w
     assert 1.2 < corpus.train.bytes_per_token < 20
 
 
-def test_the_end_of_a_single_document_is_held_out_before_it_becomes_tokens(words, tmp_path):
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_the_end_of_a_single_document_is_held_out(kind, words, tmp_path):
     text = "".join(TEXTS).encode()
     (tmp_path / "a.txt").write_bytes(text)
-    tokenizer = load_tokenizer(str(words))
+    tokenizer = load_tokenizer(str(words) if kind == "words" else kind)
     corpus = load_corpus(settings("data=text", path=tmp_path / "a.txt").data, tokenizer)
     assert corpus.val_text == text[-(len(text) // 4) :]
-    assert corpus.val.tokens.tolist() == [*tokenizer.encode(corpus.val_text), tokenizer.eos]
-    beginning = text[: -len(corpus.val_text)]
-    assert corpus.train.tokens.tolist() == [*tokenizer.encode(beginning), tokenizer.eos]
+    assert corpus.val.tokens.tolist() == encode(tokenizer, corpus.val_text)
+    assert corpus.train.tokens.tolist() == encode(tokenizer, text[: -(len(text) // 4)])
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,6 @@ def documents_of(corpus: Corpus) -> list[bytes]:
     )
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def test_the_standard_library_is_split_by_whole_files():
     data = compose("train").data
     folder, files = find_files(data)
@@ -86,12 +83,13 @@ def test_paths_of_all_kinds(folder, name, what):
     assert loaded.train.tokens.size + loaded.val.tokens.size == expected
 
 
-def test_a_folder_is_searched_without_what_is_hidden(folder):
+def test_a_folder_is_searched_without_what_is_hidden(folder, monkeypatch):
     """Virtual environments, caches of editors, git; and capitals are as good as small letters."""
+    monkeypatch.setenv("HOME", str(folder))
     for name in ("a.txt", "B.MD", ".venv/lib/c.py", ".d.py", "sub/.git/e.txt", "sub/f.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    assert find_files(of_files(folder))[1] == ["B.MD", "a.txt", "sub/f.py"]
+    assert find_files(of_files("~")) == (folder, ["B.MD", "a.txt", "sub/f.py"])
 
 
 @pytest.mark.parametrize(
@@ -107,19 +105,6 @@ def test_what_is_skipped_is_not_searched(tmp_path, monkeypatch, source, skipped)
     config = compose("train", [f"data={source}", f"data.path={tmp_path}"])
     assert find_files(config.data)[1] == ["a.py"]
     assert scanned == [str(tmp_path)]
-
-
-def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").touch()
-    assert find_files(of_files("~"))[0] == tmp_path
-
-
-def test_the_end_of_a_single_file_is_held_out(folder):
-    (folder / "book.txt").write_bytes(bytes(range(200)))
-    loaded = load_corpus(of_files(folder / "book.txt", hold_out=10))
-    assert loaded.train.tokens.tolist() == list(range(180))
-    assert loaded.val.tokens.tolist() == list(range(180, 200))
 
 
 def test_a_file_more_moves_no_other_between_training_and_validation(folder):
@@ -163,18 +148,16 @@ def test_bad_data_is_one_error(folder, monkeypatch, path, says):
     assert "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-@pytest.mark.parametrize("what", ["file", "folder [1]"])
-def test_each_row_of_a_table_is_a_document_held_out_by_its_text(suffix, what, tmp_path):
-    folder = tmp_path / what
-    folder.mkdir()
-    file = folder / f"a [b] {{c}}{suffix}"
-    write_table(file, TEXTS, "body")
-    path = file if what == "file" else folder
-    corpus = load_corpus(settings("data=text", path=path, column="body").data)
+@pytest.mark.parametrize("name", ["a [b] {c}.jsonl", "a.parquet", "a.csv", "[1]/a.csv", "hub"])
+def test_each_row_of_a_table_is_a_document_held_out_by_its_text(name, folder, hub):
+    if name == "hub":
+        config = settings("data=hub", name=hub).data
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_table(folder / name, TEXTS, "body")
+        path = folder / name.partition("/")[0]  # the file, or the folder that it is in
+        config = settings("data=text", path=path, column="body").data
+    corpus = load_corpus(config)
     assert documents_of(corpus) == DOCUMENTS
     assert corpus.val_text == b"".join(text.encode() for text in TEXTS if held_out(text))
 
@@ -228,15 +211,6 @@ def test_a_cell_of_a_csv_is_what_is_written_there(folder):
     (folder / "a.csv").write_text("\n".join(["n,text", *lines]) + "\n")
     found = documents_of(load_corpus(of_files(folder / "a.csv")))
     assert found == sorted(cell.encode() for cell in [*cells[:5], *cells])
-
-
-# ----------------------------------------------------------------------------------------- hub
-
-
-def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
-    corpus = load_corpus(settings("data=hub", name=hub).data)
-    assert documents_of(corpus) == DOCUMENTS
-    assert corpus.val_text == b"".join(text.encode() for text in TEXTS if held_out(text))
 
 
 @pytest.mark.parametrize(
