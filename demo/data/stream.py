@@ -59,8 +59,7 @@ class StreamLoader(Loader):
                 self._rest.append(next(documents))
             found = Documents.of(self._rest, token_dtype(self.tokenizer))
             row_starts = np.arange(0, size, self.sequence_length)
-            inner = found.starts[1:-1]
-            self._rest = np.split(found.tokens[size:], inner[inner > size] - size)
+            self._rest = [found.tokens[size:]]  # of one document: it was read for the last target
             yield make_batch(found, row_starts, self.sequence_length, self.reset_state)
 
     def state_dict(self) -> dict[str, Any]:

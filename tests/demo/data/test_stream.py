@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,9 +40,14 @@ def saved(state, folder):
 
 
 def test_a_stream_is_the_training_text_end_to_end_and_again(hub):
-    text = b"".join(TRAINED)
-    steps = 2 * len(text) // 32 + 3
-    inputs = b"".join(bytes(batch[:, :-1].flatten().tolist()) for batch in stream(hub, steps))
+    text, starts = b"".join(TRAINED), np.cumsum([0, *map(len, TRAINED * 3)])
+    inputs = b""
+    for batch in stream(hub, 2 * len(text) // 32 + 3, reset_state=True):
+        own = starts - len(inputs)
+        own = {0, 16, 32, *own[(own >= 0) & (own <= 32)].tolist()}
+        assert batch.cu_seqlens.tolist() == sorted(own)
+        inputs += bytes(batch.tokens[:, :-1].flatten().tolist())
+    assert len(inputs) > 2 * len(text)
     assert inputs == (text * 3)[: len(inputs)]
 
 
