@@ -67,7 +67,7 @@ def test_order_follows_from_the_seed_alone():
 
 
 @pytest.mark.parametrize("stop", [1, 7, 60])
-def test_a_loader_goes_on_where_its_state_was_taken(stop):
+def test_a_loader_resumes_where_its_state_was_taken(stop):
     first, second = (loader_of(counting(300), 2, 9, 61) for _ in range(2))
     iterator = iter(first)
     begun = [next(iterator).tolist() for _ in range(stop)]
@@ -76,7 +76,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
 
 
 @pytest.mark.parametrize("change", ["a token more", "another token", "another document"])
-def test_a_loader_does_not_go_on_in_another_text(change):
+def test_a_loader_does_not_resume_on_another_text(change):
     state = loader_of(counting(300), 2, 9, 61).state_dict()
     tokens, starts = counting(300).tokens, counting(300).starts
     if change == "a token more":

@@ -1,4 +1,4 @@
-"""Sets that are read while they are trained on: order, shares, going on, what is refused."""
+"""Sets that are read while they are trained on: order, shares, resuming, what is refused."""
 
 import re
 
@@ -34,7 +34,7 @@ def flat(batch):
 
 
 def saved(state, folder):
-    """As a checkpoint keeps it."""
+    """The state as it comes back from a checkpoint."""
     torch.save(state, folder / "state")
     return torch.load(folder / "state", weights_only=True)
 
@@ -62,12 +62,12 @@ def test_processes_read_a_stream_apart_and_together_all_of_it(world_size, hub):
     assert sorted(seen) == sorted(TRAINED)
 
 
-@pytest.mark.parametrize("stop", [1, 8, 45, 90])
+@pytest.mark.parametrize("stop", [1, 8, 45])  # of 17 for all of it
 @pytest.mark.parametrize("reset_state", [False, True])
-def test_a_stream_goes_on_where_its_state_was_taken(stop, reset_state, hub, words, tmp_path):
+def test_a_stream_resumes_where_its_state_was_taken(stop, reset_state, hub, words, tmp_path):
     tokenizer = load_tokenizer(str(words))
     whole, first, second = (
-        stream(hub, 100, tokenizer=tokenizer, reset_state=reset_state) for _ in range(3)
+        stream(hub, 60, tokenizer=tokenizer, reset_state=reset_state) for _ in range(3)
     )
     iterator = iter(first)
     begun = [flat(next(iterator)) for _ in range(stop)]
@@ -77,7 +77,7 @@ def test_a_stream_goes_on_where_its_state_was_taken(stop, reset_state, hub, word
 
 @pytest.fixture
 def stopped(hub, tmp_path):
-    """What each of two processes read in 9 batches, and the state that the first then saves."""
+    """The 9 batches that each of two processes read, and the state that is then saved."""
     loaders, begun = [stream(hub, rank=rank, world_size=2) for rank in range(2)], []
     for loader in loaders:
         iterator = iter(loader)
@@ -87,7 +87,7 @@ def stopped(hub, tmp_path):
     return begun, saved({**states[0], "processes": processes}, tmp_path)
 
 
-def test_each_process_of_a_stream_goes_on_at_its_own_place(hub, stopped):
+def test_each_process_of_a_stream_resumes_at_its_own_place(hub, stopped):
     begun, state = stopped
     for rank in range(2):
         loader = stream(hub, rank=rank, world_size=2)
@@ -100,9 +100,7 @@ def test_each_process_of_a_stream_goes_on_at_its_own_place(hub, stopped):
             stream(hub, world_size=processes, batch_size=4).check_state(state)
 
 
-def test_a_stream_is_known_by_its_files_its_beginning_and_the_document_before_each_place(
-    hub, stopped
-):
+def test_a_stream_is_known_by_its_files_its_beginning_and_the_documents_read_last(hub, stopped):
     _, state = stopped
     for rank in range(2):
         stream(hub, rank=rank, world_size=2).check_state(state)
@@ -175,7 +173,7 @@ def run_on_stream(hub, words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_stream_goes_on_to_the_same_bits(run_on_stream, monkeypatch):
+def test_a_resumed_run_on_a_stream_ends_with_the_same_bits(run_on_stream, monkeypatch):
     whole = train.train(run_on_stream("whole"))
     train_until(7, run_on_stream("stopped"), monkeypatch)
     again = train.train(run_on_stream("stopped", "resume=auto"))
@@ -185,7 +183,7 @@ def test_a_run_on_a_stream_goes_on_to_the_same_bits(run_on_stream, monkeypatch):
         assert torch.equal(tensor, expected[name])
 
 
-def test_a_run_on_a_stream_does_not_go_on_in_another_one(hub, run_on_stream, monkeypatch):
+def test_a_run_on_a_stream_is_not_resumed_on_another_one(hub, run_on_stream, monkeypatch):
     run = train_until(7, run_on_stream("runs"), monkeypatch)
     before = {path: path.read_bytes() for path in run.iterdir()}
     first = min(hub.iterdir())
