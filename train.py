@@ -20,8 +20,8 @@ def train(config: TrainConfig) -> Summary:
     import lightning
 
     from demo.checkpoints.checkpoint import METRICS, PICTURE
+    from demo.data.loaders import load_data
     from demo.training.lit import LitLanguageModel
-    from demo.training.loading import load_data
     from demo.training.parallel import prepare_blocks
     from demo.training.plots import compressors, plot_loss
     from demo.training.processes import check_devices, find_processes
@@ -35,8 +35,9 @@ def train(config: TrainConfig) -> Summary:
     processes = find_processes(config)
     lightning.seed_everything(config.seed, verbose=False)
     config, model, tokenizer = start_model(config, stopped, processes)
-    place = stopped.data if stopped else None
-    batches, held_out, bytes_per_token, val_text = load_data(config, tokenizer, processes, place)
+    batches, held_out, bytes_per_token, val_text = load_data(
+        config, tokenizer, processes.rank, processes.count, stopped.data if stopped else None
+    )
     trainer, throughput = build_trainer(config, processes, model)
 
     run = stopped.run if stopped else create_run(config, tokenizer, processes.rank)

@@ -111,9 +111,14 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     text = np.random.default_rng(0).integers(0, 256, 4_000_000).astype(np.uint8)
     documents = Documents(text, np.array([0, text.size]))
     batches = TrainLoader(
-        documents, optim.batch_size, data.sequence_length, optim.steps, config.seed,
-        processes.rank, processes.count,
-    )  # fmt: skip
+        documents,
+        config.seed,
+        batch_size=optim.batch_size,
+        sequence_length=data.sequence_length,
+        steps=optim.steps,
+        rank=processes.rank,
+        world_size=processes.count,
+    )
     trainer, _ = build_trainer(config, processes, model)
     record(trainer, create_run(config, rank=processes.rank), config.trainer)
     window = Window()

@@ -1,16 +1,14 @@
-"""Documents as tokens, those for training and those that are held out for validation.
+"""Documents as tokens: those for training, and those that are held out for validation.
 
-A document is held out when a crc32 says so, of its path relative to the folder it was found
-under, or of its text where it is a row of a table: the split depends neither on order nor on the
-machine. Of a single document, the end is held out.
+A crc32 says which documents are held out: of a file's path relative to the folder that was
+searched, or of the text of a table's row. So the split depends neither on order nor on the machine.
+Of a single document the end is held out.
 """
 
-import hashlib
-import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
-from demo.data.sources import as_bytes, make_table, read_source
+from demo.data.sources import as_bytes, read_source
 
 if TYPE_CHECKING:
     import datasets
@@ -57,7 +55,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Corpus:
-    """val_text: the bytes that `val` stands for."""
+    """val_text: the bytes that the tokens of `val` stand for."""
 
     train: Documents
     val: Documents
@@ -68,34 +66,31 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     """Find, read, split and tokenize the documents that `config` names. Raises ConfigError."""
     tokenizer = tokenizer or ByteTokenizer()
     table = read_source(config)
-    if len(table) == 1:
-        table = _cut(table, config.hold_out)
-        held_out = np.array([False, True])
-        text, text_lengths = _ragged(table.data.column("text"))
+    texts = [as_bytes(text) for text in table["text"][:]]
+    count, tail = len(texts), None
+    if count == 1:
+        tail = len(texts[0]) // config.hold_out
+        texts, held_out = cut(texts[0], tail), np.array([False, True])
     else:
-        text, text_lengths = _ragged(table.data.column("text"))
-        names = table["name"] if "name" in table.column_names else [""] * len(table)
-        begins = zip(text_lengths.cumsum() - text_lengths, text_lengths, strict=True)
-        texts = (text[begin : begin + length] for begin, length in begins)
-        keys = (name.encode() or own for name, own in zip(names, texts, strict=True))
-        held_out = np.array(choose_held_out(keys, config.hold_out), dtype=bool)
+        names = table["name"][:] if "name" in table.column_names else [""] * count
+        keys = [name.encode() or text for name, text in zip(names, texts, strict=True)]
+        held_out = np.array(choose_held_out(keys, config.hold_out), bool)
     if isinstance(tokenizer, ByteTokenizer):
-        tokens, lengths = text, text_lengths
+        documents = [np.frombuffer(text, np.uint8) for text in texts]
     else:
-        tokens, lengths = _ragged(tokenize(table, tokenizer).data.column("tokens"))
+        documents = arrays(tokenize(table, tokenizer, tail), "tokens")
     parts = []
-    for part in (~held_out, held_out):
-        size = None if isinstance(tokenizer, ByteTokenizer) else int(text_lengths[part].sum())
-        starts = np.concatenate([[0], lengths[part].cumsum()]).astype(np.int64)
-        parts.append(Documents(tokens[np.repeat(part, lengths)], starts, size))
-    corpus = Corpus(*parts, text[np.repeat(held_out, text_lengths)].tobytes())
-    for part, documents in (("training", corpus.train), ("validation", corpus.val)):
-        check_length(documents, config, part, len(table))
-    return corpus
+    for part, chosen in (("training", ~held_out), ("validation", held_out)):
+        size = sum(map(len, compress(texts, chosen)))
+        own = list(compress(documents, chosen))
+        parts.append(Documents.of(own, token_dtype(tokenizer), size))
+        check_length(parts[-1], config, part, count)
+    return Corpus(*parts, b"".join(compress(texts, held_out)))
 
 
 def check_length(documents: Documents, config: DataConfig, part: str, of: int) -> None:
-    """Raises ConfigError when the documents have not one whole row."""
+    """Raises ConfigError when the documents are shorter than a row and the target of its last
+    token."""
     if documents.tokens.size <= config.sequence_length:
         raise ConfigError(
             f"data.sequence_length must be below the number of {part} tokens, got "
@@ -105,20 +100,24 @@ def check_length(documents: Documents, config: DataConfig, part: str, of: int) -
 
 
 def is_held_out(key: bytes, one_in: int) -> bool:
-    """Whether a document of this key is for validation, whatever others there are."""
+    """Whether a document with this key is for validation, whatever others there are."""
     return zlib.crc32(key) % one_in == 0
 
 
-def choose_held_out(keys: Iterable[bytes], one_in: int) -> list[bool]:
-    """Which of the documents of these keys are for validation: those whose crc32
-    is a multiple of `one_in`; at least one is, and at least one is not."""
-    crc = [zlib.crc32(key) for key in keys]
-    held_out = [value % one_in == 0 for value in crc]
-    if crc and not any(held_out):
-        held_out[crc.index(min(crc))] = True
-    elif crc and all(held_out):
-        held_out[crc.index(max(crc))] = False
+def choose_held_out(keys: Sequence[bytes], one_in: int) -> list[bool]:
+    """Which of the documents with these keys are for validation: those that `is_held_out` names.
+    At least one is, with the smallest crc32, and at least one is not, with the largest."""
+    held_out = [is_held_out(key, one_in) for key in keys]
+    if keys and not any(held_out):
+        held_out[keys.index(min(keys, key=zlib.crc32))] = True
+    elif keys and all(held_out):
+        held_out[keys.index(max(keys, key=zlib.crc32))] = False
     return held_out
+
+
+def cut(text: bytes, tail: int) -> list[bytes]:
+    """A text without its last `tail` bytes, and these."""
+    return [text[: len(text) - tail], text[len(text) - tail :]]
 
 
 def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
@@ -126,30 +125,35 @@ def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
     return tokenizer.encode(text) + ([] if tokenizer.eos is None else [tokenizer.eos])
 
 
-def tokenize(table: "datasets.Dataset", tokenizer: Tokenizer) -> "datasets.Dataset":
-    """A table with the column `tokens`, from the cache when table and tokenizer are not new. Each
-    document ends with the tokenizer's end of a document, if it has one."""
+def tokenize(
+    table: "datasets.Dataset", tokenizer: Tokenizer, tail: int | None = None
+) -> "datasets.Dataset":
+    """A table with the column `tokens`, from the cache when neither table nor tokenizer is new.
+
+    Each document ends with the tokenizer's end of a document, if it has one. With `tail` the only
+    document becomes two, of which the second is its last `tail` bytes.
+    """
     import datasets
 
-    dtype = token_dtype(tokenizer)
-
-    def encode_all(batch: dict[str, list]) -> dict[str, list]:
-        return {"tokens": [encode(tokenizer, as_bytes(text)) for text in batch["text"]]}
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        files = sorted(Path(folder).iterdir())
-        contents = b"\0".join(file.read_bytes() for file in files)
-    state = f"{table._fingerprint} {dtype} {tokenizer.eos} ".encode() + contents
+    tokens = datasets.List(datasets.Value(token_dtype(tokenizer)))
     return table.map(
-        encode_all,
+        _tokenize_batch,
+        fn_kwargs={"tokenizer": tokenizer, "tail": tail},  # the cache knows them by their hash
         batched=True,
         batch_size=100,
         remove_columns=table.column_names,
-        features=datasets.Features({"tokens": datasets.List(datasets.Value(dtype))}),
-        new_fingerprint=hashlib.sha256(state).hexdigest()[:16],
+        features=datasets.Features({"tokens": tokens}),
         desc="Tokenizing",
     )
+
+
+def _tokenize_batch(
+    batch: dict[str, list], tokenizer: Tokenizer, tail: int | None
+) -> dict[str, list]:
+    texts = [as_bytes(text) for text in batch["text"]]
+    if tail is not None:
+        texts = cut(texts[0], tail)
+    return {"tokens": [encode(tokenizer, text) for text in texts]}
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -158,34 +162,10 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return next(name for name, size in sizes.items() if tokenizer.vocab_size <= size)
 
 
-def _cut(table: "datasets.Dataset", hold_out: int) -> "datasets.Dataset":
-    """The only document as two: its beginning, and its end for validation."""
-    text = as_bytes(table[0]["text"])
-    cut = len(text) - len(text) // hold_out
-    fingerprint = hashlib.sha256(f"{table._fingerprint} {cut}".encode()).hexdigest()[:16]
-    return make_table(_parts, {"parts": (text[:cut], text[cut:])}, fingerprint)
+def arrays(table: "datasets.Dataset", column: str) -> list[np.ndarray]:
+    """The lists of a column as arrays, without a copy in Python of each number."""
+    import pyarrow.compute as pc
 
-
-def _parts(parts: tuple[bytes, ...]) -> Iterable[dict[str, str | bytes]]:
-    for text in parts:
-        yield {"name": "", "text": text}
-
-
-def _ragged(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """All values of an Arrow column of lists, strings or bytes, end to end, and how many there are
-    in each row."""
-    import pyarrow as pa
-
-    values, lengths = [], [np.empty(0, np.int64)]
-    for chunk in column.chunks:
-        if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
-            chunk = chunk.cast(pa.large_binary()).fill_null(b"")
-            _, offsets, data = chunk.buffers()
-            offsets = np.frombuffer(offsets, np.int64)[chunk.offset :][: len(chunk) + 1]
-            data = np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]]
-            values.append(data)
-            lengths.append(np.diff(offsets))
-        else:
-            values.append(chunk.flatten().to_numpy())
-            lengths.append(chunk.value_lengths().to_numpy().astype(np.int64))
-    return np.concatenate(values or [np.empty(0, np.uint8)]), np.concatenate(lengths)
+    lists = table.with_format("arrow")[:][column]
+    lengths = pc.list_value_length(lists).to_numpy()
+    return np.split(pc.list_flatten(lists).to_numpy(), lengths.cumsum()[:-1])

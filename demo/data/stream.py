@@ -1,14 +1,15 @@
 """Training on a set that is read while it is trained on, and never stored.
 
 Documents come in the order of the set, each process reads its own, and one whose text has a crc32
-that is a multiple of `data.hold_out` is left to validation. The position in the stream, and what
-was read of it but not yet trained on, go into a checkpoint, for each process. So do the
-number of its files and checksums of its beginning and of the document before each place: nobody can
-look over all of a stream to see that it is the same one.
+that is a multiple of `data.hold_out` is left to validation. A checkpoint keeps, for each process,
+its position in the stream and the tokens that were read but not yet trained on. To see that it is
+still the same stream one would have to read all of it; instead a checkpoint keeps the number of its
+files, and checksums of its beginning and of the document that each process read last.
 """
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,85 +19,58 @@ import torch
 from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
-from demo.data.batches import ANOTHER_TEXT, Batch, check_loader_state, make_batch
-from demo.data.corpus import (
-    Corpus,
-    Documents,
-    check_length,
-    encode,
-    is_held_out,
-    token_dtype,
-)
+from demo.data.batches import Batch, Loader, check_keys, check_same, make_batch
+from demo.data.corpus import Corpus, Documents, check_length, encode, is_held_out, token_dtype
 from demo.data.sources import read_stream
 
 if TYPE_CHECKING:
     import datasets
 
 
-class StreamLoader:
-    """Batches of rows that lie end to end in the training documents of a stream, again from its
-    beginning when it is over.
+@dataclass(eq=False)
+class StreamLoader(Loader):
+    """Batches of rows that lie end to end in the training documents of a stream, which begins again
+    when it is over.
 
     Args:
         stream: With a column `text`.
-        tokenizer: What makes tokens of it.
+        tokenizer: Turns the documents into tokens.
         hold_out: One document in so many is left out.
-        batch_size, sequence_length, steps, rank, world_size, reset_state: As for
-            `demo.data.batches.TrainLoader`, which also says what it yields.
-        beginning: A checksum of the first documents.
+        beginning: The crc32 of the documents that were read to find those for validation.
+
+    Raises ConfigError when a process has no training documents, RunError as `read_stream` does.
     """
 
-    def __init__(
-        self,
-        stream: "datasets.IterableDataset",
-        tokenizer: Tokenizer,
-        hold_out: int,
-        batch_size: int,
-        sequence_length: int,
-        steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-        reset_state: bool = False,
-        beginning: int = 0,
-    ) -> None:
-        assert batch_size % world_size == 0
-        self.stream, self.tokenizer = stream, tokenizer
-        self.hold_out, self.beginning = hold_out, beginning
-        self.rows, self.sequence_length = batch_size // world_size, sequence_length
-        self.steps, self.reset_state = steps, reset_state
-        self.rank, self.world_size = rank, world_size
-        self.position = 0
-        self._rest: list[np.ndarray] = []  # documents, read but not yet trained on
-        self._last: dict[str, Any] | None = None  # the document read last: its place and checksum
+    stream: "datasets.IterableDataset"
+    tokenizer: Tokenizer
+    hold_out: int
+    beginning: int = 0
 
-    def __len__(self) -> int:
-        return self.steps
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._rest: list[np.ndarray] = []  # tokens of documents, read but not yet trained on
+        # The document read last: its crc32, and as `place` the stream's state_dict just before it.
+        self._last: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         documents = self._documents()
-        needed = self.rows * self.sequence_length + 1
-        while self.position < self.steps:
-            while sum(map(len, self._rest)) < needed:
+        size = self.rows * self.sequence_length
+        while True:
+            while sum(map(len, self._rest)) <= size:  # the last target is one token more
                 self._rest.append(next(documents))
-            found = Documents.of(self._rest, self._rest[0].dtype)
-            begins = self.sequence_length * np.arange(self.rows)
-            batch = make_batch(found, begins, self.sequence_length, self.reset_state)
-            # The last target is the next batch's first input.
-            cut = self.rows * self.sequence_length
-            ends = found.starts[1:]
-            self._rest = np.split(found.tokens[cut:], ends[(ends > cut) & (ends < ends[-1])] - cut)
-            self.position += 1
-            yield batch
-        self.position = 0
+            found = Documents.of(self._rest, token_dtype(self.tokenizer))
+            row_starts = np.arange(0, size, self.sequence_length)
+            self._rest = [found.tokens[size:]]  # of one document: it was read for the last target
+            yield make_batch(found, row_starts, self.sequence_length, self.reset_state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all processes, which all have to ask: the first alone writes the checkpoint."""
+        """The state of all processes. Each has to call it, though only the first writes it."""
         rest = [torch.from_numpy(tokens.astype(np.int64)) for tokens in self._rest]
         return {
             "position": self.position,
             "beginning": self.beginning,
             "shards": self.stream.num_shards,
-            "processes": self._gather({"last": self._last, "rest": rest}),
+            "processes": self.gather({"last": self._last, "rest": rest}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,65 +79,57 @@ class StreamLoader:
         dtype = token_dtype(self.tokenizer)
         self._rest = [tokens.numpy().astype(dtype) for tokens in own["rest"]]
 
-    def check(self, state: dict[str, Any] | None) -> None:
-        """Raises ConfigError when a process would have nothing to train on, or when `state`, of
-        the run that is to go on, is not one in this stream. The first process looks for all: it is
-        the one that prints."""
-        if state is None:
-            without = (rank for rank in self._own_ranks() if not any(self._texts(rank, None)))
-            if (rank := next(without, None)) is not None:
+    def check_has_text(self) -> None:
+        """Raises ConfigError when a process has nothing to train on. The first process, which
+        prints errors, checks all of them."""
+        for rank in self._ranks_to_check():
+            if not any(self._texts(rank)):
                 raise self._no_text(rank)
-            return
-        check_loader_state(state, {"position", "beginning", "shards", "processes"})
-        count = len(state["processes"])
-        if count != self.world_size:
-            raise ConfigError(
-                "resume with data.streaming=true must have as many processes as the run that is "
-                f"resumed, {count}, got {self.world_size}; use {count}, or start another run from "
-                "its weights with checkpoint="
-            )
-        if state["shards"] != self.stream.num_shards:
-            raise ConfigError(
-                "the stream must have as many files as that of the run that is resumed, "
-                f"{state['shards']}, got {self.stream.num_shards}; {ANOTHER_TEXT}"
-            )
-        if state["beginning"] != self.beginning:
-            raise ConfigError(
-                "the stream must begin like that of the run that is resumed, with crc32 "
-                f"{state['beginning']:08x}, got {self.beginning:08x}; {ANOTHER_TEXT}"
-            )
-        for rank in self._own_ranks():
-            last = state["processes"][rank]["last"]
-            found = next(self._texts(rank, last["place"]), (None, b""))[1]
-            if zlib.crc32(found) != last["crc32"]:
-                raise ConfigError(
-                    "the stream must have the document that process "
-                    f"{rank} of the run that is resumed read last, with crc32 {last['crc32']:08x}, "
-                    f"where it was, got {zlib.crc32(found):08x}; {ANOTHER_TEXT}"
-                )
 
-    def _own_ranks(self) -> range:
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when `state`, of a run to resume, is of another stream. The first
+        process, which prints errors, checks all of them."""
+        check_keys(state, {"position", "beginning", "shards", "processes"})
+        count = len(state["processes"])
+        check_same("the number of processes of a stream", count, self.world_size, f"use {count}")
+        check_same("the number of files of the stream", state["shards"], self.stream.num_shards)
+        check_same("the crc32 of the stream's beginning", state["beginning"], self.beginning)
+        for rank in self._ranks_to_check():
+            last = state["processes"][rank]["last"]
+            _, text = next(self._texts(rank, last["place"]), (None, b""))
+            what = f"the crc32 of the document that process {rank} read last"
+            check_same(what, last["crc32"], zlib.crc32(text))
+
+    def _ranks_to_check(self) -> range:
         return range(self.world_size if self.rank == 0 else 0)
 
-    def _gather(self, own: Any) -> list[Any]:
-        """What each process has, by rank."""
-        every = [own] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(every, own)
-        return every
-
     def _documents(self) -> Iterator[np.ndarray]:
-        """The tokens of this process's training documents, after the one that was read last."""
-        dtype = token_dtype(self.tokenizer)
-        known = self._last is not None  # of a run that goes on: its tokens are there already
+        """The tokens of this process's training documents after the one that was read last, and
+        then of all of them, again and again."""
+        place, known = (self._last["place"], 1) if self._last else (None, 0)
         while True:
-            found, begins = known, self._last["place"] if known else None
-            for place, text in islice(self._texts(self.rank, begins), known, None):
-                self._last, found = {"place": place, "crc32": zlib.crc32(text)}, True
-                yield np.array(encode(self.tokenizer, text), dtype)
+            found = bool(known)
+            for before, text in islice(self._texts(self.rank, place), known, None):
+                self._last, found = {"place": before, "crc32": zlib.crc32(text)}, True
+                yield np.array(encode(self.tokenizer, text), token_dtype(self.tokenizer))
             if not found:
                 raise self._no_text(self.rank)
-            known = False
+            place, known = None, 0
+
+    def _texts(
+        self, rank: int, place: dict[str, Any] | None = None
+    ) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+        """The training documents of a process from `place` on, each after its own place. A place is
+        a state_dict of the stream, None at its beginning."""
+        from datasets.distributed import split_dataset_by_node
+
+        stream = split_dataset_by_node(self.stream, rank, self.world_size)
+        if place is not None:
+            stream.load_state_dict(place)
+        for text in read_stream(stream, self.rank):
+            if text and not is_held_out(text, self.hold_out):
+                yield place, text
+            place = stream.state_dict()
 
     def _no_text(self, rank: int) -> ConfigError:
         return ConfigError(
@@ -171,26 +137,13 @@ class StreamLoader:
             f"{rank} of {self.world_size}; use fewer, or data.streaming=false"
         )
 
-    def _texts(self, rank: int, place: dict | None) -> Iterator[tuple[dict | None, bytes]]:
-        """The training documents of a process from `place` on, None for the beginning, and the
-        place of each."""
-        from datasets.distributed import split_dataset_by_node
-
-        reading = split_dataset_by_node(self.stream, rank, self.world_size)
-        if place is not None:
-            reading.load_state_dict(place)
-        for text in read_stream(reading, self.rank):
-            if text and not is_held_out(text, self.hold_out):
-                yield place, text
-            place = reading.state_dict()
-
 
 def validation_corpus(
     stream: "datasets.IterableDataset", config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[Corpus, int]:
-    """The first held-out documents of a stream, `config.val_tokens` of their tokens, with no
-    documents for training; and a checksum of all that was read of it for them. Raises
-    ConfigError."""
+    """The first held-out documents of a stream, until they have more than `config.val_tokens`
+    tokens, as a corpus that has none for training. And the crc32 of all that was read to find them.
+    Raises ConfigError, and RunError as `read_stream` does."""
     if config.val_tokens is None:
         raise ConfigError(
             "data.val_tokens must be a number with data.streaming=true, got null: a stream has no "
@@ -205,8 +158,7 @@ def validation_corpus(
             tokens += len(documents[-1])
             if tokens > config.val_tokens:
                 break
-    held_out = b"".join(texts)
-    dtype = token_dtype(tokenizer)
-    val = Documents.of(documents, dtype, len(held_out))
+    val_text, dtype = b"".join(texts), token_dtype(tokenizer)
+    val = Documents.of(documents, dtype, len(val_text))
     check_length(val, config, "validation", len(documents))
-    return Corpus(Documents.of([], dtype), val, held_out), beginning
+    return Corpus(Documents.of([], dtype), val, val_text), beginning

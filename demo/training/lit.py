@@ -72,7 +72,7 @@ class LitLanguageModel(L.LightningModule):
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
         if isinstance(batch, Packed):
-            tokens, offsets = batch.tokens, torch.from_numpy(batch.offsets)
+            tokens, offsets = batch.tokens, torch.from_numpy(batch.cu_seqlens)
             logits, _ = self.model(tokens[:, :-1].reshape(1, -1), cu_seqlens=offsets)
         else:
             tokens = batch

@@ -7,7 +7,7 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
-from demo.data.corpus import load_corpus, token_dtype, tokenize
+from demo.data.corpus import encode, load_corpus, token_dtype, tokenize
 from demo.data.sources import open_hub
 from text_sets import TEXTS, TINY, held_out, settings, write_table
 
@@ -20,13 +20,24 @@ def test_documents_become_tokens_that_end_and_the_text_they_stand_for_is_known(w
     corpus = load_corpus(settings("data=text", path=tmp_path / "a.jsonl").data, tokenizer)
     train = [text for text in TEXTS if not held_out(text)]
     assert corpus.train.tokens.dtype == np.uint16
-    for text, begin, end in zip(train, corpus.train.starts, corpus.train.starts[1:], strict=False):
-        tokens = corpus.train.tokens[begin:end].tolist()
+    documents = np.split(corpus.train.tokens, corpus.train.starts[1:-1])
+    for text, tokens in zip(train, documents, strict=True):
         assert tokens[-1] == tokenizer.eos
         assert tokenizer.decode(tokens[:-1]) == text
     size = sum(len(text.encode()) for text in train)
     assert corpus.train.bytes_per_token == pytest.approx(size / corpus.train.tokens.size)
     assert 1.2 < corpus.train.bytes_per_token < 20
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_the_end_of_a_single_document_is_held_out(kind, words, tmp_path):
+    text = "".join(TEXTS).encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    tokenizer = load_tokenizer(str(words) if kind == "words" else kind)
+    corpus = load_corpus(settings("data=text", path=tmp_path / "a.txt").data, tokenizer)
+    assert corpus.val_text == text[-(len(text) // 4) :]
+    assert corpus.val.tokens.tolist() == encode(tokenizer, corpus.val_text)
+    assert corpus.train.tokens.tolist() == encode(tokenizer, text[: -(len(text) // 4)])
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,24 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
-from demo.data import sources
-from demo.data.corpus import load_corpus
+from demo.data.corpus import Corpus, load_corpus
 from demo.data.sources import find_files, open_hub
 from text_sets import TEXTS, held_out, settings, write_table
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
+DOCUMENTS = sorted(text.encode() for text in TEXTS)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return folder
 
 
 def of_files(path: Path | str, **values) -> DataConfig:
@@ -26,20 +32,17 @@ def of_files(path: Path | str, **values) -> DataConfig:
     return DataConfig(**{**defaults, **values})
 
 
-def documents_of(corpus) -> list[bytes]:
-    return [
+def documents_of(corpus: Corpus) -> list[bytes]:
+    return sorted(
         part.tokens[begin:end].tobytes()
         for part in (corpus.train, corpus.val)
         for begin, end in zip(part.starts, part.starts[1:], strict=False)
-    ]
-
-
-# ------------------------------------------------------------------------------------------- files
+    )
 
 
 def test_the_standard_library_is_split_by_whole_files():
     data = compose("train").data
-    folder, files = sources.find_files(data)
+    folder, files = find_files(data)
     assert not [name for name in files if "site-packages" in name or name.startswith("test/")]
     loaded = load_corpus(data)
     held_out = [name for name in files if zlib.crc32(name.encode()) % data.hold_out == 0]
@@ -57,14 +60,10 @@ def test_the_standard_library_is_split_by_whole_files():
         pytest.param(b"\0" * 99, id="nul"),
     ],
 )
-def test_bytes_survive(tmp_path, text):
-    folder = tmp_path / "files"
-    folder.mkdir()
+def test_bytes_survive(folder, text):
     for name in ("a.txt", "b.md", "c.py", "d.txt", "skipped.bin"):
         (folder / name).write_bytes(text)
-    loaded = load_corpus(of_files(folder))
-    assert loaded.train.tokens.tobytes() + loaded.val.tokens.tobytes() == text * 4
-    assert np.diff(loaded.train.starts).tolist() == [len(text)] * len(loaded.train)
+    assert documents_of(load_corpus(of_files(folder))) == [text] * 4
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,8 @@ def test_bytes_survive(tmp_path, text):
         *product(("glob",), ("b{x,y}", "d=e, f", "\u00e9\u00e8")),
     ],
 )
-def test_paths_of_all_kinds(tmp_path, name, what):
-    folder = tmp_path / name
+def test_paths_of_all_kinds(folder, name, what):
+    folder = folder / name
     folder.mkdir()
     for i in range(8):
         (folder / f"{name}{i}.txt").write_bytes(b"0123456789" * (i + 1))
@@ -85,47 +84,31 @@ def test_paths_of_all_kinds(tmp_path, name, what):
     assert loaded.train.tokens.size + loaded.val.tokens.size == expected
 
 
-def test_a_folder_is_searched_without_what_is_hidden(tmp_path):
+def test_a_folder_is_searched_without_what_is_hidden(folder, monkeypatch):
     """Virtual environments, caches of editors, git; and capitals are as good as small letters."""
-    folder = tmp_path / "files"
+    monkeypatch.setenv("HOME", str(folder))
     for name in ("a.txt", "B.MD", ".venv/lib/c.py", ".d.py", "sub/.git/e.txt", "sub/f.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    assert find_files(of_files(folder))[1] == ["B.MD", "a.txt", "sub/f.py"]
+    assert find_files(of_files("~")) == (folder, ["B.MD", "a.txt", "sub/f.py"])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "skipped"),
-    [(["data=stdlib"], "site-packages"), (["data=text"], ".venv")],
-    ids=["installed", "hidden"],
+    ("source", "skipped"), [("stdlib", "site-packages"), ("text", ".venv")], ids=str
 )
-def test_what_is_skipped_is_not_searched(tmp_path, monkeypatch, overrides, skipped):
+def test_what_is_skipped_is_not_searched(tmp_path, monkeypatch, source, skipped):
     """A hundred times as many files may be installed beside the standard library."""
     (tmp_path / skipped / "package").mkdir(parents=True)
     (tmp_path / "a.py").touch()
     scanned = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: (scanned.append(str(path)), scandir(path))[1])
-    assert find_files(compose("train", [*overrides, f"data.path={tmp_path}"]).data)[1] == ["a.py"]
+    config = compose("train", [f"data={source}", f"data.path={tmp_path}"])
+    assert find_files(config.data)[1] == ["a.py"]
     assert scanned == [str(tmp_path)]
 
 
-def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").touch()
-    assert find_files(of_files("~"))[0] == tmp_path
-
-
-def test_the_end_of_a_single_file_is_held_out(tmp_path):
-    (tmp_path / "book.txt").write_bytes(bytes(range(200)))
-    loaded = load_corpus(of_files(tmp_path / "book.txt", hold_out=10))
-    assert loaded.train.tokens.tolist() == list(range(180))
-    assert loaded.val.tokens.tolist() == list(range(180, 200))
-
-
-def test_a_file_more_moves_no_other_between_training_and_validation(tmp_path):
-    folder = tmp_path / "files"
-    folder.mkdir()
+def test_a_file_more_moves_no_other_between_training_and_validation(folder):
     for i in range(10):
         (folder / f"{i}.txt").write_bytes(b"%d" % i * 50)
     before = load_corpus(of_files(folder))
@@ -136,139 +119,99 @@ def test_a_file_more_moves_no_other_between_training_and_validation(tmp_path):
         assert kept == getattr(before, part).tokens.tobytes()
 
 
-def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(tmp_path, monkeypatch):
-    folder = tmp_path / "files"
-    folder.mkdir()
+def test_a_second_start_is_served_from_the_cache_and_a_change_is_seen(folder, monkeypatch):
     for i in range(6):
         (folder / f"{i}.txt").write_bytes(b"abcdefgh")
-    read = []
-    rows_of = sources._rows
-
-    def counted(**arguments):
-        read.append(1)
-        yield from rows_of(**arguments)
-
-    monkeypatch.setattr(sources, "_rows", counted)
-    first = load_corpus(of_files(folder))
-    second = load_corpus(of_files(folder))
-    assert len(read) == 1
-    assert np.array_equal(first.train.tokens, second.train.tokens)
-    (folder / "0.txt").write_bytes(b"something else")
-    third = load_corpus(of_files(folder))
-    assert len(read) == 2
-    assert b"something else" in third.train.tokens.tobytes() + third.val.tokens.tobytes()
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self), read_bytes(self))[1])
+    first, second = (documents_of(load_corpus(of_files(folder))) for _ in range(2))
+    assert len(read) == 6
+    assert first == second == [b"abcdefgh"] * 6
+    (folder / "0.txt").write_bytes(b"ABCDEFGH")
+    assert documents_of(load_corpus(of_files(folder))) == [b"ABCDEFGH", *first[1:]]
+    assert len(read) == 12
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("path", "says"),
     [
-        pytest.param({"path": "missing"}, "no such path", id="missing"),
-        pytest.param({"path": "."}, "none there", id="empty-folder"),
-        pytest.param({"path": "*.txt"}, "no such path", id="empty-glob"),
-        pytest.param({"path": "short.rst"}, "sequence_length must be below", id="short-file"),
+        ("missing", "no such path"),
+        (".", "none there"),
+        ("*.txt", "no such path"),
+        ("short.rst", "sequence_length must be below"),
     ],
 )
-def test_bad_data_is_one_error(tmp_path, monkeypatch, values, says):
-    folder = tmp_path / "files"
-    folder.mkdir()
+def test_bad_data_is_one_error(folder, monkeypatch, path, says):
     (folder / "short.rst").write_bytes(b"abc")
     monkeypatch.chdir(folder)
-    config = of_files(".")
-    for name, value in values.items():
-        setattr(config, name, value)
     with pytest.raises(ConfigError, match=says) as error:
-        load_corpus(config)
+        load_corpus(of_files(path))
     assert "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-@pytest.mark.parametrize("place", ["file", "folder [1]"])
-def test_each_row_of_a_table_is_a_document(suffix, place, tmp_path):
-    folder = tmp_path / place
-    folder.mkdir()
-    file = folder / f"a [b] {{c}}{suffix}"
-    write_table(file, TEXTS, "body")
-    path = file if place == "file" else folder
-    corpus = load_corpus(settings("data=text", path=path, column="body").data)
-    assert sorted(documents_of(corpus)) == sorted(text.encode() for text in TEXTS)
+@pytest.mark.parametrize("name", ["a [b] {c}.jsonl", "a.parquet", "a.csv", "[1]/a.csv", "hub"])
+def test_each_row_of_a_table_is_a_document_held_out_by_its_text(name, folder, hub):
+    if name == "hub":
+        config = settings("data=hub", name=hub).data
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_table(folder / name, TEXTS, "body")
+        path = folder / name.partition("/")[0]  # the file, or the folder that it is in
+        config = settings("data=text", path=path, column="body").data
+    corpus = load_corpus(config)
+    assert documents_of(corpus) == DOCUMENTS
     assert corpus.val_text == b"".join(text.encode() for text in TEXTS if held_out(text))
 
 
-def test_rows_are_held_out_by_their_text_whatever_their_order_and_file(tmp_path):
-    write_table(tmp_path / "one.jsonl", TEXTS)
-    write_table(tmp_path / "other.parquet", TEXTS[::-1])
-    one, other = (
-        load_corpus(settings("data=text", path=tmp_path / name).data)
-        for name in ("one.jsonl", "other.parquet")
-    )
-    assert sorted(documents_of(one)) == sorted(documents_of(other))
-    assert sorted(one.val_text) == sorted(other.val_text)
-
-
-def test_a_folder_may_hold_files_of_all_kinds_and_rows_without_text(tmp_path):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    write_table(folder / "rows.jsonl", [*TEXTS, None, ""])
+def test_a_folder_may_hold_files_of_all_kinds_and_rows_without_text(folder):
+    write_table(folder / "rows.jsonl", [*TEXTS[20:], None, ""])
+    write_table(folder / "others.parquet", TEXTS[:20])
     (folder / "notes.txt").write_bytes(b"\xff a text file\r\n")
-    found = documents_of(load_corpus(settings("data=text", path=folder).data))
-    assert sorted(found) == sorted([b"\xff a text file\r\n", *(text.encode() for text in TEXTS)])
+    corpus = load_corpus(settings("data=text", path=folder).data)
+    assert documents_of(corpus) == sorted([b"\xff a text file\r\n", *DOCUMENTS])
+    held = [text.encode() for text in TEXTS if held_out(text)]
+    assert all(text in corpus.val_text for text in held)  # whatever its file
+
+
+NOT_THERE = "column of .* that holds text, got 'text', which is not there; use one of txt"
+DAMAGED = "must hold files that are what their names say"
+EMPTY = "must hold files with text"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("suffix", "content", "says"),
     [
-        ("a.jsonl", b'{"txt": "abc"}\n', "data.column must be a column of .*use one of txt"),
-        ("b.jsonl", b'{"text": "abc', "what their names say"),
-        ("c.parquet", b"PAR1 this is none", "what their names say"),
-        ("d.csv", b"txt\nabc\n", "data.column must be a column of"),
-        ("e.jsonl", b'{"body": "b"}\n', "must be a column of .* body"),
-        ("f.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "must hold text, .* dict"),
-        ("g.jsonl", b'{"text": ["abc"]}\n', "data.column must hold text, .* which holds list"),
-        ("h.jsonl", b'{"text": "a"}\n\n["b"]\n', "JSON parse error"),
-        ("i.jsonl", b'{"text": "\xff"}\n', "UnicodeDecodeError"),
-        ("j.jsonl", b"", "(it is empty)"),
-        ("k.csv", b"", "(it is empty)"),
-        ("l.jsonl", b'{"text": ""}\n{"text": null}\n', "must hold files with text"),
-        ("m.csv", b"text\n", "must hold files with text"),
-        ("n.txt", b"", "must hold files with text"),
+        ("jsonl", b'{"txt": "abc"}\n', NOT_THERE),
+        ("csv", b"txt\nabc\n", NOT_THERE),
+        ("jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "holds text, .* which holds dict; make"),
+        ("jsonl", b'{"text": ["abc"]}\n', "holds text, .* which holds list"),
+        ("jsonl", b'{"text": "abc', DAMAGED),
+        ("parquet", b"PAR1 this is none", DAMAGED),
+        ("jsonl", b'{"text": "a"}\n\n["b"]\n', f"{DAMAGED}.*JSON parse error"),
+        ("jsonl", b'{"text": "\xff"}\n', f"{DAMAGED}.*UnicodeDecodeError"),
+        ("jsonl", b"", f"{DAMAGED}.*it is empty"),
+        ("csv", b"", f"{DAMAGED}.*it is empty"),
+        ("jsonl", b'{"text": ""}\n{"text": null}\n', EMPTY),
+        ("csv", b"text\n", EMPTY),
+        ("txt", b"", EMPTY),
     ],
 )
-def test_a_table_that_cannot_be_read_is_one_error(name, content, says, tmp_path):
-    (tmp_path / name).write_bytes(content)
+def test_a_table_that_cannot_be_read_is_one_error(suffix, content, says, tmp_path):
+    file = tmp_path / f"a.{suffix}"
+    file.write_bytes(content)
     with pytest.raises(ConfigError, match=says) as error:
-        load_corpus(settings("data=text", path=tmp_path / name).data)
+        load_corpus(settings("data=text", path=file).data)
     assert "\n" not in str(error.value)
-    assert name in str(error.value)
+    assert file.name in str(error.value)
 
 
-def test_a_cell_of_a_csv_is_what_is_written_there(tmp_path):
+def test_a_cell_of_a_csv_is_what_is_written_there(folder):
     cells = ["007", "1.50", "NA", "null", "true", "two\nlines", 'a "b", c']
     quoted = ('"' + cell.replace('"', '""') + '"' for cell in cells)
     lines = [f"{number},{cell}" for number, cell in enumerate([*cells[:5], *quoted, ""])]
-    (tmp_path / "a.csv").write_text("\n".join(["n,text", *lines]) + "\n")
-    found = documents_of(load_corpus(of_files(tmp_path / "a.csv")))
-    assert sorted(found) == sorted(cell.encode() for cell in [*cells[:5], *cells])
-
-
-# ----------------------------------------------------------------------------------------- hub
-
-
-def test_a_set_of_the_hub_is_split_by_the_text_of_its_rows(hub):
-    corpus = load_corpus(settings("data=hub", name=hub).data)
-    assert documents_of(corpus) == [
-        text.encode() for held in (False, True) for text in TEXTS if held_out(text) == held
-    ]
-
-
-@pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_column_of_objects_is_no_text(streaming, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": {"b": "c"}}\n' * 9)
-    config = settings("data=hub", f"data.streaming={streaming}", name=tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.column must hold text"):
-        open_hub(config.data)
+    (folder / "a.csv").write_text("\n".join(["n,text", *lines]) + "\n")
+    found = documents_of(load_corpus(of_files(folder / "a.csv")))
+    assert found == sorted(cell.encode() for cell in [*cells[:5], *cells])
 
 
 @pytest.mark.parametrize(
@@ -276,14 +219,17 @@ def test_a_column_of_objects_is_no_text(streaming, tmp_path):
     [
         ({"name": "a"}, "data.name must be a text set that"),
         ({"split": "test"}, "data.name must be a text set that"),
-        ({"column": "body"}, "data.column must be a column of .*use one of n, text"),
-        ({"column": "n"}, "data.column must hold text"),
+        ({"column": "body"}, "that holds text, got 'body', which is not there; use one of n, text"),
+        ({"column": "n"}, "holds text, got 'n', which holds int64; use one of text"),
+        ({"name": "objects"}, "data.column .* holds text, got 'text', which holds"),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_a_set_that_cannot_be_read_is_one_error(streaming, values, says, hub, monkeypatch):
     monkeypatch.chdir(hub.parent)
+    Path("objects").mkdir()
+    Path("objects/a.jsonl").write_text('{"text": {"b": "c"}}\n' * 9)
     config = settings("data=hub", f"data.streaming={streaming}", **({"name": hub} | values))
     with pytest.raises(ConfigError, match=says) as error:
         open_hub(config.data)
