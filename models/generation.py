@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.language_model import LanguageModel, State
 
+SMALLEST = torch.finfo(torch.float32).tiny  # temperature that is not 0
 PREFILL_TOKENS = 1 << 14  # in one call; with 50,000 words their logits alone are 3 GB
 
 
@@ -32,7 +33,11 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    peak = logits.amax(dim=-1, keepdim=True)
+    # The likeliest is 0, whatever it is divided by, and infinite ones stay apart from the others.
+    # A GPU multiplies by the inverse, which must be a finite number in fp32.
+    logits = (logits - peak).masked_fill(logits == peak, 0.0) / max(temperature, SMALLEST)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

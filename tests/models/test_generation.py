@@ -133,6 +133,15 @@ def test_sample_temperature_0_takes_the_most_likely():
     assert sample(LOGITS, 0).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 5e-324])
+def test_sample_nearly_greedy_takes_the_most_likely(temperature, options):
+    """Temperatures that fp32 rounds to 0 too, and logits that are infinite."""
+    inf = float("inf")
+    logits = torch.cat((LOGITS, LOGITS.flip(1) * 1e30, torch.tensor([[-inf, 0.0, inf, 1.0]])))
+    assert sample(logits, temperature, **options).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sample_draws_from_the_softmax(temperature):
     expected = (LOGITS / temperature).softmax(-1)
