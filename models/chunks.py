@@ -118,6 +118,10 @@ class ChunkLayout:
     Every sequence starts at a chunk boundary, so no chunk holds tokens of two sequences; the
     slots left over at its end are zeros, which leave a state untouched.
 
+    The layout is made of Python numbers, other ones for other lengths, and the loops of the scans
+    run over its chunks. torch.compile would unroll them for each length anew, in minutes, so the
+    chunk-parallel scans are marked as functions that it calls and does not read.
+
     Attributes:
         chunks: chunks in all, N.
         segments: chunks of each sequence, in order; ``(N,)`` for a batch.

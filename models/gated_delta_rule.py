@@ -258,6 +258,7 @@ def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     return dq, dk, dv, dg, dbeta
 
 
+@torch.compiler.disable  # see ChunkLayout
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -120,8 +120,9 @@ def _check_sizes(hidden_size, num_heads, head_dim, expand_v, num_v_heads, conv_s
             f"num_v_heads must be a multiple of num_heads, got {num_v_heads} and {num_heads}; "
             f"use for example num_v_heads={num_heads * max(1, num_v_heads // num_heads)}"
         )
-    if expand_v <= 0 or abs(head_dim * expand_v - round(head_dim * expand_v)) > 1e-6 * head_dim:
+    v_head_dim = round(head_dim * expand_v)
+    if v_head_dim < 1 or abs(head_dim * expand_v - v_head_dim) > 1e-6 * head_dim:
         raise ValueError(
-            f"head_dim * expand_v must be a whole number, got {head_dim} * {expand_v} = "
+            f"head_dim * expand_v must be a whole number from 1, got {head_dim} * {expand_v} = "
             f"{head_dim * expand_v}; use for example expand_v=1 or expand_v=2"
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.chunks import sequence_offsets
 from models.routes import gpu_kernels
 
 
@@ -67,7 +68,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None = None,
     state: Tensor | None = None,
-    offsets: list[int] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution over time, then SiLU.
 
@@ -75,17 +76,24 @@ def short_conv(
         x: [B, T, D].
         weight: [D, W]; the last tap meets the current token.
         bias: [D] or None.
-        state: [B, W - 1, D], the inputs before the first token, zeros if None; with ``offsets``
-            [sequences, W - 1, D].
-        offsets: token offsets of sequences packed into one row (B = 1).
+        state: [B, W - 1, D], the inputs before the first token, zeros if None; with
+            ``cu_seqlens`` [sequences, W - 1, D].
+        cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
     Returns:
         y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
+    Raises:
+        ValueError: for offsets that do not fit.
     """
-    before = weight.shape[1] - 1
-    if offsets is None:
-        return _convolve(x, weight, bias, state), _last(x, state, before)
-    # Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...].
-    count = len(offsets) - 1
+    if cu_seqlens is not None:
+        return _packed_conv(x, weight, bias, state, cu_seqlens)
+    return _convolve(x, weight, bias, state), _last(x, state, weight.shape[1] - 1)
+
+
+@torch.compiler.disable  # reads the offsets, which differ from batch to batch, into Python
+def _packed_conv(x, weight, bias, state, cu_seqlens):
+    """Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...]."""
+    offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+    count, before = len(offsets) - 1, weight.shape[1] - 1
     if state is None:
         state = x.new_zeros(count, before, x.shape[2])
     parts, keep, ends, row = [], [], [], 0
@@ -97,8 +105,8 @@ def short_conv(
     padded = torch.cat(parts)[None]
     y = _convolve(padded[:, before:], weight, bias, padded[:, :before])
     y = y.index_select(1, torch.cat(keep).to(x.device))
-    final = padded.index_select(1, torch.cat(ends).to(x.device)).view(count, before, -1)
-    return y, final
+    final = padded.index_select(1, torch.cat(ends).to(x.device))
+    return y, final.view(count, before, x.shape[2])
 
 
 def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:

@@ -228,6 +228,7 @@ def _backward_block(p, states, dends, dout, dread):
     return dwrite.mul_(p.dt), ddt, dg, p.tokens(db), p.tokens(dc)
 
 
+@torch.compiler.disable  # see ChunkLayout
 def chunk_ssd(
     x: Tensor,
     dt: Tensor,

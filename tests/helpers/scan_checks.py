@@ -4,6 +4,17 @@ import itertools
 
 import torch
 
+from models.gated_deltanet import GatedDeltaNet
+from models.mamba2 import Mamba2
+
+
+def make_mixer(name, **options):
+    """A mixer of 32 channels, the same weights at each call."""
+    torch.manual_seed(0)
+    if name == "mamba2":
+        return Mamba2(32, **{"d_state": 16, "head_dim": 16, **options})
+    return GatedDeltaNet(32, **{"num_heads": 2, "head_dim": 16, **options})
+
 
 def results(function, inputs, **options):
     """Output, final state and all gradients; the last of the inputs is the initial state."""

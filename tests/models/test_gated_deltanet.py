@@ -170,7 +170,8 @@ def test_packed_equals_separate():
 
 BAD = {
     "value_heads": ({"num_heads": 2, "num_v_heads": 3}, "multiple of num_heads, got 3 and 2"),
-    "expand_v": ({"head_dim": 5, "expand_v": 1.5}, "must be a whole number, got 5"),
+    "expand_v": ({"head_dim": 5, "expand_v": 1.5}, "must be a whole number from 1, got 5"),
+    "expand_v_0": ({"expand_v": 1e-9}, "must be a whole number from 1, got 16"),
     "heads_0": ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
     "chunk_0": ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
     "conv_0": ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
