@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, H heads, D features per head, C chunk size, N chunks.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -169,6 +170,13 @@ def empty_chunks(x: Tensor) -> Tensor:
     chunks, batch, heads, size, *rest = x.shape
     memory = torch.empty(batch, chunks, size, heads, *rest, dtype=x.dtype, device=x.device)
     return memory.movedim((0, 1, 2, 3), (1, 0, 3, 2))
+
+
+@functools.lru_cache(maxsize=64)  # every layer asks for the same ones
+def chunk_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets in chunks: sequence i has the chunks from bounds[i] up to bounds[i + 1]."""
+    bounds = torch.tensor((0, *segments), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return bounds.to(device)
 
 
 # Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.

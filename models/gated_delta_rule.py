@@ -22,11 +22,13 @@ size, N chunks, S sequences, X = N * B * HV.
 """
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.chunks import (
     ChunkLayout,
     add_bmm,
@@ -45,7 +47,6 @@ from models.chunks import (
     sequence_offsets,
     state_dtype,
 )
-from models.routes import gpu_kernels
 
 
 def unit_lower_inverse(a: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ class _ChunkScan(torch.autograd.Function):
 def _run(c: _Chunks, dim_v, initial, segments, lo, hi, states, v_new, final):
     """The sequential phase for chunks lo to hi: writes their states, Vn, and final states."""
     u, w, heads = c.both[..., :dim_v], c.both[..., dim_v:], initial.shape[1]
-    if _in_one_kernel(c, lo, hi, segments):
-        kernels = gpu_kernels(c.k)
-        kernels.delta_forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
+    kernel = _kernels(c, lo, hi, segments)
+    if kernel is not None:
+        kernel.forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
         return
     first, final_of = sequence_ends(segments)
     rows = (c.last, c.k_out.mT, w, u, v_new)
@@ -193,9 +194,9 @@ def _run_back(c: _Chunks, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new,
     """The same backwards: writes the gradients of the states after each chunk and of the initial
     ones, completes that of Vn. ``carry`` holds the gradient of the state between two blocks."""
     w, heads = c.both[..., dim_v:], dfinal.shape[1]
-    if _in_one_kernel(c, lo, hi, segments):
-        kernels = gpu_kernels(c.k)
-        kernels.delta_backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
+    kernel = _kernels(c, lo, hi, segments)
+    if kernel is not None:
+        kernel.backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
         return
     first, final_of = sequence_ends(segments)
     rows = (c.last, c.k_out, w.mT, dread, dends, dv_new)
@@ -211,10 +212,10 @@ def _run_back(c: _Chunks, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new,
         add_bmm(torch.addcmul(dread[i], dends[i], last[i], out=start), w[i], dv_new[i], -1)
 
 
-def _in_one_kernel(c: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
-    kernels = gpu_kernels(c.k)
-    whole = lo == 0 and hi == sum(segments) and c.grow.dtype == torch.float32
-    return kernels is not None and whole and kernels.delta_supports(*c.k.shape[1:])
+def _kernels(c: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> ModuleType | None:
+    """Those of the sequential phase, if they take chunks of this size and lo to hi are all of them."""
+    found = kernels.find("gated_delta_rule", c.k) if hi - lo == sum(segments) else None
+    return found if found is not None and found.supports(*c.k.shape[1:]) else None
 
 
 def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):

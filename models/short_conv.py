@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
 from models.chunks import sequence_offsets
-from models.routes import gpu_kernels
 
 
 class _TapSum(torch.autograd.Function):
-    """silu of the sum over taps of shifted inputs, for the CPU: x [B, T + W - 1, D], weight
+    """silu of the sum over taps of shifted inputs: x [B, T + W - 1, D], weight
     [D, W], bias [D] or None to [B, T, D].
 
     Reads the tokens in the layout that they have. A grouped convolution wants [B, D, T], and two
@@ -53,13 +53,14 @@ class _KernelConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state):
         ctx.save_for_backward(x, weight, bias, state)
-        return gpu_kernels(x).conv_forward(x, weight, bias, state)
+        return kernels.find("short_conv", x).forward(x, weight, bias, state)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, state = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx, dstate, dweight, dbias = gpu_kernels(x).conv_backward(dy, x, weight, bias, state)
+        backward = kernels.find("short_conv", x).backward
+        dx, dstate, dweight, dbias = backward(dy, x, weight, bias, state)
         return dx, dweight, None if bias is None else dbias, dstate
 
 
@@ -121,7 +122,7 @@ def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Tensor:
     """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]."""
-    if gpu_kernels(x) is not None:
+    if kernels.usable(x):
         return _KernelConv.apply(x, weight, bias, state)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -131,7 +132,4 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
         return F.silu(total if bias is None else total + bias)
-    if x.device.type == "cpu":
-        return _TapSum.apply(padded, weight, bias)
-    y = F.conv1d(padded.mT, weight[:, None], bias, groups=weight.shape[0])
-    return F.silu(y).mT.contiguous()  # channels side by side, as all that follows reads them
+    return _TapSum.apply(padded, weight, bias)

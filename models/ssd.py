@@ -21,11 +21,13 @@ C chunk size, N chunks.
 """
 
 import functools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
 from models.chunks import (
     ChunkLayout,
     block_ranges,
@@ -41,7 +43,6 @@ from models.chunks import (
     sequence_offsets,
     state_dtype,
 )
-from models.routes import fused_kernels, gpu_kernels
 
 
 class _Chunks:
@@ -102,10 +103,10 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, g, b, c, skip, initial, segments):
-        ctx.segments, ctx.fused = segments, fused_kernels(x)
-        if ctx.fused is not None:
+        ctx.segments, ctx.kernels = segments, _kernels(x)
+        if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
-                y, final, states = ctx.fused.forward(x, dt, g, b, c, skip, initial, segments)
+                y, final, states = ctx.kernels.forward(x, dt, g, b, c, skip, initial, segments)
             ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
             return y, final
         final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -129,10 +130,10 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
         dfinal = dfinal.contiguous()  # what is made like it is written by kernels
-        if ctx.fused is not None:
+        if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
                 parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)
-                return (*ctx.fused.backward(*parts), None)
+                return (*ctx.kernels.backward(*parts), None)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
         dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
@@ -153,13 +154,13 @@ class _ChunkScan(torch.autograd.Function):
         return (*grads, dskip, dinitial, None)
 
 
+def _kernels(x: Tensor) -> ModuleType | None:
+    found = kernels.find("ssd", x)
+    return found if found is not None and found.supports(x) else None
+
+
 def _run(p: _Chunks, add, initial, segments, lo, hi, states, final):
     """The sequential phase for chunks lo to hi: writes their states and final states."""
-    if _in_one_kernel(p, lo, hi, segments):
-        gpu_kernels(p.x).decay_scan(
-            add, p.last[:, :, 0, :, 0], initial, segments, states, final, reverse=False
-        )
-        return
     first, final_of = sequence_ends(segments)
     decay = p.state_decay()
     for n in range(lo, hi):
@@ -172,11 +173,6 @@ def _run(p: _Chunks, add, initial, segments, lo, hi, states, final):
 def _run_back(p: _Chunks, add, dfinal, segments, lo, hi, dends, dinitial, carry):
     """The same backwards: writes the gradients of the states after each chunk and of the initial
     ones. ``carry`` holds the gradient of the state between two blocks."""
-    if _in_one_kernel(p, lo, hi, segments):
-        gpu_kernels(p.x).decay_scan(
-            add, p.last[:, :, 0, :, 0], dfinal, segments, dends, dinitial, reverse=True
-        )
-        return
     first, final_of = sequence_ends(segments)
     decay = p.state_decay()
     for n in reversed(range(lo, hi)):
@@ -187,11 +183,6 @@ def _run_back(p: _Chunks, add, dfinal, segments, lo, hi, dends, dinitial, carry)
             dends[:, i] = carry
         start = dinitial[first[n]] if n in first else dends[:, i - 1] if i else carry
         torch.addcmul(add[:, i], dends[:, i], decay[:, i], out=start)
-
-
-def _in_one_kernel(p: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
-    whole = lo == 0 and hi == sum(segments) and p.grow.dtype == torch.float32
-    return whole and gpu_kernels(p.x) is not None
 
 
 def _backward_block(p, states, dends, dout, dread):

@@ -1,5 +1,8 @@
 """What both mixers share: each submodule is called, and torch.compile serves every length."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -107,3 +110,16 @@ def test_a_compiled_mixer_continues_from_a_state(mixer):
         )
         torch.testing.assert_close((z, *second), (y, *first), rtol=1e-4, atol=1e-4)
         states = [first, second]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import torch
+from models import gated_deltanet, generation, kernels, language_model, mamba2
+mamba2.Mamba2(32, d_state=16, head_dim=16)(torch.zeros(1, 70, 32))[0].sum().backward()
+"""
+
+
+def test_the_models_need_no_triton():
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

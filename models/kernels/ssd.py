@@ -1,12 +1,11 @@
-"""SSD on a GPU: matrix products by the library, all between them in six Triton kernels and
-`models.kernels.decay_scan`.
+"""SSD on a GPU: matrix products by the library, all between them in seven Triton kernels.
 
 The steps and the symbols are those of models/ssd.py; there each line of arithmetic is an operator
 that reads and writes tensors as large as the input, here a kernel does all that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
-S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Every kernel but one
-has one program per chunk and head.
+S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
+kernels have one program per chunk and head.
 """
 
 import torch
@@ -14,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.chunks import bmm_wide, decay_dtype
-from models.kernels import decay_scan
+from models.chunks import bmm_wide, chunk_bounds, decay_dtype
 
 
 @triton.jit
@@ -166,6 +164,38 @@ def _tokens_backward(dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal
     tl.store(dx + by_token, grad.to(dx.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def _decay_scan(add, decay, initial, bounds, states, final, N, F, H, per_group, R, P,
+                REVERSE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Writes s to states[n], then s = s * decay[n] + add[n], over the chunks of one sequence."""
+    sequence, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    ok = f < F
+    head = f // per_group * R + f // P % R
+    here = (sequence * tl.num_programs(2) + b) * F + f
+    s = tl.load(initial + here, mask=ok, other=0.0)
+    begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    for step in range(end - begin):
+        row = b * N + (end - 1 - step if REVERSE else begin + step)
+        tl.store(states + row * F + f, s, mask=ok)
+        s *= tl.load(decay + row * H + head, mask=ok, other=0.0)
+        s += tl.load(add + row * F + f, mask=ok, other=0.0)
+    tl.store(final + here, s, mask=ok)
+
+
+def decay_scan(add, decay, initial, segments, states, final, reverse: bool) -> None:
+    """Writes states [B, N, G, S, R, P] and final: the states before each chunk and after the last,
+    or with ``reverse``, from the last chunk to the first, the gradients of those after each chunk
+    and before the first. add like states, decay [B, N, H] and initial [sequences, B, ...] fp32."""
+    batch, chunks, _, size, ratio, dim = add.shape
+    features = add[0, 0].numel()
+    _decay_scan[(triton.cdiv(features, 512), len(segments), batch)](
+        add.contiguous(), decay.contiguous(), initial,
+        chunk_bounds(segments, add.device), states, final, chunks, features, decay.shape[2],
+        size * ratio * dim, ratio, dim, REVERSE=reverse, BF=512,
+    )  # fmt: skip
+
+
 class _Sizes:
     """Shapes, grid and tile of a call: x [B, N, C, H, P] and b [B, N, C, G, S]."""
 
@@ -201,12 +231,8 @@ class _Sizes:
 
 def supports(x: Tensor) -> bool:
     """Whether a chunk of a head fits a program: x [B, N, C, H, P] of unit last stride."""
-    return (
-        x.shape[2] * x.shape[4] <= 8192
-        and x.shape[2] <= 64
-        and x.stride(-1) == 1
-        and x.dtype != torch.float64
-    )
+    size, dim = x.shape[2], x.shape[4]
+    return size <= 64 and size * dim <= 8192 and x.stride(-1) == 1
 
 
 def _common(x, dt, g, b, c):
