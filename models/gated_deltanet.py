@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gatednorm import RMSNorm, rmsnorm_fn
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from models.mixer import Mixer, check_positive
+from models.mixer import Mixer
+from models.ranges import check_positive
 
 L2_EPS = 1e-6  # inside the root of the L2 norm of q and k, as in the published models
 
@@ -99,8 +100,8 @@ class GatedDeltaNet(Mixer):
         beta = torch.sigmoid(b.float() if b.dtype.itemsize < 4 else b)
         if self.allow_neg_eigval:
             beta = 2 * beta
-        wide = beta.dtype
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        acc = beta.dtype
+        g = -self.A_log.to(acc).exp() * F.softplus(a.to(acc) + self.dt_bias.to(acc))
         o, state = scan(q, k, v, g, beta)
         z = z.unflatten(-1, (self.num_v_heads, self.v_head_dim)) if z.shape[-1] else None
         return self.norm(o, z).flatten(2), state

@@ -159,10 +159,3 @@ class Mixer(nn.Module, ABC):
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parts of the projection, [B, T, width] each, through the scan and the norm:
         [B, T, inner_size] and the scan's final state."""
-
-
-def check_positive(**sizes: int) -> None:
-    """Raises ValueError for a size that is not a positive integer."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")

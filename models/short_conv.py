@@ -14,8 +14,8 @@ from models.chunks import sequence_offsets
 
 
 class _TapSum(torch.autograd.Function):
-    """silu of the sum over taps of shifted inputs: x [B, T + W - 1, D], weight
-    [D, W], bias [D] or None to [B, T, D].
+    """The sum over taps of shifted inputs: x [B, T + W - 1, D], weight [D, W], bias [D] or None to
+    [B, T, D].
 
     Reads the tokens in the layout that they have. A grouped convolution wants [B, D, T], and two
     transposes cost more than the taps.
@@ -30,16 +30,15 @@ class _TapSum(torch.autograd.Function):
             total.addcmul_(x[:, tap : tap + size], taps[tap])
         if bias is not None:
             total += bias
-        ctx.save_for_backward(x, taps, total)
+        ctx.save_for_backward(x, taps)
         ctx.has_bias = bias is not None
-        return F.silu(total)
+        return total
 
     @staticmethod
-    def backward(ctx, dy):
-        x, taps, total = ctx.saved_tensors
-        size = total.shape[1]
-        dtotal = torch.ops.aten.silu_backward(dy, total)
-        dx, dtaps, product = torch.zeros_like(x), torch.empty_like(taps), torch.empty_like(total)
+    def backward(ctx, dtotal):
+        x, taps = ctx.saved_tensors
+        size = dtotal.shape[1]
+        dx, dtaps, product = torch.zeros_like(x), torch.empty_like(taps), torch.empty_like(dtotal)
         for tap in range(len(taps)):
             dx[:, tap : tap + size].addcmul_(dtotal, taps[tap])
             torch.mul(dtotal, x[:, tap : tap + size], out=product)
@@ -48,7 +47,7 @@ class _TapSum(torch.autograd.Function):
 
 
 class _KernelConv(torch.autograd.Function):
-    """The same on a GPU, in one kernel each way: x [B, T, D], state [B, W - 1, D] or None."""
+    """Tap sum and SiLU by Triton: x [B, T, D] and state [B, W - 1, D] or None to [B, T, D]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, state):
@@ -132,4 +131,4 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
         return F.silu(total if bias is None else total + bias)
-    return _TapSum.apply(padded, weight, bias)
+    return F.silu(_TapSum.apply(padded, weight, bias))

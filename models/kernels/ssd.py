@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.chunks import bmm_wide, chunk_bounds, decay_dtype
+from models.chunks import bmm_acc, chunk_bounds, decay_dtype
 
 
 @triton.jit
@@ -142,14 +142,14 @@ def _tokens_backward(dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal
     """
     head, _, by_head, by_group, by_token, ok = _places(H, R, C, P, BC, BP)
     i = tl.arange(0, BC)
-    exact = total.dtype.element_ty
+    sum_dtype = total.dtype.element_ty
     t = tl.load(total + head * C + i, mask=i < C, other=0.0)
     step = tl.load(dt + head * C + i, mask=i < C, other=0.0)
     shrink = tl.exp((tl.load(total + head * C + C - 1) - t).to(tl.float32))
     tile = _input_tile(x, ok, N, C, sxb, sxt, sxh, BC, BP)
     out = tl.load(dy + by_token, mask=ok, other=0.0).to(tl.float32)
     grad = tl.load(dwrite + by_group, mask=ok, other=0.0).to(tl.float32) * shrink[:, None]
-    shrunk = tl.sum((grad * tile * step[:, None]).to(exact), axis=1)
+    shrunk = tl.sum((grad * tile * step[:, None]).to(sum_dtype), axis=1)
     grad += tl.load(after + by_head, mask=ok, other=0.0).to(tl.float32)
     read = tl.load(inter + by_group, mask=ok, other=0.0).to(tl.float32) * out
     read = tl.sum(read, axis=1) * tl.exp(t.to(tl.float32))
@@ -241,7 +241,7 @@ def _common(x, dt, g, b, c):
     b, c = (t.to(x.dtype).transpose(2, 3).reshape(-1, z.size, z.state) for t in (b, c))
     dt = dt.mT.contiguous()
     total = g.mT.contiguous().cumsum(-1, dtype=decay_dtype(x.dtype))
-    scores = bmm_wide(c, b.mT)
+    scores = bmm_acc(c, b.mT)
     write, write_out = z.empty(x, "head"), z.empty(x, "group")
     attn = x.new_empty(write.shape[0], z.size, z.size)
     _prepare[z.grid](
@@ -256,7 +256,7 @@ def forward(x, dt, g, b, c, skip, initial, segments) -> tuple[Tensor, Tensor, Te
     z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c)
     final = initial.clone()
     states = x.new_empty(z.state_shape())
-    add = bmm_wide(b.mT, write_out).view(states.shape)
+    add = bmm_acc(b.mT, write_out).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, initial, segments, states, final, reverse=False)
     inter = torch.bmm(c, states.view(-1, z.state, z.ratio * z.dim))
@@ -278,7 +278,7 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
 
     # Through the states.
     dinitial, dends = dfinal.clone(), torch.empty_like(states)
-    add = bmm_wide(c.mT, dread).view(states.shape)
+    add = bmm_acc(c.mT, dread).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, dfinal, segments, dends, dinitial, reverse=True)
     dlast = torch.empty_like(last)
@@ -286,18 +286,18 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
         states, dends, total, dlast, *z.shape, z.state, BS=16, BP=z.tile["BP"]
     )
     start, dend = (s.view(-1, z.state, z.ratio * z.dim) for s in (states, dends))
-    dc, db = bmm_wide(dread, start.mT), bmm_wide(write_out, dend.mT)
+    dc, db = bmm_acc(dread, start.mT), bmm_acc(write_out, dend.mT)
     inter, dwrite = torch.bmm(c, start), torch.bmm(b, dend)
 
     # Within the chunks.
-    dattn = bmm_wide(dout, write.mT)
+    dattn = bmm_acc(dout, write.mT)
     dscores = x.new_empty(scores.shape)
     dtotal = torch.empty_like(total)
     _scores_backward[(scores.shape[0],)](
         dattn, total, scores, dscores, dtotal, z.ratio, z.size, BC=z.tile["BC"], num_warps=8
     )
-    dc += bmm_wide(dscores, b)
-    db += bmm_wide(dscores.mT, c)
+    dc += bmm_acc(dscores, b)
+    db += bmm_acc(dscores.mT, c)
     after = torch.bmm(attn.mT, dout)
 
     dx, ddt = z.empty(x, "token"), torch.empty_like(dt)
