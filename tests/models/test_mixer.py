@@ -112,6 +112,21 @@ def test_a_compiled_mixer_continues_from_a_state(mixer):
         states = [first, second]
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bad_state(mixer):
+    layer, x = make_mixer(mixer), torch.randn(2, 3, 32)
+    _, (conv, scan) = layer(x, output_state=True)
+    for state, message in (
+        ((conv[:1], scan), "the convolution's state must have shape"),
+        ((conv, scan[:1]), "the scan's state must have shape"),
+        ((conv, scan.double()), "the scan's state must be torch.float32"),
+        ((conv.double(), scan), "the convolution's state must be torch.float32"),
+        ((conv.to("meta"), scan), "must be on the device of the input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, state)
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # an import of it fails
