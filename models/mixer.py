@@ -124,6 +124,8 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: for a state or offsets that do not fit.
         """
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()  # read twice: waits for a GPU once
         parts = list(self.in_proj(x).split(self.widths, dim=-1))
         conv_state, scan_state = self._check_state(state, parts[self.convolved], cu_seqlens)
         parts[self.convolved], conv_state = short_conv(
