@@ -5,9 +5,8 @@
     python -m benchmarks.models --device cpu --tiny  # the same code on small sizes
 
 Gated DeltaNet with 185M parameters and Mamba-2 with 171M, in bf16, at batch 8 x 2048. Wall times
-are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. Every part
-runs on each route of models/routes.py ("scan"): plain PyTorch, the models' own Triton kernels, and
-with those of models/ssd_kernels.py too. A part that fails prints why, and the others go on.
+are medians; "GPU ms" is the sum of what every kernel took, as torch.profiler saw it. A part that
+fails prints why, and the others go on.
 benchmarks/profiles.py says how the norms' share is found.
 """
 
@@ -33,7 +32,6 @@ from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.generation import generate
 from models.language_model import LanguageModel
-from models.routes import ROUTES, use_route
 from models.ssd import chunk_ssd
 
 UNTIED = {"vocab_size": 32000, "tie_embeddings": False}
@@ -59,17 +57,12 @@ class Setup:
         self.batch, self.tokens = (2, 128) if self.tiny else (8, 2048)
         self.vocab = 128 if self.tiny else 32000
         self.rows, self.profiles = [], []
-        self.kernels = "plain"
 
     def add(self, part: str, model: str, norm: str, **quantities) -> None:
         for quantity, value in quantities.items():
-            row = {"part": part, "model": model, "scan": self.kernels, "norm": norm}
+            row = {"part": part, "model": model, "norm": norm}
             self.rows.append(row | {"quantity": quantity, "value": f"{value:.5g}"})
             print("  ", *self.rows[-1].values(), flush=True)
-
-    def use_kernels(self, scan: str) -> None:
-        use_route(scan)
-        self.kernels = scan
 
     def model(self, name: str) -> LanguageModel:
         torch.manual_seed(0)
@@ -108,9 +101,8 @@ def loss_of(model, tokens, targets) -> torch.Tensor:
 
 
 def check(setup: Setup, name: str) -> None:
-    """Loss and gradients in bf16 against the same model in fp32 with the plain scans: how far each
-    scan's gradient is, over all parameters."""
-    kernels = setup.kernels
+    """Loss and gradients in bf16 against the same model in fp32: how far the gradient is, over all
+    parameters, as a 2-norm relative to that in fp32."""
     tokens, targets = setup.data()
     tokens, targets = tokens[:2], targets[: 2 * setup.tokens]
     model = setup.model(name)
@@ -121,11 +113,7 @@ def check(setup: Setup, name: str) -> None:
         return loss.item(), torch.cat([g.flatten().float() for g in grads])
 
     loss, grads = gradients(model)
-    setup.use_kernels("plain")
-    try:
-        truth, expected = gradients(model.float())
-    finally:
-        setup.use_kernels(kernels)
+    truth, expected = gradients(model.float())
     error = ((grads - expected).norm() / expected.norm()).item()
     finite = float(grads.isfinite().all())
     setup.add(
@@ -190,7 +178,7 @@ def step_profile(setup: Setup, name: str) -> None:
 
 
 def keep_profile(setup: Setup, part, model, norm, table, total, show=14, keep=40) -> None:
-    place = {"part": part, "model": model, "scan": setup.kernels, "norm": norm}
+    place = {"part": part, "model": model, "norm": norm}
     ranked = sorted(table.items(), key=lambda item: -item[1][1])[:keep]
     for rank, (kernel, (calls, ms)) in enumerate(ranked, 1):
         row = {"rank": rank, "calls": f"{calls:g}", "ms": f"{ms:.3f}"}
@@ -233,7 +221,7 @@ def decode(setup: Setup, name: str) -> None:
             setup.add(*place, tokens_per_s=setup.batch * 1e3 / ms, ms_per_token=ms)
             setup.add(*place, prefill_ms=statistics.median(prefill[2:]))
             setup.add(*place, tokens_per_s_with_prefill=setup.batch * count / seconds)
-        except Exception:
+        except Exception:  # one mode fails, for example in the capture: the other one still counts
             traceback.print_exc()
     if len(texts) == 2:
         same = (texts["graph"] == texts["eager"]).float().mean().item()
@@ -283,7 +271,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--scan", nargs="+", default=list(ROUTES), choices=ROUTES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV files")
@@ -299,19 +286,17 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        for scan in args.scan:
-            setup.use_kernels(scan)
-            for name in args.models:
-                start = time.perf_counter()
-                print(f"{part} {name} {scan}", flush=True)
-                try:
-                    functions[part](setup, name)
-                except Exception:
-                    traceback.print_exc()
-                print(f"   ({time.perf_counter() - start:.1f} s)", flush=True)
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
+        for name in args.models:
+            start = time.perf_counter()
+            print(f"{part} {name}", flush=True)
+            try:
+                functions[part](setup, name)
+            except Exception:  # of whatever this part came across: it is shown, and the rest runs
+                traceback.print_exc()
+            print(f"   ({time.perf_counter() - start:.1f} s)", flush=True)
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         # after every part, so that a run that is cut short leaves what it has
         report.write(args.out / "models.csv", setup.rows, run)
         report.write(args.out / "models_profile.csv", setup.profiles, run)

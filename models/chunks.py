@@ -3,21 +3,13 @@
 Shape letters: B batch, T tokens, H heads, D features per head, C chunk size, N chunks.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    """Raises ValueError unless ``chunk_size`` is a positive integer."""
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(
-            f"chunk_size must be a positive integer, got {chunk_size!r}; use 32 or 64, "
-            "or None for the device's default"
-        )
 
 
 def sequence_offsets(cu_seqlens: Tensor | None, batch: int, tokens: int) -> list[int] | None:
@@ -70,7 +62,7 @@ def check_state(
     name: str = "initial_state",
 ) -> None:
     """Raises ValueError unless ``state`` has ``shape``, ``dtype`` and the device of ``like``."""
-    if tuple(state.shape) != tuple(shape):
+    if tuple(state.shape) != shape:
         raise ValueError(
             f"{name} must have shape {list(shape)}, got {list(state.shape)}; a state belongs to "
             "one model and one batch size"
@@ -84,14 +76,18 @@ def check_state(
         )
 
 
-def first_state(
-    given: Tensor | None, like: Tensor, offsets: list[int] | None, shape: tuple[int, ...]
-) -> Tensor:
-    """The scan's state to begin with: `given`, or zeros of `shape` for each sequence."""
-    if given is not None:
-        return given
-    count = like.shape[0] if offsets is None else len(offsets) - 1
-    return like.new_zeros(count, *shape, dtype=state_dtype(like))
+def offsets_and_states(
+    x: Tensor, cu_seqlens: Tensor | None, given: Tensor | None, shape: tuple[int, ...]
+) -> tuple[list[int] | None, Tensor]:
+    """The offsets of the sequences packed into x [B, T, ...], None for a batch, and the states of
+    `shape` that the sequences begin with, [sequences, *shape] or [B, *shape]: `given`, or zeros.
+    Raises ValueError for offsets or states that do not fit."""
+    offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+    shape = (len(x) if offsets is None else len(offsets) - 1, *shape)
+    if given is None:
+        return offsets, x.new_zeros(shape, dtype=state_dtype(x))
+    check_state(given, shape, state_dtype(x), x)
+    return offsets, given
 
 
 def each_sequence(
@@ -117,6 +113,10 @@ class ChunkLayout:
 
     Every sequence starts at a chunk boundary, so no chunk holds tokens of two sequences; the
     slots left over at its end are zeros, which leave a state untouched.
+
+    The layout is made of Python numbers, other ones for other lengths, and the loops of the scans
+    run over its chunks. torch.compile would unroll them for each length anew, in minutes, so the
+    chunk-parallel scans are marked as functions that it calls and does not read.
 
     Attributes:
         chunks: chunks in all, N.
@@ -167,6 +167,13 @@ def empty_chunks(x: Tensor) -> Tensor:
     return memory.movedim((0, 1, 2, 3), (1, 0, 3, 2))
 
 
+@functools.lru_cache(maxsize=64)  # every layer asks for the same ones
+def chunk_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets in chunks: sequence i has the chunks from bounds[i] up to bounds[i + 1]."""
+    bounds = torch.tensor((0, *segments), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return bounds.to(device)
+
+
 # Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.
 BLOCK_ELEMENTS = 1 << 17
 
@@ -208,7 +215,7 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def bmm_wide(a: Tensor, b: Tensor) -> Tensor:
+def bmm_acc(a: Tensor, b: Tensor) -> Tensor:
     """Batched product [X, I, J] x [X, J, K] in fp32 (fp64), whatever the operands' dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
@@ -221,7 +228,7 @@ def add_bmm(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """``total += alpha * a @ b``, in place and in the dtype of total, fp32 or fp64."""
     if a.dtype == total.dtype:
         return total.baddbmm_(a, b, alpha=alpha)
-    return total.add_(bmm_wide(a, b), alpha=alpha)
+    return total.add_(bmm_acc(a, b), alpha=alpha)
 
 
 def dot_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -231,13 +238,13 @@ def dot_rows(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)  # a GPU's library has no kernel for matrices of one row and column
 
 
-def decay_dtype(half: torch.dtype) -> torch.dtype:
-    """What decays are summed and subtracted in, for chunk-parallel products that read ``half``.
+def decay_dtype(operands: torch.dtype) -> torch.dtype:
+    """What decays are summed and subtracted in, for chunk-parallel products that read ``operands``.
 
     Their exponentials come from differences of long sums: in fp32 these lose digits that fp32
     products would keep. 16-bit products have none to lose.
     """
-    return torch.float64 if half in (torch.float32, torch.float64) else torch.float32
+    return torch.float64 if operands in (torch.float32, torch.float64) else torch.float32
 
 
 def decay_matrix(total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,30 +22,28 @@ size, N chunks, S sequences, X = N * B * HV.
 """
 
 import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models import kernels
 from models.chunks import (
     ChunkLayout,
     add_bmm,
     block_ranges,
-    bmm_wide,
-    check_chunk_size,
-    check_state,
+    bmm_acc,
     decay_dtype,
     decay_matrix,
     dot_rows,
     each_sequence,
     empty_chunks,
-    first_state,
+    offsets_and_states,
     operand_dtype,
     sequence_ends,
-    sequence_offsets,
-    state_dtype,
 )
-from models.routes import gpu_kernels
+from models.ranges import check_positive
 
 
 def unit_lower_inverse(a: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ def unit_lower_inverse(a: Tensor) -> Tensor:
     return out
 
 
-class _Chunks(NamedTuple):
+class _BlockTerms(NamedTuple):
     """What one block of chunks needs in both passes; see the module's docstring for the symbols."""
 
     q: Tensor  # [X, C, K], like k
@@ -91,31 +89,31 @@ class _Chunks(NamedTuple):
     keys: Tensor  # [X, C, C], k k^T * pair
     attn: Tensor  # [X, C, C], scale q k^T * pair
     solve: Tensor  # [X, C, C], (I + A)^-1
-    both: Tensor  # [X, C, V + K], U and W side by side
+    u_w: Tensor  # [X, C, V + K], U and W side by side
     k_out: Tensor  # [X, C, K], shrink k
 
 
-def _prepare(q, k, v, g, beta, scale, wide, solve=None) -> _Chunks:
+def _block_terms(q, k, v, g, beta, scale, acc, solve=None) -> _BlockTerms:
     """All that does not depend on the state. q, k, v, g, beta: blocks [n, B, HV, C, ...]."""
-    half = operand_dtype(q)
+    operands = operand_dtype(q)
     size, dim_k, dim_v = q.shape[3], q.shape[4], v.shape[4]
-    q, k, v = (x.to(half).reshape(-1, size, x.shape[4]) for x in (q, k, v))
-    beta = beta.to(wide).reshape(-1, size, 1)
-    total = g.cumsum(-1, dtype=decay_dtype(half)).reshape(-1, size)
-    pair, total = decay_matrix(total, wide), total[..., None]
-    shrink = (total[:, -1:] - total).to(wide).exp_()
-    grow = total.to(wide).exp()
+    q, k, v = (x.to(operands).reshape(-1, size, x.shape[4]) for x in (q, k, v))
+    beta = beta.to(acc).reshape(-1, size, 1)
+    total = g.cumsum(-1, dtype=decay_dtype(operands)).reshape(-1, size)
+    pair, total = decay_matrix(total, acc), total[..., None]
+    shrink = (total[:, -1:] - total).to(acc).exp_()
+    grow = total.to(acc).exp()
     last = grow[:, -1:]
-    keys = bmm_wide(k, k.mT).mul_(pair)
-    attn = bmm_wide(q, k.mT).mul_(pair).mul_(scale).to(half)
+    keys = bmm_acc(k, k.mT).mul_(pair)
+    attn = bmm_acc(q, k.mT).mul_(pair).mul_(scale).to(operands)
     if solve is None:
-        solve = unit_lower_inverse((keys * beta).tril_(-1)).to(half)
+        solve = unit_lower_inverse((keys * beta).tril_(-1)).to(operands)
     rhs = q.new_empty(q.shape[0], size, dim_v + dim_k)
     torch.mul(v, beta, out=rhs[..., :dim_v])
     torch.mul(k, beta * grow, out=rhs[..., dim_v:])
-    both = torch.bmm(solve, rhs)
-    k_out = (k * shrink).to(half)
-    return _Chunks(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, both, k_out)
+    u_w = torch.bmm(solve, rhs)
+    k_out = (k * shrink).to(operands)
+    return _BlockTerms(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, u_w, k_out)
 
 
 class _ChunkScan(torch.autograd.Function):
@@ -128,17 +126,18 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, scale, segments):
-        dim_v, half = v.shape[-1], operand_dtype(q)
+        dim_v, operands = v.shape[-1], operand_dtype(q)
         final, o = initial.clone(), empty_chunks(v)
         states = initial.new_empty(q.shape[0], *initial.shape[1:])
         kept = []
         with torch.autocast(q.device.type, enabled=False):
             for lo, hi in block_ranges(v, 0):
-                c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype)
+                block = (x[lo:hi] for x in (q, k, v, g, beta))
+                c = _block_terms(*block, scale, initial.dtype)
                 v_new = torch.empty_like(c.v)
-                _run(c, dim_v, initial, segments, lo, hi, states, v_new, final)
-                start = states[lo:hi].flatten(0, 1).to(half)
-                read = torch.bmm((c.q * (c.grow * scale)).to(half), start)
+                _scan_states(c, dim_v, initial, segments, lo, hi, states, v_new, final)
+                start = states[lo:hi].flatten(0, 1).to(operands)
+                read = torch.bmm((c.q * (c.grow * scale)).to(operands), start)
                 o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
                 kept += [c.solve, v_new]
         ctx.save_for_backward(q, k, v, g, beta, initial, states, *kept)
@@ -155,27 +154,28 @@ class _ChunkScan(torch.autograd.Function):
         blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
             for (lo, hi), solve, v_new in reversed(blocks):
-                c = _prepare(*(x[lo:hi] for x in (q, k, v, g, beta)), scale, initial.dtype, solve)
+                block = (x[lo:hi] for x in (q, k, v, g, beta))
+                c = _block_terms(*block, scale, initial.dtype, solve)
                 dout = do[lo:hi].to(c.q.dtype).reshape(c.v.shape)
                 dv_new = torch.bmm(c.attn.mT, dout)
-                dread = bmm_wide((c.q * (c.grow * scale)).to(c.q.dtype).mT, dout)
+                dread = bmm_acc((c.q * (c.grow * scale)).to(c.q.dtype).mT, dout)
                 dends = torch.empty_like(dread)
-                _run_back(
+                _scan_states_backward(
                     c, dim_v, dread, dfinal, ctx.segments, lo, hi, dends, dv_new, dinitial, carry
                 )
                 start = states[lo:hi].flatten(0, 1)
-                block = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
-                for grad, value in zip(grads, block, strict=True):
+                values = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
+                for grad, value in zip(grads, values, strict=True):
                     grad[lo:hi] = value.view(grad[lo:hi].shape)
         return (*grads, dinitial, None, None)
 
 
-def _run(c: _Chunks, dim_v, initial, segments, lo, hi, states, v_new, final):
+def _scan_states(c: _BlockTerms, dim_v, initial, segments, lo, hi, states, v_new, final):
     """The sequential phase for chunks lo to hi: writes their states, Vn, and final states."""
-    u, w, heads = c.both[..., :dim_v], c.both[..., dim_v:], initial.shape[1]
-    if _in_one_kernel(c, lo, hi, segments):
-        kernels = gpu_kernels(c.k)
-        kernels.delta_forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
+    u, w, heads = c.u_w[..., :dim_v], c.u_w[..., dim_v:], initial.shape[1]
+    kernel = _kernels(c, lo, hi, segments)
+    if kernel is not None:
+        kernel.forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
         return
     first, final_of = sequence_ends(segments)
     rows = (c.last, c.k_out.mT, w, u, v_new)
@@ -189,13 +189,15 @@ def _run(c: _Chunks, dim_v, initial, segments, lo, hi, states, v_new, final):
         add_bmm(torch.mul(states[n], last[i], out=end), k_out[i], v_new[i])
 
 
-def _run_back(c: _Chunks, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new, dinitial, carry):
+def _scan_states_backward(
+    c: _BlockTerms, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new, dinitial, carry
+):
     """The same backwards: writes the gradients of the states after each chunk and of the initial
     ones, completes that of Vn. ``carry`` holds the gradient of the state between two blocks."""
-    w, heads = c.both[..., dim_v:], dfinal.shape[1]
-    if _in_one_kernel(c, lo, hi, segments):
-        kernels = gpu_kernels(c.k)
-        kernels.delta_backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
+    w, heads = c.u_w[..., dim_v:], dfinal.shape[1]
+    kernel = _kernels(c, lo, hi, segments)
+    if kernel is not None:
+        kernel.backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
         return
     first, final_of = sequence_ends(segments)
     rows = (c.last, c.k_out, w.mT, dread, dends, dv_new)
@@ -211,44 +213,44 @@ def _run_back(c: _Chunks, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new,
         add_bmm(torch.addcmul(dread[i], dends[i], last[i], out=start), w[i], dv_new[i], -1)
 
 
-def _in_one_kernel(c: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
-    kernels = gpu_kernels(c.k)
-    whole = lo == 0 and hi == sum(segments) and c.grow.dtype == torch.float32
-    return kernels is not None and whole and kernels.delta_supports(*c.k.shape[1:])
+def _kernels(c: _BlockTerms, lo: int, hi: int, segments: tuple[int, ...]) -> ModuleType | None:
+    """Those of the sequential phase, if lo to hi are all chunks and they take their size."""
+    found = kernels.find("gated_delta_rule", c.k) if hi - lo == sum(segments) else None
+    return found if found is not None and found.supports(*c.k.shape[1:]) else None
 
 
-def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
+def _backward_block(c: _BlockTerms, states, dends, dout, v_new, dv_new, scale):
     """Gradients of q, k, v, g, beta of one block, given those of its outputs, Vn, end states."""
-    half, dim_v = c.q.dtype, c.v.shape[-1]
-    start, dend = states.to(half), dends.to(half)
-    u, w = c.both[..., :dim_v], c.both[..., dim_v:]
+    operands, dim_v = c.q.dtype, c.v.shape[-1]
+    start, dend = states.to(operands), dends.to(operands)
+    u, w = c.u_w[..., :dim_v], c.u_w[..., dim_v:]
     dw = torch.bmm(dv_new, start.mT).neg_()
-    dq_in = bmm_wide(dout, start.mT)
-    dk_out = bmm_wide(v_new, dend.mT)
-    dattn = bmm_wide(dout, v_new.mT)
+    dq_in = bmm_acc(dout, start.mT)
+    dk_out = bmm_acc(v_new, dend.mT)
+    dattn = bmm_acc(dout, v_new.mT)
     dlast = dot_rows(dends.flatten(1), states.flatten(1))[:, None, None] * c.last
 
     # The triangular system: [U | W] = (I + A)^-1 [beta v | beta e^G k].
     dv, dk_rhs = torch.bmm(c.solve.mT, dv_new), torch.bmm(c.solve.mT, dw)
-    dkeys = add_bmm(bmm_wide(dv, u.mT), dk_rhs, w.mT).neg_().tril_(-1)
-    wide = c.grow.dtype
-    inner = (dk_rhs * c.k).sum(-1, keepdim=True, dtype=wide) * c.grow
-    dbeta = (dv * c.v).sum(-1, keepdim=True, dtype=wide).add_(inner)
+    dkeys = add_bmm(bmm_acc(dv, u.mT), dk_rhs, w.mT).neg_().tril_(-1)
+    acc = c.grow.dtype
+    inner = (dk_rhs * c.k).sum(-1, keepdim=True, dtype=acc) * c.grow
+    dbeta = (dv * c.v).sum(-1, keepdim=True, dtype=acc).add_(inner)
     weighted = dkeys * c.keys
     dbeta += weighted.sum(-1, keepdim=True)
-    exact = decay_dtype(half)  # the running sum below cancels what these sums have in common
-    weighted = weighted.mul_(c.beta).add_(dattn * c.attn).to(exact)
+    sum_dtype = decay_dtype(operands)  # the running sum below cancels digits
+    weighted = weighted.mul_(c.beta).add_(dattn * c.attn).to(sum_dtype)
     dtotal = inner * c.beta + weighted.sum(-1, keepdim=True) - weighted.sum(-2)[..., None]
     dv = dv * c.beta
 
     # The products of q and k, and what decays them.
-    dattn = dattn.mul_(c.pair).mul_(scale).to(half)
-    dkeys = dkeys.mul_(c.pair).mul_(c.beta).to(half)
+    dattn = dattn.mul_(c.pair).mul_(scale).to(operands)
+    dkeys = dkeys.mul_(c.pair).mul_(c.beta).to(operands)
     dq_in *= c.grow * scale
     dtotal += (dq_in * c.q).sum(-1, keepdim=True)
     dq = add_bmm(dq_in, dattn, c.k)
     dk_out *= c.shrink
-    shrunk = (dk_out * c.k).sum(-1, keepdim=True).to(exact)
+    shrunk = (dk_out * c.k).sum(-1, keepdim=True).to(sum_dtype)
     dtotal -= shrunk
     dtotal[:, -1:] += shrunk.sum(1, keepdim=True) + dlast
     dk = add_bmm(add_bmm(dk_out, dattn.mT, c.q), dkeys + dkeys.mT, c.k)
@@ -258,6 +260,7 @@ def _backward_block(c: _Chunks, states, dends, dout, v_new, dv_new, scale):
     return dq, dk, dv, dg, dbeta
 
 
+@torch.compiler.disable  # see ChunkLayout
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -290,15 +293,16 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError: for shapes, offsets, a chunk size or a state that do not fit.
     """
-    offsets = _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    _check(q, k, v, g, beta)
     if chunk_size is None:
         chunk_size = 32 if q.device.type == "cpu" else 64
-    check_chunk_size(chunk_size)
+    check_positive(chunk_size=chunk_size)
     heads = v.shape[2]
+    state_shape = (heads, q.shape[3], v.shape[3])
+    offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
     if q.shape[2] != heads:
         q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     layout = ChunkLayout(q, chunk_size, offsets)
-    state = first_state(initial_state, v, offsets, (v.shape[2], q.shape[3], v.shape[3]))
     shape = state.shape
     # [S, B * HV, K, V]: packed sequences have B = 1, a batch is cut into chunks as one sequence
     state = (state if offsets is not None else state.flatten(0, 1)[None]).contiguous()
@@ -327,8 +331,9 @@ def recurrent_gated_delta_rule(
     Arguments, results and errors are those of ``chunk_gated_delta_rule``; ``chunk_size`` is
     accepted and has no effect.
     """
-    offsets = _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    state = first_state(initial_state, v, offsets, (v.shape[2], q.shape[3], v.shape[3]))
+    _check(q, k, v, g, beta)
+    state_shape = (v.shape[2], q.shape[3], v.shape[3])
+    offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     steps = functools.partial(_steps, scale)
     o, state = each_sequence(steps, (q, k, v, g, beta), state, offsets)
@@ -336,16 +341,16 @@ def recurrent_gated_delta_rule(
 
 
 def _steps(scale, q, k, v, g, beta, state):
-    groups, wide = v.shape[2] // q.shape[2], state.dtype
-    q = q.to(wide) * scale
-    k, g, beta = k.to(wide), g.to(wide).exp(), beta.to(wide)
+    groups, acc = v.shape[2] // q.shape[2], state.dtype
+    q = q.to(acc) * scale
+    k, g, beta = k.to(acc), g.to(acc).exp(), beta.to(acc)
     if groups != 1:
         q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
     outputs = []
     for t in range(q.shape[1]):
         state = state * g[:, t, :, None, None]
         read = (k[:, t, :, None] @ state)[:, :, 0]
-        write = (v[:, t].to(wide) - read) * beta[:, t, :, None]
+        write = (v[:, t].to(acc) - read) * beta[:, t, :, None]
         state = state + k[:, t, :, :, None] * write[:, :, None]
         outputs.append((q[:, t, :, None] @ state)[:, :, 0])
     if not outputs:
@@ -353,13 +358,13 @@ def _steps(scale, q, k, v, g, beta, state):
     return torch.stack(outputs, dim=1).to(v.dtype), state
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens):
+def _check(q, k, v, g, beta):
     if q.dim() != 4 or v.dim() != 4 or k.shape != q.shape or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             "q and k must be [B, T, H, K] and v [B, T, HV, V] with the same B and T, got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}; reshape them"
         )
-    batch, tokens, heads, dim_k = q.shape
+    heads = q.shape[2]
     if v.shape[2] % heads:
         raise ValueError(
             f"the value heads must be a multiple of the key heads, got {v.shape[2]} and {heads}; "
@@ -370,8 +375,3 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens):
             f"g and beta must be [B, T, HV] = {list(v.shape[:3])}, got {list(g.shape)} and "
             f"{list(beta.shape)}; they have one entry per token and value head"
         )
-    offsets = sequence_offsets(cu_seqlens, batch, tokens)
-    if initial_state is not None:
-        count = batch if offsets is None else len(offsets) - 1
-        check_state(initial_state, (count, v.shape[2], dim_k, v.shape[3]), state_dtype(v), q)
-    return offsets

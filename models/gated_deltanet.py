@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gatednorm import RMSNorm, rmsnorm_fn
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from models.mixer import Mixer, check_positive
+from models.mixer import Mixer
+from models.ranges import check_positive
 
 L2_EPS = 1e-6  # inside the root of the L2 norm of q and k, as in the published models
 
@@ -99,8 +100,8 @@ class GatedDeltaNet(Mixer):
         beta = torch.sigmoid(b.float() if b.dtype.itemsize < 4 else b)
         if self.allow_neg_eigval:
             beta = 2 * beta
-        wide = beta.dtype
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        acc = beta.dtype
+        g = -self.A_log.to(acc).exp() * F.softplus(a.to(acc) + self.dt_bias.to(acc))
         o, state = scan(q, k, v, g, beta)
         z = z.unflatten(-1, (self.num_v_heads, self.v_head_dim)) if z.shape[-1] else None
         return self.norm(o, z).flatten(2), state
@@ -120,8 +121,9 @@ def _check_sizes(hidden_size, num_heads, head_dim, expand_v, num_v_heads, conv_s
             f"num_v_heads must be a multiple of num_heads, got {num_v_heads} and {num_heads}; "
             f"use for example num_v_heads={num_heads * max(1, num_v_heads // num_heads)}"
         )
-    if expand_v <= 0 or abs(head_dim * expand_v - round(head_dim * expand_v)) > 1e-6 * head_dim:
+    v_head_dim = round(head_dim * expand_v)
+    if v_head_dim < 1 or abs(head_dim * expand_v - v_head_dim) > 1e-6 * head_dim:
         raise ValueError(
-            f"head_dim * expand_v must be a whole number, got {head_dim} * {expand_v} = "
+            f"head_dim * expand_v must be a whole number from 1, got {head_dim} * {expand_v} = "
             f"{head_dim * expand_v}; use for example expand_v=1 or expand_v=2"
         )

@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from models.language_model import LanguageModel, State
 
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # lower ones count as this one
 PREFILL_TOKENS = 1 << 14  # in one call; with 50,000 words their logits alone are 3 GB
 
 
@@ -25,14 +27,18 @@ def sample(
 
     Args:
         logits: [B, V].
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token, and so do values near it.
         top_k: keep the k most likely tokens, or None for all.
         top_p: keep the most likely tokens that together reach this probability, or None.
         generator: source of randomness, on the device of the logits; or one for each row.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    peak = logits.amax(dim=-1, keepdim=True)
+    # The likeliest becomes 0, which a small temperature leaves as it is; inf - inf would be nan.
+    # A GPU multiplies by the inverse of the temperature, which must be finite in fp32.
+    logits = (logits - peak).masked_fill(logits == peak, 0.0) / max(temperature, LEAST_TEMPERATURE)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -183,13 +189,13 @@ class _Chooser:
 def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph) -> Iterator[Tensor]:
     if max_new_tokens == 0:
         return
-    with _Inference(model):
+    with _inference(model):
         last, state = _prefill(model, tokens, cu_seqlens)
         token, log_prob = choose(last)
     yield (token, log_prob) if choose.log_probs else token
     step = None
     for _ in range(max_new_tokens - 1):
-        with _Inference(model):
+        with _inference(model):
             if step is None:
                 graph = cuda_graph and tokens.is_cuda
                 step = _GraphDecoder(model, state) if graph else _EagerDecoder(model, state)
@@ -209,23 +215,18 @@ def _prefill(model, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     return logits[:, -1], state
 
 
-class _Inference:
+@contextlib.contextmanager
+def _inference(model: LanguageModel) -> Iterator[None]:
     """Inference mode for one step: a generator must not hold a global mode while it is away."""
-
-    def __init__(self, model: LanguageModel):
-        self.model = model
-
-    def __enter__(self):
-        self.training = self.model.training
-        self.mode = torch.inference_mode()
-        self.mode.__enter__()
-        if self.training:  # a walk over all modules, which a decoding step would feel
-            self.model.eval()
-
-    def __exit__(self, *error):
-        if self.training:
-            self.model.train()
-        self.mode.__exit__(*error)
+    training = model.training
+    with torch.inference_mode():
+        if training:  # a walk over all modules, which a decoding step would feel
+            model.eval()
+        try:
+            yield
+        finally:
+            if training:
+                model.train()
 
 
 class _EagerDecoder:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gatednorm import RMSNorm
 from models.chunks import state_dtype
-from models.mixer import Mixer, check_positive
+from models.mixer import Mixer
+from models.ranges import check_positive
 from models.ssd import chunk_ssd, recurrent_ssd
 
 

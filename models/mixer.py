@@ -14,8 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.chunks import check_state, sequence_offsets, state_dtype
+from models.chunks import check_state, state_dtype
 from models.short_conv import short_conv
+
+
+class PaddedLinear(nn.Linear):
+    """`nn.Linear` whose product on a GPU has rows of a multiple of 64 channels, 128 bytes in 16
+    bits: Hopper's fast matrix kernels, and whole vectors in all that reads slices of the result,
+    need rows that begin so. For a few tokens the copy of the weight would cost more than it gains.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = -self.out_features % 64
+        if rest == 0 or not pays_to_pad(x):
+            return super().forward(x)
+        weight = F.pad(self.weight, (0, 0, 0, rest))
+        bias = None if self.bias is None else F.pad(self.bias, (0, rest))
+        return F.linear(x, weight, bias)[..., : self.out_features]
+
+
+def pays_to_pad(x: Tensor) -> bool:
+    """Whether a product of x [..., D] gains by the padding: on a GPU, from 256 rows on."""
+    return x.device.type == "cuda" and x.numel() >= 256 * x.shape[-1]
 
 
 class Mixer(nn.Module, ABC):
@@ -58,7 +78,7 @@ class Mixer(nn.Module, ABC):
         self.hidden_size, self.inner_size = hidden_size, inner_size
         self.widths, self.convolved, self.state_shape = widths, convolved, state_shape
         self.decay_init, self.dt_init, self.chunk_size = decay_init, tuple(dt_init), chunk_size
-        self.in_proj = nn.Linear(hidden_size, sum(widths), bias=bias)
+        self.in_proj = PaddedLinear(hidden_size, sum(widths), bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(widths[convolved], conv_size))
         self.conv_bias = nn.Parameter(torch.empty(widths[convolved])) if conv_bias else None
         self.A_log = nn.Parameter(torch.empty(heads))
@@ -104,63 +124,40 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: for a state or offsets that do not fit.
         """
-        batch, tokens = x.shape[:2]
-        offsets = sequence_offsets(cu_seqlens, batch, tokens)
-        shapes = self.state_shapes(batch if offsets is None else len(offsets) - 1)
-        conv_state, scan_state = _check_state(state, shapes, x, self.in_proj.weight)
-        parts = list(_packed_projection(self.in_proj, x, self.widths))
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()  # read twice: waits for a GPU once
+        parts = list(self.in_proj(x).split(self.widths, dim=-1))
+        conv_state, scan_state = self._check_state(state, parts[self.convolved], cu_seqlens)
         parts[self.convolved], conv_state = short_conv(
-            parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, offsets
+            parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, cu_seqlens
         )
-        one_step = tokens == 1 and state is not None and offsets is None
+        chunked, recurrent = self.SCANS
+        one_step = x.shape[1] == 1 and state is not None and cu_seqlens is None
         scan = functools.partial(
-            self.SCANS[one_step],
+            recurrent if one_step else chunked,
             initial_state=scan_state,
             output_final_state=output_state,
             chunk_size=self.chunk_size,
-            cu_seqlens=None if offsets is None else torch.tensor(offsets),
+            cu_seqlens=cu_seqlens,
         )
         y, scan_state = self.mix(scan, *parts)
         return self.out_proj(y), (conv_state, scan_state) if output_state else None
+
+    def _check_state(
+        self, state: tuple[Tensor, Tensor] | None, x: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The two tensors of a state, checked against x, which the convolution reads."""
+        if state is None:
+            return None, None
+        conv, scan = state
+        conv_shape, scan_shape = self.state_shapes(
+            len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
+        )
+        check_state(conv, conv_shape, x.dtype, x, "the convolution's state")
+        check_state(scan, scan_shape, state_dtype(x), x, "the scan's state")
+        return conv, scan
 
     @abstractmethod
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
         """The parts of the projection, [B, T, width] each, through the scan and the norm:
         [B, T, inner_size] and the scan's final state."""
-
-
-def check_positive(**sizes: int) -> None:
-    """Raises ValueError for a size that is not a positive integer."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _check_state(
-    state: tuple[Tensor, Tensor] | None, shapes: tuple[tuple, tuple], x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """A mixer's state as its two tensors, checked before any work: the convolution's, in the dtype
-    that a product of x and weight has, and the scan's."""
-    if state is None:
-        return None, None
-    conv, scan = state
-    device = x.device.type
-    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    check_state(conv, shapes[0], half, x, "the convolution's state")
-    check_state(scan, shapes[1], state_dtype(weight), x, "the scan's state")
-    return conv, scan
-
-
-def _packed_projection(linear: nn.Linear, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-    """One product for several projections: x [B, T, D] to slices [B, T, width] of one tensor.
-
-    On a GPU its rows are padded to a multiple of 64 channels, 128 bytes in 16 bits: Hopper's fast
-    matrix kernels, and whole vectors in all that reads the slices, need rows that begin so. For a
-    few tokens the copy of the weight would cost more than that gains.
-    """
-    rest = -linear.out_features % 64
-    if x.device.type != "cuda" or rest == 0 or x.shape[0] * x.shape[1] < 256:
-        return linear(x).split(widths, dim=-1)
-    weight = F.pad(linear.weight, (0, 0, 0, rest))
-    bias = None if linear.bias is None else F.pad(linear.bias, (0, rest))
-    return F.linear(x, weight, bias).split([*widths, rest], dim=-1)[:-1]

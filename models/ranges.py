@@ -37,6 +37,13 @@ def check_ranges(config: Any) -> None:
             _check_bounds(f.name, value, f.metadata["bounds"])
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError for a size that is not a positive integer."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}; use 1 or more")
+
+
 def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError, with the nearest choice, unless `value` is one of them."""
     if value not in choices:

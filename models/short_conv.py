@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.routes import gpu_kernels
+from models import kernels
+from models.chunks import sequence_offsets
 
 
 class _TapSum(torch.autograd.Function):
-    """silu of the sum over taps of shifted inputs, for the CPU: x [B, T + W - 1, D], weight
-    [D, W], bias [D] or None to [B, T, D].
+    """The sum over taps of shifted inputs: x [B, T + W - 1, D], weight [D, W], bias [D] or None to
+    [B, T, D].
 
     Reads the tokens in the layout that they have. A grouped convolution wants [B, D, T], and two
     transposes cost more than the taps.
@@ -29,16 +30,15 @@ class _TapSum(torch.autograd.Function):
             total.addcmul_(x[:, tap : tap + size], taps[tap])
         if bias is not None:
             total += bias
-        ctx.save_for_backward(x, taps, total)
+        ctx.save_for_backward(x, taps)
         ctx.has_bias = bias is not None
-        return F.silu(total)
+        return total
 
     @staticmethod
-    def backward(ctx, dy):
-        x, taps, total = ctx.saved_tensors
-        size = total.shape[1]
-        dtotal = torch.ops.aten.silu_backward(dy, total)
-        dx, dtaps, product = torch.zeros_like(x), torch.empty_like(taps), torch.empty_like(total)
+    def backward(ctx, dtotal):
+        x, taps = ctx.saved_tensors
+        size = dtotal.shape[1]
+        dx, dtaps, product = torch.zeros_like(x), torch.empty_like(taps), torch.empty_like(dtotal)
         for tap in range(len(taps)):
             dx[:, tap : tap + size].addcmul_(dtotal, taps[tap])
             torch.mul(dtotal, x[:, tap : tap + size], out=product)
@@ -47,18 +47,19 @@ class _TapSum(torch.autograd.Function):
 
 
 class _KernelConv(torch.autograd.Function):
-    """The same on a GPU, in one kernel each way: x [B, T, D], state [B, W - 1, D] or None."""
+    """Tap sum and SiLU by Triton: x [B, T, D] and state [B, W - 1, D] or None to [B, T, D]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, state):
         ctx.save_for_backward(x, weight, bias, state)
-        return gpu_kernels(x).conv_forward(x, weight, bias, state)
+        return kernels.find("short_conv", x).forward(x, weight, bias, state)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, state = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx, dstate, dweight, dbias = gpu_kernels(x).conv_backward(dy, x, weight, bias, state)
+        backward = kernels.find("short_conv", x).backward
+        dx, dstate, dweight, dbias = backward(dy, x, weight, bias, state)
         return dx, dweight, None if bias is None else dbias, dstate
 
 
@@ -67,7 +68,7 @@ def short_conv(
     weight: Tensor,
     bias: Tensor | None = None,
     state: Tensor | None = None,
-    offsets: list[int] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution over time, then SiLU.
 
@@ -75,17 +76,24 @@ def short_conv(
         x: [B, T, D].
         weight: [D, W]; the last tap meets the current token.
         bias: [D] or None.
-        state: [B, W - 1, D], the inputs before the first token, zeros if None; with ``offsets``
-            [sequences, W - 1, D].
-        offsets: token offsets of sequences packed into one row (B = 1).
+        state: [B, W - 1, D], the inputs before the first token, zeros if None; with
+            ``cu_seqlens`` [sequences, W - 1, D].
+        cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
     Returns:
         y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
+    Raises:
+        ValueError: for offsets that do not fit.
     """
-    before = weight.shape[1] - 1
-    if offsets is None:
-        return _convolve(x, weight, bias, state), _last(x, state, before)
-    # Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...].
-    count = len(offsets) - 1
+    if cu_seqlens is not None:
+        return _packed_conv(x, weight, bias, state, cu_seqlens)
+    return _convolve(x, weight, bias, state), _last(x, state, weight.shape[1] - 1)
+
+
+@torch.compiler.disable  # reads the offsets, which differ from batch to batch, into Python
+def _packed_conv(x, weight, bias, state, cu_seqlens):
+    """Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...]."""
+    offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+    count, before = len(offsets) - 1, weight.shape[1] - 1
     if state is None:
         state = x.new_zeros(count, before, x.shape[2])
     parts, keep, ends, row = [], [], [], 0
@@ -97,8 +105,8 @@ def short_conv(
     padded = torch.cat(parts)[None]
     y = _convolve(padded[:, before:], weight, bias, padded[:, :before])
     y = y.index_select(1, torch.cat(keep).to(x.device))
-    final = padded.index_select(1, torch.cat(ends).to(x.device)).view(count, before, -1)
-    return y, final
+    final = padded.index_select(1, torch.cat(ends).to(x.device))
+    return y, final.view(count, before, x.shape[2])
 
 
 def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
@@ -113,7 +121,7 @@ def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Tensor:
     """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]."""
-    if gpu_kernels(x) is not None:
+    if kernels.usable(x):
         return _KernelConv.apply(x, weight, bias, state)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -123,7 +131,4 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
         return F.silu(total if bias is None else total + bias)
-    if x.device.type == "cpu":
-        return _TapSum.apply(padded, weight, bias)
-    y = F.conv1d(padded.mT, weight[:, None], bias, groups=weight.shape[0])
-    return F.silu(y).mT.contiguous()  # channels side by side, as all that follows reads them
+    return F.silu(_TapSum.apply(padded, weight, bias))

@@ -21,52 +21,50 @@ C chunk size, N chunks.
 """
 
 import functools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
 from models.chunks import (
     ChunkLayout,
     block_ranges,
-    bmm_wide,
-    check_chunk_size,
-    check_state,
+    bmm_acc,
     decay_dtype,
     decay_matrix,
     each_sequence,
-    first_state,
+    offsets_and_states,
     operand_dtype,
     sequence_ends,
-    sequence_offsets,
-    state_dtype,
 )
-from models.routes import fused_kernels, gpu_kernels
+from models.ranges import check_positive
 
 
-class _Chunks:
+class _BlockTerms:
     """What one block of chunks needs in both passes. x [B, n, C, H, P], dt and g [B, n, C, H],
     b and c [B, n, C, G, S]; "by group" is [B * n * G, C, ...], "by head" [B * n * H, C, ...]."""
 
-    def __init__(self, x, dt, g, b, c, wide):
-        half = operand_dtype(x)
+    def __init__(self, x, dt, g, b, c, acc):
+        operands = operand_dtype(x)
         batch, chunks, size, self.heads = x.shape[:4]
         self.groups = b.shape[3]
         self.lead = (batch, chunks)
-        self.x, self.dt = x.to(half), dt.to(wide)[..., None]
-        total = g.cumsum(2, dtype=decay_dtype(half))
-        self.pair = decay_matrix(total.mT.contiguous(), wide)  # [B, n, H, C, C]
+        self.x, self.dt = x.to(operands), dt.to(acc)[..., None]
+        total = g.cumsum(2, dtype=decay_dtype(operands))
+        self.pair = decay_matrix(total.mT.contiguous(), acc)  # [B, n, H, C, C]
         total = total[..., None]
-        self.shrink = (total[:, :, -1:] - total).to(wide).exp_()
-        self.grow = total.to(wide).exp()
+        self.shrink = (total[:, :, -1:] - total).to(acc).exp_()
+        self.grow = total.to(acc).exp()
         self.last = self.grow[:, :, -1:]
-        self.b, self.c = self.by_group(b.to(half)), self.by_group(c.to(half))
-        scores = bmm_wide(self.c, self.b.mT).view(*self.lead, self.groups, 1, size, size)
-        self.attn = (self.pair.unflatten(2, (self.groups, -1)) * scores).to(half)
+        self.b, self.c = self.by_group(b.to(operands)), self.by_group(c.to(operands))
+        scores = bmm_acc(self.c, self.b.mT).view(*self.lead, self.groups, 1, size, size)
+        self.attn = (self.pair.unflatten(2, (self.groups, -1)) * scores).to(operands)
         self.attn = self.attn.view(-1, size, size)
         write = self.x * self.dt
-        self.write = self.by_head(write.to(half))
-        self.write_out = self.by_group((write * self.shrink).to(half))
+        self.write = self.by_head(write.to(operands))
+        self.write_out = self.by_group((write * self.shrink).to(operands))
 
     def by_group(self, x):
         """[B, n, C, ..., D] to [B * n * G, C, R * D]; a view if there is one group."""
@@ -102,19 +100,19 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, g, b, c, skip, initial, segments):
-        ctx.segments, ctx.fused = segments, fused_kernels(x)
-        if ctx.fused is not None:
+        ctx.segments, ctx.kernels = segments, _kernels(x)
+        if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
-                y, final, states = ctx.fused.forward(x, dt, g, b, c, skip, initial, segments)
+                y, final, states = ctx.kernels.forward(x, dt, g, b, c, skip, initial, segments)
             ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
             return y, final
         final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
         states = initial.new_empty(x.shape[0], x.shape[1], *initial.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
             for lo, hi in block_ranges(x, 1):
-                p = _Chunks(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
-                add = bmm_wide(p.b.mT, p.write_out).view(*p.lead, *initial.shape[2:])
-                _run(p, add, initial, segments, lo, hi, states, final)
+                p = _BlockTerms(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
+                add = bmm_acc(p.b.mT, p.write_out).view(*p.lead, *initial.shape[2:])
+                _scan_states(p, add, initial, segments, lo, hi, states, final)
                 out = y[:, lo:hi]
                 start = states[:, lo:hi].to(p.c.dtype)
                 start = start.reshape(-1, p.c.shape[-1], p.write_out.shape[-1])
@@ -129,21 +127,21 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
         dfinal = dfinal.contiguous()  # what is made like it is written by kernels
-        if ctx.fused is not None:
+        if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
                 parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)
-                return (*ctx.fused.backward(*parts), None)
+                return (*ctx.kernels.backward(*parts), None)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
         dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         with torch.autocast(x.device.type, enabled=False):
             for lo, hi in reversed(block_ranges(x, 1)):
-                p = _Chunks(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
+                p = _BlockTerms(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
                 dout = dy[:, lo:hi].to(p.x.dtype)
                 dread = p.by_group((dout * p.grow).to(p.x.dtype))
-                add = bmm_wide(p.c.mT, dread).view(*p.lead, *initial.shape[2:])
+                add = bmm_acc(p.c.mT, dread).view(*p.lead, *initial.shape[2:])
                 dends = torch.empty_like(add)
-                _run_back(p, add, dfinal, ctx.segments, lo, hi, dends, dinitial, carry)
+                _scan_states_backward(p, add, dfinal, ctx.segments, lo, hi, dends, dinitial, carry)
                 block = _backward_block(p, states[:, lo:hi], dends, dout, dread)
                 if skip is not None:
                     dskip += (dout * p.x).sum((0, 1, 2, 4), dtype=dskip.dtype)
@@ -153,13 +151,13 @@ class _ChunkScan(torch.autograd.Function):
         return (*grads, dskip, dinitial, None)
 
 
-def _run(p: _Chunks, add, initial, segments, lo, hi, states, final):
+def _kernels(x: Tensor) -> ModuleType | None:
+    found = kernels.find("ssd", x)
+    return found if found is not None and found.supports(x) else None
+
+
+def _scan_states(p: _BlockTerms, add, initial, segments, lo, hi, states, final):
     """The sequential phase for chunks lo to hi: writes their states and final states."""
-    if _in_one_kernel(p, lo, hi, segments):
-        gpu_kernels(p.x).decay_scan(
-            add, p.last[:, :, 0, :, 0], initial, segments, states, final, reverse=False
-        )
-        return
     first, final_of = sequence_ends(segments)
     decay = p.state_decay()
     for n in range(lo, hi):
@@ -169,14 +167,9 @@ def _run(p: _Chunks, add, initial, segments, lo, hi, states, final):
         torch.addcmul(add[:, n - lo], states[:, n], decay[:, n - lo], out=end)
 
 
-def _run_back(p: _Chunks, add, dfinal, segments, lo, hi, dends, dinitial, carry):
+def _scan_states_backward(p: _BlockTerms, add, dfinal, segments, lo, hi, dends, dinitial, carry):
     """The same backwards: writes the gradients of the states after each chunk and of the initial
     ones. ``carry`` holds the gradient of the state between two blocks."""
-    if _in_one_kernel(p, lo, hi, segments):
-        gpu_kernels(p.x).decay_scan(
-            add, p.last[:, :, 0, :, 0], dfinal, segments, dends, dinitial, reverse=True
-        )
-        return
     first, final_of = sequence_ends(segments)
     decay = p.state_decay()
     for n in reversed(range(lo, hi)):
@@ -189,38 +182,33 @@ def _run_back(p: _Chunks, add, dfinal, segments, lo, hi, dends, dinitial, carry)
         torch.addcmul(add[:, i], dends[:, i], decay[:, i], out=start)
 
 
-def _in_one_kernel(p: _Chunks, lo: int, hi: int, segments: tuple[int, ...]) -> bool:
-    whole = lo == 0 and hi == sum(segments) and p.grow.dtype == torch.float32
-    return whole and gpu_kernels(p.x) is not None
-
-
 def _backward_block(p, states, dends, dout, dread):
     """Gradients of x, dt, g, b, c of one block, given those of its outputs and end states."""
-    half, width = p.x.dtype, p.write_out.shape[-1]
-    start, dend = (s.to(half).reshape(-1, p.c.shape[-1], width) for s in (states, dends))
+    operands, width = p.x.dtype, p.write_out.shape[-1]
+    start, dend = (s.to(operands).reshape(-1, p.c.shape[-1], width) for s in (states, dends))
 
     # Through the state: y = e^G C h^T, h' = e^G_C h + (e^(G_C - G) dt x)^T B.
-    dc = bmm_wide(dread, start.mT)
-    db = bmm_wide(p.write_out, dend.mT)
+    dc = bmm_acc(dread, start.mT)
+    db = bmm_acc(p.write_out, dend.mT)
     dwrite = torch.bmm(p.b, dend)
     read = p.columns(torch.bmm(p.c, start) * dread).sum(-1, dtype=dc.dtype)
     shrunk = p.columns(dwrite * p.write_out).sum(-1, dtype=dc.dtype)
     dlast = (states * dends).sum((3, 5)).flatten(2) * p.last[:, :, 0, :, 0]
-    exact = decay_dtype(half)  # the running sum below cancels what these sums have in common
-    shrunk = shrunk.to(exact)
+    sum_dtype = decay_dtype(operands)  # the running sum below cancels digits
+    shrunk = shrunk.to(sum_dtype)
     dtotal = read - shrunk
     dtotal[:, :, -1] += shrunk.sum(2) + dlast
     dwrite = p.columns(dwrite) * p.shrink
 
     # Within the chunk: y = (C B^T * pair) (dt x).
     dout = p.by_head(dout)
-    dattn = bmm_wide(dout, p.write.mT)
-    weighted = (dattn * p.attn).to(exact)
+    dattn = bmm_acc(dout, p.write.mT)
+    weighted = (dattn * p.attn).to(sum_dtype)
     dtotal += p.tokens((weighted.sum(-1) - weighted.sum(-2))[..., None])[..., 0]
     dscores = dattn.view_as(p.pair).mul_(p.pair).unflatten(2, (p.groups, -1)).sum(3)
-    dscores = dscores.flatten(0, 2).to(half)
-    dc += bmm_wide(dscores, p.b)
-    db += bmm_wide(dscores.mT, p.c)
+    dscores = dscores.flatten(0, 2).to(operands)
+    dc += bmm_acc(dscores, p.b)
+    db += bmm_acc(dscores.mT, p.c)
     dwrite += p.tokens(torch.bmm(p.attn.mT, dout))
     ddt = (dwrite * p.x).sum(-1)
     # g enters through its running sum, so its gradient is the running sum from the end
@@ -228,6 +216,7 @@ def _backward_block(p, states, dends, dout, dread):
     return dwrite.mul_(p.dt), ddt, dg, p.tokens(db), p.tokens(dc)
 
 
+@torch.compiler.disable  # see ChunkLayout
 def chunk_ssd(
     x: Tensor,
     dt: Tensor,
@@ -265,11 +254,11 @@ def chunk_ssd(
     Raises:
         ValueError: for shapes, offsets, limits, a chunk size or a state that do not fit.
     """
-    offsets = _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens)
+    _check(x, dt, A, B, C, D, dt_bias, dt_limit)
     chunk_size = 64 if chunk_size is None else chunk_size
-    check_chunk_size(chunk_size)
+    check_positive(chunk_size=chunk_size)
     heads, groups, size = x.shape[2], B.shape[2], B.shape[3]
-    state = first_state(initial_state, x, offsets, (*x.shape[2:], B.shape[3]))
+    offsets, state = offsets_and_states(x, cu_seqlens, initial_state, (*x.shape[2:], size))
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     layout = ChunkLayout(x, chunk_size, offsets)
     # by group, the heads of a group as columns; packed sequences have B = 1, a batch counts as one
@@ -304,18 +293,19 @@ def recurrent_ssd(
     Arguments, results and errors are those of ``chunk_ssd``; ``chunk_size`` is accepted and has
     no effect.
     """
-    offsets = _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens)
-    state = first_state(initial_state, x, offsets, (*x.shape[2:], B.shape[3]))
+    _check(x, dt, A, B, C, D, dt_bias, dt_limit)
+    state_shape = (*x.shape[2:], B.shape[3])
+    offsets, state = offsets_and_states(x, cu_seqlens, initial_state, state_shape)
     dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
     return y, state if output_final_state else None
 
 
 def _steps(A, D, x, dt, B, C, state):
-    wide, ratio = state.dtype, x.shape[2] // B.shape[2]
-    decay = (dt * A.to(wide)).exp()
-    wide_x = x.to(wide)
-    write, B, C = wide_x * dt[..., None], B.to(wide), C.to(wide)
+    acc, ratio = state.dtype, x.shape[2] // B.shape[2]
+    decay = (dt * A.to(acc)).exp()
+    x_acc = x.to(acc)
+    write, B, C = x_acc * dt[..., None], B.to(acc), C.to(acc)
     if ratio != 1:
         B, C = (t.repeat_interleave(ratio, dim=2) for t in (B, C))
     outputs = []
@@ -326,26 +316,26 @@ def _steps(A, D, x, dt, B, C, state):
         return x, state
     y = torch.stack(outputs, dim=1)
     if D is not None:
-        y = y + wide_x * D.to(wide)[:, None]
+        y = y + x_acc * D.to(acc)[:, None]
     return y.to(x.dtype), state
 
 
-def _step_size(dt, dt_bias, dt_softplus, dt_limit, wide):
-    dt = dt.to(wide)
+def _step_size(dt, dt_bias, dt_softplus, dt_limit, acc):
+    dt = dt.to(acc)
     if dt_bias is not None:
-        dt = dt + dt_bias.to(wide)
+        dt = dt + dt_bias.to(acc)
     if dt_softplus:
         dt = F.softplus(dt)
     return dt if tuple(dt_limit) == (0.0, float("inf")) and dt_softplus else dt.clamp(*dt_limit)
 
 
-def _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens):
+def _check(x, dt, A, B, C, D, dt_bias, dt_limit):
     if x.dim() != 4 or B.dim() != 4 or C.shape != B.shape or B.shape[:2] != x.shape[:2]:
         raise ValueError(
             "x must be [B, T, H, P] and B and C [B, T, G, S] with the same B and T, got "
             f"{list(x.shape)}, {list(B.shape)} and {list(C.shape)}; reshape them"
         )
-    batch, tokens, heads, dim = x.shape
+    heads = x.shape[2]
     if heads % B.shape[2]:
         raise ValueError(
             f"the heads must be a multiple of the groups, got {heads} heads and {B.shape[2]} "
@@ -367,8 +357,3 @@ def _check(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, cu_seqlens):
             f"dt_limit must be (low, high) with 0 <= low <= high, got {dt_limit}; "
             "use (0.0, float('inf')) for no limit"
         )
-    offsets = sequence_offsets(cu_seqlens, batch, tokens)
-    if initial_state is not None:
-        count = batch if offsets is None else len(offsets) - 1
-        check_state(initial_state, (count, heads, dim, B.shape[3]), state_dtype(x), x)
-    return offsets

@@ -9,18 +9,11 @@ import torch
 import gatednorm
 from benchmarks import models as benchmark
 from benchmarks import profiles
-from models import routes
 from small_models import small_model
 
 
-@pytest.fixture(autouse=True)
-def own_route(monkeypatch):
-    """The benchmark chooses a route for the whole process."""
-    monkeypatch.setattr(routes, "_chosen", routes.route())
-
-
 def rows(folder, *arguments, monkeypatch):
-    command = ["models", "--device", "cpu", "--tiny", "--repeats", "1", "--scan", "plain"]
+    command = ["models", "--device", "cpu", "--tiny", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(folder), *arguments])
     benchmark.main()
     with (folder / "models.csv").open() as file:

@@ -1,8 +1,18 @@
 """What the tests of both scans, and of both mixers around them, share."""
 
-import itertools
-
 import torch
+import torch.nn.functional as F
+
+from models.gated_deltanet import GatedDeltaNet
+from models.mamba2 import Mamba2
+
+
+def make_mixer(name, **options):
+    """A mixer of 32 channels, the same weights at each call."""
+    torch.manual_seed(0)
+    if name == "mamba2":
+        return Mamba2(32, **{"d_state": 16, "head_dim": 16, **options})
+    return GatedDeltaNet(32, **{"num_heads": 2, "head_dim": 16, **options})
 
 
 def results(function, inputs, **options):
@@ -22,32 +32,38 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, f"tensor {index}: relative error {error:.1e}"
 
 
-def check_steps(layer, x):
-    """A mixer's recurrent steps from an empty state equal its chunk-parallel form, x [B, T, D]."""
-    with torch.no_grad():
-        expected, final = layer(x, output_state=True)
-        state = [torch.zeros(shape) for shape in layer.state_shapes(x.shape[0])]
-        steps = []
-        for t in range(x.shape[1]):
-            y, state = layer(x[:, t : t + 1], state, output_state=True)
-            steps.append(y)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(state, final, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+def make_delta(
+    batch, tokens, heads, value_heads, dim_k, dim_v, dtype=torch.float64, sequences=None
+):
+    torch.manual_seed(0)
+    q = torch.randn(batch, tokens, heads, dim_k, dtype=dtype)
+    k = F.normalize(torch.randn(batch, tokens, heads, dim_k, dtype=dtype), dim=-1)
+    v = torch.randn(batch, tokens, value_heads, dim_v, dtype=dtype)
+    g = -torch.rand(batch, tokens, value_heads, dtype=dtype)
+    beta = torch.rand(batch, tokens, value_heads, dtype=dtype)
+    state = torch.randn(sequences or batch, value_heads, dim_k, dim_v, dtype=dtype)
+    return [x.requires_grad_() for x in (q, k, v, g, beta, state)]
 
 
-def check_packed(layer, x, offsets):
-    """Sequences packed into x [1, T, D] equal each alone: outputs, states and the gradients of
-    every parameter."""
-    cotangent = torch.randn_like(x)
-    y, state = layer(x, output_state=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
-    packed = torch.autograd.grad(y, list(layer.parameters()), cotangent)
-    parts = [layer(x[:, a:b], output_state=True) for a, b in itertools.pairwise(offsets)]
-    expected = torch.cat([part[0] for part in parts], dim=1)
-    separate = torch.autograd.grad(expected, list(layer.parameters()), cotangent)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    for index in range(2):
-        states = torch.cat([part[1][index] for part in parts])
-        torch.testing.assert_close(state[index], states, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(packed, separate, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+def make_ssd(batch, tokens, heads, groups, dim, size, dtype=torch.float64, sequences=None):
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(batch, tokens, heads, dim, dtype=dtype),
+        torch.randn(batch, tokens, heads, dtype=dtype),
+        -torch.rand(heads, dtype=dtype) * 4,
+        torch.randn(batch, tokens, groups, size, dtype=dtype),
+        torch.randn(batch, tokens, groups, size, dtype=dtype),
+        torch.randn(heads, dtype=dtype),
+        torch.randn(heads, dtype=dtype),
+        torch.randn(sequences or batch, heads, dim, size, dtype=dtype),
+    ]
+    return [x.requires_grad_() for x in inputs]
+
+
+def with_all(function, **fixed):
+    """A scan as a function of (x, dt, A, B, C, D, dt_bias), with softplus."""
+
+    def scan(x, dt, A, B, C, D, dt_bias, **options):
+        return function(x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True, **fixed, **options)
+
+    return scan

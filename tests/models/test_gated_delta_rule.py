@@ -1,19 +1,16 @@
 """The gated delta rule against a float64 loop, against transformers, and against itself."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from models import chunks, gated_delta_rule
 from models.gated_delta_rule import (
     chunk_gated_delta_rule,
     recurrent_gated_delta_rule,
     unit_lower_inverse,
 )
-from scan_checks import assert_close, results
+from scan_checks import assert_close, make_delta, results
 
 FUNCTIONS = {"chunked": chunk_gated_delta_rule, "recurrent": recurrent_gated_delta_rule}
 
@@ -38,17 +35,6 @@ def naive(q, k, v, g, beta, scale, state):
     return o, torch.stack(finals).view_as(state)
 
 
-def make(batch, tokens, heads, value_heads, dim_k, dim_v, dtype=torch.float64, sequences=None):
-    torch.manual_seed(0)
-    q = torch.randn(batch, tokens, heads, dim_k, dtype=dtype)
-    k = F.normalize(torch.randn(batch, tokens, heads, dim_k, dtype=dtype), dim=-1)
-    v = torch.randn(batch, tokens, value_heads, dim_v, dtype=dtype)
-    g = -torch.rand(batch, tokens, value_heads, dtype=dtype)
-    beta = torch.rand(batch, tokens, value_heads, dtype=dtype)
-    state = torch.randn(sequences or batch, value_heads, dim_k, dim_v, dtype=dtype)
-    return [x.requires_grad_() for x in (q, k, v, g, beta, state)]
-
-
 CASES = {
     "T37-H2": {"batch": 2, "tokens": 37, "heads": 2, "value_heads": 2, "dim_k": 8, "dim_v": 6},
     "T64-grouped": {"batch": 1, "tokens": 64, "heads": 2, "value_heads": 6, "dim_k": 4, "dim_v": 8},
@@ -67,7 +53,7 @@ CASES = {
 @pytest.mark.parametrize("chunk_size", [1, 12, 16, 32])
 @pytest.mark.parametrize("case", CASES)
 def test_chunked_equals_naive_loop(case, chunk_size):
-    inputs = make(**CASES[case])
+    inputs = make_delta(**CASES[case])
     scale = 0.7
 
     def loop(*args, initial_state, output_final_state):
@@ -80,7 +66,7 @@ def test_chunked_equals_naive_loop(case, chunk_size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_recurrent_equals_naive_loop(case):
-    inputs = make(**CASES[case])
+    inputs = make_delta(**CASES[case])
 
     def loop(*args, initial_state, output_final_state):
         return naive(*args, args[0].shape[-1] ** -0.5, initial_state)
@@ -88,22 +74,11 @@ def test_recurrent_equals_naive_loop(case):
     assert_close(results(recurrent_gated_delta_rule, inputs), results(loop, inputs), 1e-12)
 
 
-def test_gradcheck():
-    inputs = make(1, 7, 1, 2, 3, 2)
-
-    def function(*args):
-        return chunk_gated_delta_rule(
-            *args[:5], initial_state=args[5], output_final_state=True, chunk_size=4
-        )
-
-    assert torch.autograd.gradcheck(function, inputs)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("heads", [(2, 2), (2, 4)], ids=["H2", "H2-HV4"])
 def test_equals_transformers(name, heads):
     """Outputs, final states and gradients, from raw q and k through the L2 norm, in fp32."""
-    inputs = make(2, 150, *heads, 32, 16, dtype=torch.float32)
+    inputs = make_delta(2, 150, *heads, 32, 16, dtype=torch.float32)
 
     def theirs(*args, **options):
         function = getattr(
@@ -149,122 +124,8 @@ def test_unit_lower_inverse(size):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("blocks", ["one_block", "a_block_per_chunk"])
-def test_packed_equals_separate(name, blocks, monkeypatch):
-    """Outputs, states and gradients of packed sequences, an empty one among them."""
-    if blocks == "a_block_per_chunk":
-        monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1)
-    offsets = [0, 3, 3, 20, 50]
-    inputs = make(1, 50, 1, 2, 4, 5, sequences=4)
-
-    def separate(*args, initial_state, output_final_state):
-        parts = [
-            FUNCTIONS[name](
-                *(x[:, a:b] for x in args),
-                initial_state=initial_state[i : i + 1],
-                output_final_state=True,
-                chunk_size=8,
-            )
-            for i, (a, b) in enumerate(itertools.pairwise(offsets))
-        ]
-        return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
-
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-    packed = results(FUNCTIONS[name], inputs, cu_seqlens=cu_seqlens, chunk_size=8)
-    assert_close(packed, results(separate, inputs), 1e-12)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_pieces_equal_the_whole(name):
-    q, k, v, g, beta, state = make(2, 41, 2, 2, 4, 4)
-    expected, final = recurrent_gated_delta_rule(
-        q, k, v, g, beta, initial_state=state, output_final_state=True
-    )
-    pieces, start = [], 0
-    for end in (1, 2, 18, 40, 41):
-        o, state = FUNCTIONS[name](
-            *(x[:, start:end] for x in (q, k, v, g, beta)),
-            initial_state=state,
-            output_final_state=True,
-            chunk_size=16,
-        )
-        pieces.append(o)
-        start = end
-    assert_close((torch.cat(pieces, 1), state), (expected, final), 1e-12)
-
-
-def test_blocks_of_chunks_change_nothing(monkeypatch):
-    inputs = make(2, 70, 1, 2, 4, 4)
-    whole = results(chunk_gated_delta_rule, inputs, chunk_size=8)
-    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 200)
-    assert len(chunks.block_ranges(torch.empty(9, 2, 2, 8, 4), 0)) > 1
-    assert_close(results(chunk_gated_delta_rule, inputs, chunk_size=8), whole, 1e-13)
-
-
-def test_16_bit_operands(monkeypatch):
-    """What a GPU does with bf16 inputs: bf16 products, fp32 decays and states."""
-    inputs = [x.detach().bfloat16().requires_grad_() for x in make(2, 100, 1, 2, 32, 16)[:5]]
-    state = torch.randn(2, 2, 32, 16, requires_grad=True)
-    inputs = [*inputs, state]
-    expected = results(
-        recurrent_gated_delta_rule, [x.detach().double().requires_grad_() for x in inputs]
-    )
-    monkeypatch.setattr(gated_delta_rule, "operand_dtype", lambda x: x.dtype)
-    actual = results(chunk_gated_delta_rule, inputs)
-    assert actual[0].dtype == torch.bfloat16
-    assert actual[1].dtype == torch.float32
-    assert_close(actual, expected, 3e-2)
-
-
-def test_bf16_inputs_on_cpu_compute_in_fp32():
-    inputs = [x.detach().bfloat16() for x in make(1, 40, 1, 1, 8, 8)[:5]]
-    o, final = chunk_gated_delta_rule(*inputs, output_final_state=True)
-    wide, expected = chunk_gated_delta_rule(*(x.float() for x in inputs), output_final_state=True)
-    assert o.dtype == torch.bfloat16
-    assert torch.equal(o, wide.bfloat16())
-    assert torch.equal(final, expected)
-
-
-def test_large_decay_stays_finite():
-    """exp(G_j - G_i) for i > j overflows; nothing of it may reach a result or a gradient."""
-    inputs = [x.detach().float().requires_grad_() for x in make(1, 64, 1, 1, 4, 4)]
-    inputs[3] = torch.full((1, 64, 1), -50.0, requires_grad=True)
-    for tensor in results(chunk_gated_delta_rule, inputs):
-        assert torch.isfinite(tensor).all()
-
-
-BAD = {
-    "offsets_start": ({"cu_seqlens": torch.tensor([1, 8])}, "must start at 0, got 1"),
-    "offsets_decrease": ({"cu_seqlens": torch.tensor([0, 5, 3, 8])}, "must not decrease, got 5"),
-    "offsets_short": ({"cu_seqlens": torch.tensor([0, 5])}, "got 5 and 8 tokens"),
-    "offsets_float": ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "1-D integer tensor"),
-    "state_batch": ({"initial_state": torch.zeros(2, 2, 4, 4)}, r"shape \[1, 2, 4, 4\]"),
-    "state_dtype": (
-        {"initial_state": torch.zeros(1, 2, 4, 4, dtype=torch.float64)},
-        "must be torch.float32",
-    ),
-    "state_device": ({"initial_state": torch.zeros(1, 2, 4, 4, device="meta")}, "device"),
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("case", BAD)
-def test_bad_options(name, case):
-    options, message = BAD[case]
-    inputs = [x.detach().float() for x in make(1, 8, 2, 2, 4, 4)[:5]]
-    with pytest.raises(ValueError, match=message):
-        FUNCTIONS[name](*inputs, **options)
-
-
-def test_bad_chunk_size():
-    inputs = [x.detach() for x in make(1, 8, 2, 2, 4, 4)[:5]]
-    with pytest.raises(ValueError, match="chunk_size must be a positive integer, got 0"):
-        chunk_gated_delta_rule(*inputs, chunk_size=0)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_shapes(name):
-    q, k, v, g, beta, _ = (x.detach() for x in make(2, 8, 2, 4, 4, 4))
+    q, k, v, g, beta, _ = (x.detach() for x in make_delta(2, 8, 2, 4, 4, 4))
     function = FUNCTIONS[name]
     with pytest.raises(ValueError, match="with the same B and T"):
         function(q[:, :7], k, v, g, beta)

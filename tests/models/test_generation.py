@@ -1,10 +1,11 @@
-"""Generation: sampling, prompts of different lengths, reproducibility, CUDA graphs."""
+"""Generation: sampling, against transformers' processors too, prompts of any lengths, seeds."""
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from models import generation
-from models.generation import generate, sample
+from models.generation import generate, penalize, sample
 from small_models import MIXERS, small_model
 
 
@@ -109,6 +110,9 @@ BAD = {
     "nan": ({"temperature": float("nan")}, "temperature must be 0"),
     "top_k": ({"top_k": 0}, "top_k must be at least 1, got 0"),
     "top_p": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    "penalty": ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+    "penalty_nan": ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0"),
+    "seeds": ({"seed": [1, 2]}, "seed must be one number or one for each of 1 sequences"),
     "negative": ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
 }
 
@@ -133,6 +137,15 @@ def test_sample_temperature_0_takes_the_most_likely():
     assert sample(LOGITS, 0).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 5e-324])
+def test_sample_nearly_greedy_takes_the_most_likely(temperature, options):
+    """Temperatures that fp32 rounds to 0 too, and logits that are infinite."""
+    inf = float("inf")
+    logits = torch.cat((LOGITS, LOGITS.flip(1) * 1e30, torch.tensor([[-inf, 0.0, inf, 1.0]])))
+    assert sample(logits, temperature, **options).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sample_draws_from_the_softmax(temperature):
     expected = (LOGITS / temperature).softmax(-1)
@@ -152,3 +165,60 @@ def test_sample_top_p_keeps_the_fewest_that_reach_p():
     expected /= expected.sum(-1, keepdim=True)
     assert (frequencies(top_p=0.8) - expected).abs().max() < 0.015
     assert sample(LOGITS, top_p=1e-9).tolist() == [0, 1]  # the most likely token always stays
+
+
+def greedy_with_transformers(model, text, count, penalty):
+    """Greedy decoding by a full forward per token, penalized by transformers."""
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    text = text[None]
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(text)[0][:, -1]
+        text = torch.cat((text, process(text, logits).argmax(-1, keepdim=True)), dim=1)
+    return text[0, -count:]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 4.0])
+def test_penalize_equals_transformers(penalty):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator) * 4
+    logits[0, :3] = torch.tensor([0.0, float("-inf"), -0.0])
+    tokens = torch.randint(0, 20, (3, 30), generator=generator)
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
+    assert torch.equal(penalize(logits, seen, penalty), expected)
+
+
+@pytest.mark.slow
+def test_repetition_penalty_covers_the_prompt_and_the_new_tokens(model):
+    prompts = [prompt(n, n) for n in (1, 12, 30)]
+    expected = torch.stack([greedy_with_transformers(model, p, 15, 2.5) for p in prompts])
+    options = {"temperature": 0, "repetition_penalty": 2.5}
+    alone = [torch.cat(list(generate(model, p, 15, **options))) for p in prompts]
+    assert torch.equal(torch.stack(alone), expected)
+    together = torch.stack(list(generate(model, prompts, 15, **options)), dim=1)
+    assert torch.equal(together, expected)
+    without = [torch.cat(list(generate(model, p, 15, temperature=0))) for p in prompts]
+    assert not torch.equal(torch.stack(without), expected)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 3, "repetition_penalty": 3.0}])
+def test_log_probabilities_are_those_of_the_model(model, options):
+    prompts = [prompt(n, n) for n in (4, 9)]
+    pairs = list(generate(model, prompts, 12, seed=1, log_probs=True, **options))
+    tokens, log_probs = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
+    assert torch.equal(
+        tokens, torch.stack(list(generate(model, prompts, 12, seed=1, **options)), 1)
+    )
+    for text, new, found in zip(prompts, tokens, log_probs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat((text, new))[None])[0][0, len(text) - 1 : -1]
+        expected = logits.double().log_softmax(-1).gather(-1, new[:, None])[:, 0]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_seed_for_each_sequence_gives_it_what_it_gives_alone(model):
+    prompts = [prompt(n, n) for n in (4, 9, 9)]
+    together = torch.stack(list(generate(model, prompts, 20, seed=[5, 6, 5])), dim=1)
+    for text, seed, tokens in zip(prompts, [5, 6, 5], together, strict=True):
+        assert torch.equal(torch.cat(list(generate(model, text, 20, seed=seed))), tokens)

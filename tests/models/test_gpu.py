@@ -1,13 +1,12 @@
 """What only a GPU shows of the models: 16-bit products, whole blocks, graphs, moved states."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models import generation, routes
+from models import generation
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.generation import generate
 from models.language_model import state_to
@@ -18,18 +17,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
-ROUTES = ["plain", pytest.param("kernels", marks=TRITON), pytest.param("fused", marks=TRITON)]
 MIXERS = {
     "gated_deltanet": {"num_heads": 2, "head_dim": 32, "num_v_heads": 4},
     "mamba2": {"d_state": 32, "head_dim": 32, "n_groups": 2},
 }
-
-
-@pytest.fixture(params=ROUTES)
-def route(request, monkeypatch):
-    monkeypatch.setattr(routes, "_chosen", request.param)
-    return request.param
 
 
 def delta_inputs(batch, tokens, heads, dim_k, dim_v):
@@ -82,7 +73,7 @@ def outputs_and_gradients(function, inputs, dtype=None):
 
 
 @pytest.mark.parametrize("case", SCANS)
-def test_scan_in_bf16_at_the_sizes_of_a_model(case, route):
+def test_scan_in_bf16_at_the_sizes_of_a_model(case):
     """Every output and gradient within bf16's rounding of the recurrence in float64."""
     chunked, recurrent, make, shape = SCANS[case]
     inputs = make(*shape)
@@ -103,7 +94,7 @@ def loss_and_gradients(model, tokens, offsets):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_model_equals_the_cpu(mixer, dtype, route):
+def test_model_equals_the_cpu(mixer, dtype):
     """Loss and gradients, for a batch and for packed sequences, against fp32 on the CPU; in bf16
     with at most twice the error that the CPU makes in bf16, where the scans compute in fp32."""
     model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer])
@@ -125,7 +116,7 @@ def test_model_equals_the_cpu(mixer, dtype, route):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_state_moves_between_devices(mixer, route):
+def test_a_state_moves_between_devices(mixer):
     model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer])
     tokens = torch.randint(0, 64, (2, 50))
     with torch.inference_mode():
@@ -142,7 +133,7 @@ def test_a_state_moves_between_devices(mixer, route):
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3, "top_k": 20, "top_p": 0.9}])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_graph_equals_eager_steps(mixer, autocast, options, route):
+def test_graph_equals_eager_steps(mixer, autocast, options):
     """The captured step gives the tokens of eager steps, in both of the 16-bit modes, and twice."""
     model = small_model(mixer, vocab_size=64, hidden_size=64, num_layers=4, **MIXERS[mixer]).cuda()
     model = model if autocast else model.bfloat16()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import chunks, gated_delta_rule, short_conv, ssd
+from models import chunks, kernels, short_conv
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
 from paths import GPU, TRITON
@@ -18,11 +18,8 @@ DEVICE = "cuda" if GPU else "cpu"
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
-    """The GPU's route on any device; without a GPU the interpreter runs the kernels."""
-    from models import kernels
-
-    for module in (gated_delta_rule, short_conv, ssd):
-        monkeypatch.setattr(module, "gpu_kernels", lambda x: kernels)
+    """The kernels on any device; without a GPU the interpreter runs them."""
+    monkeypatch.setattr(kernels, "usable", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1 << 40)
 
 
@@ -59,60 +56,34 @@ def test_delta_kernels_equal_the_recurrence(case):
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-def test_delta_kernels_ran(monkeypatch):
+@pytest.mark.parametrize(("dim_k", "count"), [(16, 1), (12, 0)])
+def test_delta_kernels_ran(dim_k, count, monkeypatch):
     """A size that the kernels take goes through them, and one that they do not take does not."""
-    from models import kernels
+    from models.kernels import gated_delta_rule
 
-    calls = []
-    original = kernels.delta_forward
-    monkeypatch.setattr(kernels, "delta_forward", lambda *a: (calls.append(1), original(*a)))
+    ran, forward = [], gated_delta_rule.forward
+    monkeypatch.setattr(gated_delta_rule, "forward", lambda *a: (ran.append(1), forward(*a)))
     with torch.no_grad():
-        chunk_gated_delta_rule(*inputs(1, 20, 1, 16, 8)[:5], chunk_size=16)
-        assert len(calls) == 1
-        chunk_gated_delta_rule(*inputs(1, 20, 1, 12, 8)[:5], chunk_size=16)
-    assert len(calls) == 1
+        chunk_gated_delta_rule(*inputs(1, 20, 1, dim_k, 8)[:5], chunk_size=16)
+    assert len(ran) == count
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
-def test_ssd_kernel_equals_the_recurrence(offsets, groups, monkeypatch):
-    """Outputs, final states and gradients; a state of more elements than a program takes."""
-    from models import kernels
-
-    calls = []
-    original = kernels.decay_scan
-    counted = lambda *args, **options: (calls.append(1), original(*args, **options))  # noqa: E731
-    monkeypatch.setattr(kernels, "decay_scan", counted)
-    monkeypatch.setattr(ssd, "fused_kernels", lambda x: None)  # on a GPU these would be taken
-    g = torch.Generator().manual_seed(0)
-    batch = 2 if offsets is None else 1
-    shapes = {"x": (batch, 60, 4, 16), "dt": (batch, 60, 4), "A": (4,)}
-    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12)}
-    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
-    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    tensors["A"] = -tensors["A"].abs()
-    tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
-    options = {"dt_softplus": True, "chunk_size": 16}
-    options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
-    actual = results(chunk_ssd, tensors, **options)
-    assert len(calls) == 2
-    wide = [x.detach().double().requires_grad_() for x in tensors]
-    assert_close(actual, results(recurrent_ssd, wide, **options), 1e-5 if not GPU else 1e-3)
+@pytest.mark.parametrize("kind", ["float64", "cpu"])
+def test_what_no_kernel_holds_is_plain_pytorch(kind, monkeypatch):
+    monkeypatch.undo()
+    device = DEVICE if kind == "float64" else "cpu"
+    x = torch.ones(1, 3, 4, dtype=torch.float64 if kind == "float64" else None, device=device)
+    assert kernels.find("short_conv", x) is None
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """The route of models/ssd_kernels.py, and how often it was taken."""
-    from models import ssd_kernels
+def ran(monkeypatch):
+    """How often the kernels of SSD computed a forward."""
+    from models.kernels import ssd
 
-    calls = []
-
-    def take(x):
-        calls.append(ssd_kernels.supports(x))
-        return ssd_kernels if calls[-1] else None
-
-    monkeypatch.setattr(ssd, "fused_kernels", take)
-    return calls
+    counts, forward = [], ssd.forward
+    monkeypatch.setattr(ssd, "forward", lambda *a: counts.append(1) or forward(*a))
+    return counts
 
 
 def ssd_results(function, tensors, **options):
@@ -131,7 +102,7 @@ def ssd_results(function, tensors, **options):
 @pytest.mark.parametrize("chunk_size", [12, 16])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
-def test_fused_ssd_equals_the_recurrence(offsets, groups, chunk_size, fused):
+def test_ssd_kernels_equals_the_recurrence(offsets, groups, chunk_size, ran):
     """Outputs, final states and all gradients, D and decays too; chunks that are no power of 2."""
     g = torch.Generator().manual_seed(0)
     batch = 2 if offsets is None else 1
@@ -144,25 +115,25 @@ def test_fused_ssd_equals_the_recurrence(offsets, groups, chunk_size, fused):
     options = {"dt_softplus": True, "chunk_size": chunk_size}
     options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
     actual = ssd_results(chunk_ssd, tensors, **options)
-    assert fused == [True]
+    assert ran == [1]
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = ssd_results(recurrent_ssd, wide, **options)
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-def test_fused_ssd_in_chunks_of_one_token(fused):
+def test_ssd_kernels_in_chunks_of_one_token(ran):
     g = torch.Generator().manual_seed(0)
     packed = torch.randn(2, 3, 40, generator=g).to(DEVICE)
     dt, a = torch.rand(2, 3, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -0.1]).to(DEVICE)
     b, c = (torch.randn(2, 3, 1, 8, generator=g).to(DEVICE) for _ in range(2))
     inputs = (packed[..., 5:37].unflatten(-1, (2, 16)), dt, a, b, c)
     y, _ = chunk_ssd(*inputs, chunk_size=1)
-    assert fused == [True]
+    assert ran == [1]
     torch.testing.assert_close(y, recurrent_ssd(*inputs)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_fused_ssd_without_a_skip_and_for_large_decays(fused):
-    """Decays whose inverse overflows; no D; a chunk that does not fit takes the other route."""
+def test_ssd_kernels_without_a_skip_and_for_large_decays(ran):
+    """Decays whose inverse overflows; no D; a chunk that does not fit is plain PyTorch."""
     g = torch.Generator().manual_seed(0)
     x, b, c = (torch.randn(1, 40, n, 16, generator=g).to(DEVICE) for n in (2, 1, 1))
     dt, a = torch.rand(1, 40, 2, generator=g).to(DEVICE), torch.tensor([-1.0, -200.0]).to(DEVICE)
@@ -175,10 +146,10 @@ def test_fused_ssd_without_a_skip_and_for_large_decays(fused):
 
     wide = [t.detach().double().requires_grad_() for t in tensors]
     expected = gradients(recurrent_ssd, wide)
-    for size, taken in ((32, True), (128, False)):
-        fused.clear()
+    for size, taken in ((32, 1), (128, 0)):
+        ran.clear()
         actual = gradients(chunk_ssd, tensors, chunk_size=size)
-        assert fused == [taken]
+        assert len(ran) == taken
         assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 

@@ -70,20 +70,6 @@ def test_state_saved_restored_and_moved(mixer, tmp_path):
     close(model(text[1:, 20:], rows)[0], expected[1:])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_state_moves_between_devices(mixer):
-    model = make(mixer)
-    text = tokens(2, 30)
-    expected = model(text)[0][:, 20:]
-    _, state = model(text[:, :20], output_state=True)
-    logits, state = model.cuda()(text[:, 20:25].cuda(), state_to(state, "cuda"), output_state=True)
-    torch.testing.assert_close(logits.cpu(), expected[:, :5], rtol=1e-3, atol=1e-4)
-    logits, _ = model.cpu()(text[:, 25:], state_to(state, "cpu"))
-    torch.testing.assert_close(logits, expected[:, 5:], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_packed_equals_separate(mixer):
     """Logits, states, and the gradient of every parameter."""

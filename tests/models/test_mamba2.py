@@ -7,7 +7,6 @@ from transformers.models.mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from models.mamba2 import Mamba2
-from scan_checks import check_packed, check_steps
 
 # hidden size, d_state, head_dim, n_groups; the last two are layers of published models, the 130m
 # of state-spaces (24 heads) and Codestral's shape scaled down in width alone
@@ -100,19 +99,6 @@ def test_state_equals_transformers():
     torch.testing.assert_close(state[0].mT, conv[..., -3:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-def test_recurrent_equals_chunked(limit):
-    """With a limit too, which transformers' cached decoding leaves out."""
-    layer = make(dt_limit=LIMITS[limit])
-    x = torch.randn(2, 50, layer.hidden_size)
-    check_steps(layer, x)
-
-
-def test_packed_equals_separate():
-    layer = make()
-    check_packed(layer, torch.randn(1, 90, layer.hidden_size), [0, 1, 20, 90])
-
-
 def test_norm_groups():
     """The norm has its own number of groups, by default that of the scan."""
     assert make().norm.group_size == 24
@@ -136,17 +122,3 @@ def test_bad_sizes(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         Mamba2(48, **{"d_state": 8, "head_dim": 12, **options})
-
-
-def test_bad_state():
-    layer = make()
-    x = torch.randn(2, 3, layer.hidden_size)
-    _, (conv, scan) = layer(x, output_state=True)
-    for state, message in (
-        ((conv[:1], scan), "the convolution's state must have shape"),
-        ((conv, scan[:1]), "the scan's state must have shape"),
-        ((conv, scan.double()), "the scan's state must be torch.float32"),
-        ((conv.to("meta"), scan), "must be on the device of the input"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            layer(x, state)

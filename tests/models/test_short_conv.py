@@ -41,11 +41,12 @@ def test_equals_conv1d(taps, bias, tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_packed_equals_separate():
-    x, weight, bias, _ = make(4, batch=1)
+@pytest.mark.parametrize("taps", [1, 4])
+def test_packed_equals_separate(taps):
+    x, weight, bias, _ = make(taps, batch=1)
     offsets = [0, 1, 1, 3, 11]
-    state = torch.randn(4, 3, 5, dtype=torch.float64)
-    y, final = short_conv(x, weight, bias, state, offsets)
+    state = torch.randn(4, taps - 1, 5, dtype=torch.float64)
+    y, final = short_conv(x, weight, bias, state, torch.tensor(offsets))
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         part, last = reference(x[:, start:end], weight, bias, state[i : i + 1])
         torch.testing.assert_close(y[:, start:end], part)

@@ -1,12 +1,11 @@
-"""SSD on a GPU: matrix products by the library, all between them in six Triton kernels and
-`models.kernels.decay_scan`.
+"""SSD on a GPU: matrix products by the library, all between them in seven Triton kernels.
 
 The steps and the symbols are those of models/ssd.py; there each line of arithmetic is an operator
 that reads and writes tensors as large as the input, here a kernel does all that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
-S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Every kernel but one
-has one program per chunk and head.
+S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
+kernels have one program per chunk and head.
 """
 
 import torch
@@ -14,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.chunks import bmm_wide, decay_dtype
-from models.kernels import decay_scan
+from models.chunks import bmm_acc, chunk_bounds, decay_dtype
 
 
 @triton.jit
@@ -144,14 +142,14 @@ def _tokens_backward(dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal
     """
     head, _, by_head, by_group, by_token, ok = _places(H, R, C, P, BC, BP)
     i = tl.arange(0, BC)
-    exact = total.dtype.element_ty
+    sum_dtype = total.dtype.element_ty
     t = tl.load(total + head * C + i, mask=i < C, other=0.0)
     step = tl.load(dt + head * C + i, mask=i < C, other=0.0)
     shrink = tl.exp((tl.load(total + head * C + C - 1) - t).to(tl.float32))
     tile = _input_tile(x, ok, N, C, sxb, sxt, sxh, BC, BP)
     out = tl.load(dy + by_token, mask=ok, other=0.0).to(tl.float32)
     grad = tl.load(dwrite + by_group, mask=ok, other=0.0).to(tl.float32) * shrink[:, None]
-    shrunk = tl.sum((grad * tile * step[:, None]).to(exact), axis=1)
+    shrunk = tl.sum((grad * tile * step[:, None]).to(sum_dtype), axis=1)
     grad += tl.load(after + by_head, mask=ok, other=0.0).to(tl.float32)
     read = tl.load(inter + by_group, mask=ok, other=0.0).to(tl.float32) * out
     read = tl.sum(read, axis=1) * tl.exp(t.to(tl.float32))
@@ -164,6 +162,38 @@ def _tokens_backward(dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal
         grad += out * tl.load(skip + tl.program_id(1)).to(tl.float32)
         tl.store(dskip + head, tl.sum(tl.sum(out * tile, axis=1), axis=0))
     tl.store(dx + by_token, grad.to(dx.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _decay_scan(add, decay, initial, bounds, states, final, N, F, H, per_group, R, P,
+                REVERSE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
+    """Writes s to states[n], then s = s * decay[n] + add[n], over the chunks of one sequence."""
+    sequence, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    ok = f < F
+    head = f // per_group * R + f // P % R
+    here = (sequence * tl.num_programs(2) + b) * F + f
+    s = tl.load(initial + here, mask=ok, other=0.0)
+    begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    for step in range(end - begin):
+        row = b * N + (end - 1 - step if REVERSE else begin + step)
+        tl.store(states + row * F + f, s, mask=ok)
+        s *= tl.load(decay + row * H + head, mask=ok, other=0.0)
+        s += tl.load(add + row * F + f, mask=ok, other=0.0)
+    tl.store(final + here, s, mask=ok)
+
+
+def decay_scan(add, decay, initial, segments, states, final, reverse: bool) -> None:
+    """Writes states [B, N, G, S, R, P] and final: the states before each chunk and after the last,
+    or with ``reverse``, from the last chunk to the first, the gradients of those after each chunk
+    and before the first. add like states, decay [B, N, H] and initial [sequences, B, ...] fp32."""
+    batch, chunks, _, size, ratio, dim = add.shape
+    features = add[0, 0].numel()
+    _decay_scan[(triton.cdiv(features, 512), len(segments), batch)](
+        add.contiguous(), decay.contiguous(), initial,
+        chunk_bounds(segments, add.device), states, final, chunks, features, decay.shape[2],
+        size * ratio * dim, ratio, dim, REVERSE=reverse, BF=512,
+    )  # fmt: skip
 
 
 class _Sizes:
@@ -201,12 +231,8 @@ class _Sizes:
 
 def supports(x: Tensor) -> bool:
     """Whether a chunk of a head fits a program: x [B, N, C, H, P] of unit last stride."""
-    return (
-        x.shape[2] * x.shape[4] <= 8192
-        and x.shape[2] <= 64
-        and x.stride(-1) == 1
-        and x.dtype != torch.float64
-    )
+    size, dim = x.shape[2], x.shape[4]
+    return size <= 64 and size * dim <= 8192 and x.stride(-1) == 1
 
 
 def _common(x, dt, g, b, c):
@@ -215,7 +241,7 @@ def _common(x, dt, g, b, c):
     b, c = (t.to(x.dtype).transpose(2, 3).reshape(-1, z.size, z.state) for t in (b, c))
     dt = dt.mT.contiguous()
     total = g.mT.contiguous().cumsum(-1, dtype=decay_dtype(x.dtype))
-    scores = bmm_wide(c, b.mT)
+    scores = bmm_acc(c, b.mT)
     write, write_out = z.empty(x, "head"), z.empty(x, "group")
     attn = x.new_empty(write.shape[0], z.size, z.size)
     _prepare[z.grid](
@@ -230,7 +256,7 @@ def forward(x, dt, g, b, c, skip, initial, segments) -> tuple[Tensor, Tensor, Te
     z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c)
     final = initial.clone()
     states = x.new_empty(z.state_shape())
-    add = bmm_wide(b.mT, write_out).view(states.shape)
+    add = bmm_acc(b.mT, write_out).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, initial, segments, states, final, reverse=False)
     inter = torch.bmm(c, states.view(-1, z.state, z.ratio * z.dim))
@@ -252,7 +278,7 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
 
     # Through the states.
     dinitial, dends = dfinal.clone(), torch.empty_like(states)
-    add = bmm_wide(c.mT, dread).view(states.shape)
+    add = bmm_acc(c.mT, dread).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, dfinal, segments, dends, dinitial, reverse=True)
     dlast = torch.empty_like(last)
@@ -260,18 +286,18 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
         states, dends, total, dlast, *z.shape, z.state, BS=16, BP=z.tile["BP"]
     )
     start, dend = (s.view(-1, z.state, z.ratio * z.dim) for s in (states, dends))
-    dc, db = bmm_wide(dread, start.mT), bmm_wide(write_out, dend.mT)
+    dc, db = bmm_acc(dread, start.mT), bmm_acc(write_out, dend.mT)
     inter, dwrite = torch.bmm(c, start), torch.bmm(b, dend)
 
     # Within the chunks.
-    dattn = bmm_wide(dout, write.mT)
+    dattn = bmm_acc(dout, write.mT)
     dscores = x.new_empty(scores.shape)
     dtotal = torch.empty_like(total)
     _scores_backward[(scores.shape[0],)](
         dattn, total, scores, dscores, dtotal, z.ratio, z.size, BC=z.tile["BC"], num_warps=8
     )
-    dc += bmm_wide(dscores, b)
-    db += bmm_wide(dscores.mT, c)
+    dc += bmm_acc(dscores, b)
+    db += bmm_acc(dscores.mT, c)
     after = torch.bmm(attn.mT, dout)
 
     dx, ddt = z.empty(x, "token"), torch.empty_like(dt)

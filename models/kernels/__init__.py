@@ -1,0 +1,26 @@
+"""All that imports Triton: a module for each of models/{short_conv,gated_delta_rule,ssd}.py, which
+hold the same in plain PyTorch. Importing this package needs no Triton.
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def find(name: str, x: Tensor) -> ModuleType | None:
+    """The module `name` of this package where its kernels can compute with x, else None."""
+    return importlib.import_module(f"{__name__}.{name}") if usable(x) else None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether x lies on a GPU, in a dtype that the kernels compute with, and Triton is there."""
+    return x.device.type == "cuda" and x.dtype != torch.float64 and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

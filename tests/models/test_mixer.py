@@ -1,0 +1,140 @@
+"""What both mixers share: each submodule is called, and torch.compile serves every length."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from models import mixer as mixer_module
+from scan_checks import make_mixer
+from small_models import MIXERS, small_model
+
+
+class LowRank(nn.Module):
+    """A linear layer and an adapter, as LoRA adds one; it has no weight of its own."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, out = linear, linear.out_features
+        self.adapter = nn.Sequential(nn.Linear(linear.in_features, 2), nn.Linear(2, out))
+
+    def forward(self, x):
+        return self.linear(x) + self.adapter(x)
+
+
+@pytest.fixture(params=[False, True], ids=["as_on_a_cpu", "padded"])
+def padded(request, monkeypatch):
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: request.param)
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_submodule_is_called(mixer, tokens, padded):
+    """A forward hook of each sees every call, and a module in its place does the work."""
+    model = small_model(mixer, mlp_ratio=1.0)
+    text, called = torch.randint(0, 32, (1, tokens)), []
+    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
+    for name, module in leaves.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(text)
+    assert sorted(called) == sorted(leaves)
+    for block in model.blocks:
+        block.mixer.in_proj = LowRank(block.mixer.in_proj)
+        block.mixer.out_proj = LowRank(block.mixer.out_proj)
+    called.clear()
+    _, state = model(text, output_state=True)
+    model(text, state)[0].sum().backward()
+    assert sorted(called) == sorted(2 * list(leaves))
+    for block in model.blocks:
+        for linear in (block.mixer.in_proj, block.mixer.out_proj):
+            assert all(p.grad.any() for p in linear.adapter[1].parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_padded_product_is_the_same(bias, monkeypatch):
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    linear, plain = mixer_module.PaddedLinear(12, 70, bias=bias), nn.Linear(12, 70, bias=bias)
+    plain.load_state_dict(linear.state_dict())  # the same keys
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    results = []
+    for module in (linear, plain):
+        y = module(x)
+        gradients = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
+        results.append((y, *gradients))
+    assert results[0][0].stride() == (5 * 128, 128, 1)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+LENGTHS = [  # batch, tokens, offsets of packed sequences
+    (2, 96, None),
+    (2, 40, None),
+    (1, 40, [0, 3, 3, 40]),
+    (1, 9, [0, 9]),
+    (3, 33, None),
+]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_blocks_take_any_length_and_any_documents(mixer):
+    """Logits and gradients, as `train.py trainer.compile=true data.reset_state=true` compiles."""
+    torch.compiler.reset()
+    plain, compiled = small_model(mixer, num_layers=1), small_model(mixer, num_layers=1)
+    for block in compiled.blocks:
+        block.compile(backend="eager")
+    for batch, tokens, offsets in LENGTHS:
+        text = torch.randint(0, 32, (batch, tokens))
+        cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+        results = []
+        for model in (plain, compiled):
+            logits, _ = model(text, cu_seqlens=cu_seqlens)
+            gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+            results.append((logits, *gradients))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_compiled_mixer_continues_from_a_state(mixer):
+    """A prompt, a shorter piece, and two recurrent steps."""
+    torch.compiler.reset()
+    plain, compiled = make_mixer(mixer), make_mixer(mixer)
+    compiled.compile(backend="eager")
+    states = [None, None]
+    for tokens in (96, 40, 1, 1):
+        x = torch.randn(2, tokens, 32)
+        (y, first), (z, second) = (
+            layer(x, state, True) for layer, state in zip((plain, compiled), states, strict=True)
+        )
+        torch.testing.assert_close((z, *second), (y, *first), rtol=1e-4, atol=1e-4)
+        states = [first, second]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bad_state(mixer):
+    layer, x = make_mixer(mixer), torch.randn(2, 3, 32)
+    _, (conv, scan) = layer(x, output_state=True)
+    for state, message in (
+        ((conv[:1], scan), "the convolution's state must have shape"),
+        ((conv, scan[:1]), "the scan's state must have shape"),
+        ((conv, scan.double()), "the scan's state must be torch.float32"),
+        ((conv.double(), scan), "the convolution's state must be torch.float32"),
+        ((conv.to("meta"), scan), "must be on the device of the input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, state)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import torch
+from models import gated_deltanet, generation, kernels, language_model, mamba2
+mamba2.Mamba2(32, d_state=16, head_dim=16)(torch.zeros(1, 70, 32))[0].sum().backward()
+"""
+
+
+def test_the_models_need_no_triton():
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
