@@ -39,9 +39,8 @@ from demo.config.schema import (
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 
-# The files of a run; the first two are the checkpoint.
+# The files of a checkpoint; what else a run has is in demo/training/run.py.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 

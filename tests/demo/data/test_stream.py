@@ -8,10 +8,9 @@ from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
 from demo.config.schema import ConfigError, RunError
 from demo.data.batches import Packed
+from demo.data.loaders import load_data
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus
-from demo.training.loading import load_data
-from demo.training.processes import Processes
 from small_runs import train_until
 from text_sets import TEXTS, TINY, held_out, settings, write_table
 
@@ -162,11 +161,11 @@ def test_a_stream_is_validated_on_the_first_documents_held_out(hub):
     expected = b"".join(text.encode() for text in TEXTS if held_out(text))
     assert len(corpus.val_text) > 100
     assert expected.startswith(corpus.val_text)
-    data = load_data(config, ByteTokenizer(), Processes(1, 1, 0))
+    data = load_data(config, ByteTokenizer())
     assert sum(len(batch) for batch in data.held_out) == 100 // 16
     config.data.val_tokens = None
     with pytest.raises(ConfigError, match=r"data\.val_tokens must be a number"):
-        load_data(config, ByteTokenizer(), Processes(1, 1, 0))
+        load_data(config, ByteTokenizer())
 
 
 def stream_run(hub, words, folder, *more):

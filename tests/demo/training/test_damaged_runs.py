@@ -11,7 +11,8 @@ import torch
 import train
 from demo.config.command import compose
 from demo.config.schema import ConfigError
-from demo.training.resume import find_stopped, read_metrics
+from demo.training.resume import find_start
+from demo.training.run import Run
 from small_runs import checkpoint_step
 
 
@@ -131,10 +132,8 @@ def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(
     change(run)
     before = {path: path.read_bytes() for path in run.iterdir()}
     monkeypatch.chdir(tmp_path)
-    config = compose("train", ["model=mamba2"])
-    config.resume = str(run)
     with pytest.raises(ConfigError, match=says) as error:
-        train.train(config)
+        train.train(compose("train", ["model=mamba2", f"resume='{run}'"]))
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     assert list(tmp_path.iterdir()) == [run]
@@ -143,14 +142,12 @@ def test_a_run_that_cannot_be_resumed_is_one_error_and_stays_as_it_is(
 def test_a_run_in_a_folder_that_is_read_only_is_one_error(monkeypatch, stopped_run):
     run = stopped_run(5)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    config = compose("train", ["model=mamba2"])
-    config.resume = str(run)
     with pytest.raises(ConfigError, match="which cannot; change its permissions"):
-        find_stopped(config)
+        find_start(compose("train", ["model=mamba2", f"resume='{run}'"]))
 
 
 def test_the_beginning_of_a_row_that_a_kill_left_is_no_row(stopped_run):
     run = stopped_run(5)
     with (run / "metrics.csv").open("a", newline="") as file:
         file.write("0,2")  # of 0,25,...
-    assert [step for step, _ in read_metrics(run, 4)] == [0, 0, 1, 2, 3]
+    assert [step for step, _ in Run(run).read_metrics(4)] == [0, 0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""The batches of a run, for training and validation, from what its config says about data."""
+"""The batches of a run, for training and for validation, from what its config says about data."""
 
 from typing import Any, NamedTuple
 
@@ -8,15 +8,15 @@ from demo.data.batches import TrainLoader, ValidationLoader
 from demo.data.corpus import load_corpus
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus
-from demo.training.memory import check_batch
-from demo.training.processes import Processes
 
 
 class Data(NamedTuple):
-    """Attributes:
-    batches, held_out: For this process, to train on and to validate with.
-    bytes_per_token: How much text a token stands for, in training and in validation.
-    val_text: All held-out text.
+    """What a process trains on and validates with.
+
+    Attributes:
+        batches, held_out: The rows of this process.
+        bytes_per_token: How much text a token stands for, in training and in validation.
+        val_text: All held-out text.
     """
 
     batches: TrainLoader | StreamLoader
@@ -28,21 +28,18 @@ class Data(NamedTuple):
 def load_data(
     config: TrainConfig,
     tokenizer: Tokenizer,
-    processes: Processes,
-    place: dict[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    position: dict[str, Any] | None = None,
 ) -> Data:
-    """Find and read the text, as far as that is done before training. `place` is the loader's state
-    in the checkpoint that training goes on from. Raises ConfigError."""
+    """Find and read the text, as far as that is done before training. `position` is the loader's
+    state in the checkpoint that training goes on from. Raises ConfigError."""
     data, optim, parts = config.data, config.optim, config.trainer.accumulate
+    share = {"rank": rank, "world_size": world_size, "reset_state": data.reset_state}
     size = {
         "batch_size": optim.batch_size // parts,
         "sequence_length": data.sequence_length,
         "steps": optim.steps * parts,
-    }
-    share = {
-        "rank": processes.rank,
-        "world_size": processes.count,
-        "reset_state": data.reset_state,
     }
     if data.source == "hub" and data.streaming:
         stream = open_hub(data)
@@ -50,12 +47,11 @@ def load_data(
         batches = StreamLoader(
             stream, tokenizer, data.hold_out, **size, **share, beginning=beginning
         )
-        ratios = (corpus.val.bytes_per_token,) * 2  # of what is not read yet nobody knows
+        ratios = (corpus.val.bytes_per_token,) * 2  # nobody knows that of text not yet read
     else:
         corpus = load_corpus(data, tokenizer)
         batches = TrainLoader(corpus.train, seed=config.seed, **size, **share)
         ratios = (corpus.train.bytes_per_token, corpus.val.bytes_per_token)
-    batches.check(place)
-    check_batch(config, processes)
+    batches.check(position)
     held_out = ValidationLoader(corpus.val, data.sequence_length, data.val_tokens, **share)
     return Data(batches, held_out, ratios, corpus.val_text)
