@@ -1,9 +1,4 @@
-"""What happens around the steps of a run: speed, random state, finite losses, progress and
-checkpoints.
-
-The trainer calls them in this order: `Checkpoints` comes last, and saves what `FiniteLoss` has let
-pass.
-"""
+"""What happens around the steps of a run: speed, random state, checkpoints, progress."""
 
 import math
 import random
@@ -28,11 +23,6 @@ except ModuleNotFoundError:  # on Windows
 
 from demo.config.schema import RunError
 from demo.training.run import LAST, Run
-
-
-def stepped(trainer: L.Trainer, index: int) -> bool:
-    """Whether the optimiser's step came with batch `index`, which may be one of several parts."""
-    return (index + 1) % trainer.accumulate_grad_batches == 0
 
 
 class Throughput(Callback):
@@ -96,54 +86,55 @@ class RandomState(Callback):
             torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class FiniteLoss(Callback):
-    """Stops the run when the loss, a validation or, before each checkpoint, a parameter is not a
-    finite number; all processes at once, whichever of them had the bad batch.
+class Checkpoints(Callback):
+    """Saves a run every so many steps and after the last, as long as its numbers are finite, and
+    says how to go on when a signal stops it.
 
-    On a GPU it looks at the loss only before a checkpoint, because looking waits for the device; it
-    still says which batch was the first.
+    A loss, a validation or, at a checkpoint, a parameter that is not a finite number stops all
+    processes at once, whichever of them had the bad batch. On a GPU the loss is looked at only at a
+    checkpoint, because looking waits for the device; it still says which batch was the first.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every  # steps between two checkpoints
+    def __init__(self, run: Run, every: int) -> None:
+        self.run, self.every = run, every
+        self.saved = 0  # the step that last.ckpt was written after, 0 where there is none yet
         self.batch = 0
-        self.waits = False
+        self.looks_late = False
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first_bad = torch.full((), -1, device=module.device)
         self.bad_loss = torch.zeros((), device=module.device)
-        self.waits = module.device.type == "cuda"
+        self.looks_late = module.device.type == "cuda"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if not stepped(trainer, index):
+        if (index + 1) % trainer.accumulate_grad_batches:  # a part of a step's batch
             return
         bad = ~module.step_loss.isfinite() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, index, self.first_bad)
         self.bad_loss = torch.where(bad, module.step_loss, self.bad_loss)
         self.batch = index
         if trainer.global_step % self.every == 0:
-            self._check_all(trainer, module)
-        elif not self.waits:
+            self._save(trainer, module)
+        elif not self.looks_late:
             self._check_loss(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._check_all(trainer, module)
+        self._save(trainer, module)
 
-    def _check_all(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._check_loss(trainer)
         if not all_finite(module, trainer.world_size):
-            # The step's loss was still a number, and there is no next one to show it.
+            # The step's loss was still a number, and there may be no next one to show it.
             self._stop("parameters must be finite numbers, got others", trainer, self.batch)
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        bits = trainer.callback_metrics["val_bpb"].item()
-        if not math.isfinite(bits):
-            raise RunError(
-                f"the validation loss must be finite, got {bits} after step {trainer.global_step}; "
-                "lower optim.learning_rate, or look at the data and at what the run started from"
-            )
+        trainer.save_checkpoint(self.run.folder / LAST)
+        self.saved = trainer.global_step
 
     def _check_loss(self, trainer: L.Trainer) -> None:
         if self.first_bad >= 0:
@@ -155,6 +146,27 @@ class FiniteLoss(Callback):
             f"the {what} after step {trainer.global_step} (first at batch {batch}); the last good "
             "checkpoint, if there was one, is kept: lower optim.learning_rate, or look at the data"
         )
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        bits = trainer.callback_metrics["val_bpb"].item()
+        if not math.isfinite(bits):
+            raise RunError(
+                f"the validation loss must be finite, got {bits} after step {trainer.global_step}; "
+                "lower optim.learning_rate, or look at the data and at what the run started from"
+            )
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        # Ctrl-C, or the SystemExit that Lightning makes of SIGTERM.
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.is_global_zero:
+            step, how = trainer.global_step, "; go on"
+            if not self.saved:
+                how = ", before the first checkpoint; begin anew"
+            elif self.saved < step:
+                how = f"; go on after step {self.saved}, the last checkpoint,"
+            command = self.run.resume_command
+            print(f"\nstopped after step {step}{how} with: {command}", file=sys.stderr)
 
 
 def all_finite(module: torch.nn.Module, processes: int) -> bool:
@@ -255,43 +267,3 @@ def process_peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-class Checkpoints(Callback):
-    """Saves a run every so many steps, and after the last; says how to go on when a signal stops
-    it."""
-
-    def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every = run, every
-        self.saved = 0  # the step that last.ckpt was written after, 0 where there is none yet
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.saved = checkpoint["global_step"]
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        if stepped(trainer, index) and trainer.global_step % self.every == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.run.folder / LAST)
-        self.saved = trainer.global_step
-
-    def on_exception(
-        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
-    ) -> None:
-        # Ctrl-C, or the SystemExit that Lightning makes of SIGTERM.
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.is_global_zero:
-            step, how = trainer.global_step, "; go on"
-            if not self.saved:
-                how = ", before the first checkpoint; begin anew"
-            elif self.saved < step:
-                how = f"; go on after step {self.saved}, the last checkpoint,"
-            command = self.run.resume_command
-            print(f"\nstopped after step {step}{how} with: {command}", file=sys.stderr)

@@ -13,7 +13,7 @@ from demo.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from demo.config.command import compose
 from demo.config.schema import ConfigError, TrainConfig, about, as_written, model_name
 from demo.training.processes import Processes, check_memory
-from demo.training.run import LAST, METRICS, Rows, Run
+from demo.training.run import AT_WORK, LAST, METRICS, Rows, Run
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 
@@ -94,28 +94,23 @@ def _newest_stopped(asked: TrainConfig) -> Run | None:
 
 def _check_resumable(run: Run, runs_dir: str) -> None:
     """Raises ConfigError for a folder that holds no run, or one that cannot be gone on with."""
-    folder, must = run.folder, "resume must name a run that"
+    folder = run.folder
     if not (folder / CONFIG).is_file():
         raise ConfigError(
             f"resume must be auto or the folder of a run, got {str(folder)!r} without {CONFIG}; "
             f"name a folder under {runs_dir}/"
         )
     if (folder / WEIGHTS).exists() and not any((folder / f).exists() for f in (LAST, METRICS)):
-        raise ConfigError(
-            f"{must} was stopped, got {str(folder)!r}, which has weights alone; start a new run "
-            f"from them with checkpoint={folder}"
-        )
+        start_anew = f"start a new run from them with checkpoint={folder}"
+        raise run.not_stopped(f"has weights alone; {start_anew}")
     if run.is_finished:
-        raise ConfigError(
-            f"{must} was stopped, got {str(folder)!r}, which is finished; start another one "
-            "without resume"
-        )
+        raise run.not_stopped("is finished; start another one without resume")
     if run.is_at_work():
-        raise run.at_work_elsewhere()
+        raise run.not_stopped(AT_WORK)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{must} can be written to, got {str(folder)!r}, which cannot; change its "
-            "permissions, or resume a copy of it"
+            f"resume must name a run that can be written to, got {str(folder)!r}, which cannot; "
+            "change its permissions, or resume a copy of it"
         )
 
 

@@ -48,6 +48,8 @@ LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
 COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metrics.csv
 
+AT_WORK = "another process works on; wait for its end, or stop it"
+
 # What last.ckpt must hold for all of a run to go on, besides what every loader has of its own.
 LOADER = "loops.fit_loop.state_dict.combined_loader"
 STATE = (
@@ -118,7 +120,7 @@ class Run:
             return
         with (self.folder / CONFIG).open("rb") as file:
             if not lock(file):
-                raise self.at_work_elsewhere()
+                raise self.not_stopped(AT_WORK)
             with self._full_disk_in_a_line(METRICS):
                 text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
                 write_whole(self.folder / METRICS, lambda part: part.write_text(text))
@@ -132,10 +134,9 @@ class Run:
         with (self.folder / CONFIG).open("rb") as file:
             return not lock(file)
 
-    def at_work_elsewhere(self) -> ConfigError:
+    def not_stopped(self, why: str) -> ConfigError:
         return ConfigError(
-            f"resume must name a run that was stopped, got {str(self.folder)!r}, which another "
-            "process works on; wait for its end, or stop it"
+            f"resume must name a run that was stopped, got {str(self.folder)!r}, which {why}"
         )
 
     # ------------------------------------------------------------------------------------ writing

@@ -14,13 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from demo.config.schema import ConfigError, TrainConfig, TrainerConfig, first_line
-from demo.training.callbacks import (
-    Checkpoints,
-    FiniteLoss,
-    Progress,
-    RandomState,
-    Throughput,
-)
+from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
 from demo.training.processes import Processes, on_gpu
 from demo.training.run import Run
 from models.language_model import LanguageModel
@@ -68,12 +62,7 @@ def build_trainer(
             enable_checkpointing=False,  # so is Checkpoints: Lightning's chooses among many
             logger=False,
             plugins=[RunCheckpoints(model)],
-            callbacks=[
-                throughput,
-                RandomState(),
-                FiniteLoss(config.trainer.checkpoint_every),
-                Progress(),
-            ],
+            callbacks=[throughput, RandomState(), Progress()],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise ConfigError(

@@ -48,13 +48,13 @@ def check_last_good(folder: Path, step: int) -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The loss is looked at only before a checkpoint."""
-    start = callbacks.FiniteLoss.on_train_start
+    start = callbacks.Checkpoints.on_train_start
 
-    def waits(self, trainer, module):
+    def late(self, trainer, module):
         start(self, trainer, module)
-        self.waits = True
+        self.looks_late = True
 
-    monkeypatch.setattr(callbacks.FiniteLoss, "on_train_start", waits)
+    monkeypatch.setattr(callbacks.Checkpoints, "on_train_start", late)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
