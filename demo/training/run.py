@@ -96,7 +96,7 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)  # of no use without its config
             raise ConfigError(
                 f"runs_dir must be a folder that can be written to, got {config.runs_dir!r} "
-                f"({error.strerror}); free some space, or name another one"
+                f"({error.strerror}); {'free some space, or ' if made else ''}name another one"
             ) from error
         return cls(folder)
 
