@@ -105,6 +105,12 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
     assert len({Run.create(config).folder for _ in range(5)}) == 5
 
 
+def test_a_link_to_nowhere_is_no_folder_for_runs(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="runs_dir must be a folder that can be written to"):
+        Run.create(compose("train", [f"runs_dir={tmp_path / 'runs'}"]))
+
+
 # ------------------------------------------------------------------------------------ the command
 
 

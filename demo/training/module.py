@@ -139,9 +139,9 @@ def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
-    """Make each block compute its inside again in the backward, and compile it, as asked.
+    """Have each block recompute its activations in the backward, and compile it, as `config` says.
 
-    The blocks are alike, so the first one's compiled code serves all; names of parameters stay.
+    The blocks are alike, so the first one's compiled code serves all. Names of parameters stay.
     """
     for block in model.blocks:
         if config.activation_checkpointing:

@@ -1,7 +1,8 @@
-"""How many processes train together, on which devices, and what ends them from outside.
+"""How many processes train together, whether this machine has the devices and the memory for them,
+and how they end when it runs out of memory or a signal stops them.
 
-torchrun says it in environment variables, before Lightning has started anything; a process that
-Lightning's own launcher started for another device of this host has LOCAL_RANK.
+torchrun describes the processes in environment variables, before Lightning has started anything; a
+process that Lightning's own launcher started for another device of this host has LOCAL_RANK.
 """
 
 import math
@@ -42,7 +43,8 @@ class Processes:
 
 
 def find_processes(config: TrainConfig) -> Processes:
-    """Raises ConfigError when they cannot share the batch, or have no strategy for it."""
+    """What the environment and `config` say about them. Raises ConfigError when they cannot share
+    the batch, or have no strategy for it."""
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         hosts = int(os.environ["WORLD_SIZE"]) // devices
@@ -121,8 +123,8 @@ def check_memory(config: TrainConfig, processes: Processes) -> None:
     mistyped size would make it swap until somebody kills the process."""
     model = config.model
     parameters = count_parameters(model)
-    # Each process builds all of them in fp32. On a CPU the gradients and AdamW's two moments lie
-    # beside them, which FSDP shares out.
+    # Each process builds all of them in fp32. On a CPU their gradients and AdamW's two moments come
+    # on top, unless FSDP spreads these over the processes.
     alone = not on_gpu(config.trainer) and config.trainer.strategy != "fsdp"
     needed = parameters * processes.devices * (16 if alone else 4)
     if needed > (memory := host_memory()):
@@ -166,9 +168,9 @@ def _largest_sizes(config: ModelConfig) -> str:
 
 @contextmanager
 def ends_in_a_line(rank: int) -> Iterator[None]:
-    """Training inside it that runs out of memory ends with a RunError, and a signal with the exit
-    code that shells expect. Other processes than the first, which say nothing, keep their errors.
-    """
+    """Turn running out of memory into a RunError, and Lightning's exit codes after a signal into
+    those that shells expect. Processes other than the first, whose errors are not printed as one
+    line, keep them as they are."""
     try:
         yield
     except SystemExit as left:  # Lightning's, with 1 after Ctrl-C and 0 after SIGTERM

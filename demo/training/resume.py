@@ -58,8 +58,9 @@ class Start:
 
 
 def find_start(asked: TrainConfig) -> Start:
-    """After the last checkpoint of the run that `asked.resume` names (for `auto` the newest one of
-    the model that was stopped, if there is one), or else at the beginning. Raises ConfigError."""
+    """Where a run of the config `asked` begins: after the last checkpoint of the run that
+    `asked.resume` names, or of the newest stopped one of that model for `auto`, if there is one;
+    else at step 0. Raises ConfigError."""
     if asked.resume is None:
         return Start(asked)
     if asked.resume == "auto":

@@ -8,12 +8,13 @@
 import csv
 import functools
 import io
+import itertools
 import os
 import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,16 @@ class Run:
         """
         if rank:
             return cls(Path(config.runs_dir))
+        runs, made = Path(config.runs_dir), False
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model_name(config.model)}"
-        folder, number = Path(config.runs_dir, name), 1
-        made = False
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
         try:
+            runs.mkdir(parents=True, exist_ok=True)
             while not made:
-                try:
-                    folder.mkdir(parents=True)
+                folder = runs / next(names)
+                with suppress(FileExistsError):  # of a run that began in the same second
+                    folder.mkdir()
                     made = True
-                except FileExistsError:
-                    number += 1
-                    folder = folder.with_name(f"{name}_{number}")
             save_config(folder, config)
             if tokenizer is not None:
                 tokenizer.save(folder)
@@ -127,14 +127,15 @@ class Run:
             yield
 
     def is_at_work(self) -> bool:
-        """Whether a process trains in this folder. The first of several processes asks for all of
-        them: it may have locked the folder itself by the time that another one looks."""
+        """Whether another process trains in this folder. Of several processes that work together
+        only the first looks: it may have locked the folder by the time that the others would."""
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
             return False
         with (self.folder / CONFIG).open("rb") as file:
             return not lock(file)
 
     def not_stopped(self, why: str) -> ConfigError:
+        """The error about a run that cannot be gone on with."""
         return ConfigError(
             f"resume must name a run that was stopped, got {str(self.folder)!r}, which {why}"
         )
