@@ -214,15 +214,17 @@ class Progress(Callback):
         self._stop()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.training:
+        self._validates = self.bar is None  # and not in the middle of training
+        if self._validates:
             self._draw(trainer, "Validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.bar:
+        if self.bar and self._validates:
             self.bar.advance(self._task)
 
     def on_validation_end(self, *_: Any) -> None:
-        self._stop()
+        if self._validates:
+            self._stop()
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
