@@ -8,7 +8,7 @@ from demo.config.command import command
 from demo.config.schema import TrainConfig, model_name
 
 if TYPE_CHECKING:
-    from demo.training.runs import Summary
+    from demo.training.summary import Summary
 
 
 def train(config: TrainConfig) -> Summary:
@@ -19,54 +19,49 @@ def train(config: TrainConfig) -> Summary:
     # Imported here, so that --help and a misspelt key are answered at once.
     import lightning
 
-    from demo.checkpoints.checkpoint import METRICS, PICTURE
     from demo.data.loaders import load_data
-    from demo.training.lit import LitLanguageModel
-    from demo.training.parallel import prepare_blocks
+    from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.plots import compressors, plot_loss
-    from demo.training.processes import check_devices, find_processes
-    from demo.training.resume import continue_metrics, find_stopped
-    from demo.training.runs import Summary, build_trainer, create_run, record, running
-    from demo.training.start import start_model
+    from demo.training.processes import check_devices, ends_in_a_line, find_processes
+    from demo.training.resume import find_start, start_model
+    from demo.training.run import METRICS, PICTURE, Run
+    from demo.training.summary import Summary
+    from demo.training.trainer import build_trainer, record
 
-    stopped = find_stopped(config)
-    config = stopped.config if stopped else config
-    check_devices(config.trainer)
-    processes = find_processes(config)
-    lightning.seed_everything(config.seed, verbose=False)
-    config, model, tokenizer = start_model(config, stopped, processes)
-    batches, held_out, bytes_per_token, val_text = load_data(
-        config, tokenizer, processes.rank, processes.count, stopped.data if stopped else None
-    )
+    start = find_start(config)
+    check_devices(start.config.trainer)
+    processes = find_processes(start.config)
+    rank = processes.rank
+    lightning.seed_everything(start.config.seed, verbose=False)
+    config, model, tokenizer = start_model(start, processes)
+    data = load_data(config, tokenizer, rank, processes.count, start.position)
     trainer, throughput = build_trainer(config, processes, model)
 
-    run = stopped.run if stopped else create_run(config, tokenizer, processes.rank)
+    run = start.run or Run.create(config, tokenizer, rank)
     record(trainer, run, config.trainer)
     prepare_blocks(model, config.trainer)
-    module = LitLanguageModel(model, config.optim, bytes_per_token)
-    with running(run, processes.rank):
-        if stopped and stopped.checkpoint:
-            before = continue_metrics(trainer.logger, stopped.rows)
-            trainer.fit(module, batches, ckpt_path=stopped.checkpoint)
-        else:
-            (before,) = trainer.validate(module, held_out, verbose=False)
-            trainer.fit(module, batches)
-        (after,) = trainer.validate(module, held_out, verbose=False)
+    module = LitLanguageModel(model, config.optim, data.bytes_per_token)
+    with run.at_work(rank, start.rows), ends_in_a_line(rank):
+        before = start.val_bpb
+        if start.checkpoint is None:
+            before = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
+        trainer.fit(module, data.train, ckpt_path=start.checkpoint, weights_only=True)
+        after = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
 
-    scores = {"before": before["val_bpb"], "after": after["val_bpb"]}
-    summary = Summary(run, model, throughput.tokens, throughput.tokens_per_s, **scores)
-    if processes.rank == 0:
+    folder, speed = run.folder, throughput.tokens_per_s
+    summary = Summary(folder, model, throughput.tokens, speed, before, after)
+    if rank == 0:
         text = config.data.name or config.data.source
         title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"
-        plot_loss(run / METRICS, run / PICTURE, title, compressors(val_text))
+        plot_loss(folder / METRICS, folder / PICTURE, title, compressors(data.val_text))
     return summary
 
 
-@command("train", compare="demo.training.runs:compare_runs")
+@command("train", compare="demo.training.summary:compare_runs")
 def main(config: TrainConfig) -> Summary:
-    summary = train(config)
-    from demo.training.runs import print_summary
+    from demo.training.summary import print_summary
 
+    summary = train(config)
     print_summary(summary)
     return summary
 

@@ -82,11 +82,11 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from demo.config.schema import model_name
     from demo.data.batches import TrainLoader
     from demo.data.corpus import Documents
-    from demo.training.callbacks import ProgressBar, process_peak_memory
-    from demo.training.lit import LitLanguageModel
-    from demo.training.parallel import prepare_blocks
+    from demo.training.callbacks import Progress, process_peak_memory
+    from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.processes import find_processes
-    from demo.training.runs import build_trainer, create_run, record
+    from demo.training.run import Run
+    from demo.training.trainer import build_trainer, record
 
     class Window(Callback):
         """The steps after the warm-up, until `seconds` are over."""
@@ -120,12 +120,14 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         world_size=processes.count,
     )
     trainer, _ = build_trainer(config, processes, model)
-    record(trainer, create_run(config, rank=processes.rank), config.trainer)
+    run = Run.create(config, rank=processes.rank)
+    record(trainer, run, config.trainer)
     window = Window()
-    trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
+    trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, Progress)]
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, optim)
-    trainer.fit(module, batches)
+    with run.at_work(processes.rank):
+        trainer.fit(module, batches)
     if processes.rank == 0:
         tokens = optim.batch_size * data.sequence_length
         device = trainer.strategy.root_device  # the module lies on the CPU again

@@ -1,6 +1,5 @@
 """train.py's own code, for real: it learns, keeps what it learnt, and refuses what cannot work."""
 
-import csv
 import re
 import struct
 import subprocess
@@ -16,10 +15,9 @@ import train
 from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
-from demo.config.schema import OptimConfig
 from demo.data.corpus import load_corpus
-from demo.training.callbacks import ProgressBar, Throughput
-from demo.training.lit import learning_rate_factor
+from demo.training.callbacks import Progress, Throughput
+from demo.training.module import learning_rate_factor
 from demo.training.plots import (
     compressors,
     plot_comparison,
@@ -28,10 +26,12 @@ from demo.training.plots import (
     read_training,
     smooth,
 )
+from demo.training.run import Run
 from models.generation import generate
-from small_runs import SIX_STEPS
+from small_runs import SIX_STEPS, check_weights, curve, train_in
 
 TINY = [*SIX_STEPS, "optim.steps=3"]
+MODELS = Path(train.__file__).parent / "models"  # some text
 
 
 def unigram_entropy(text: np.ndarray) -> float:
@@ -43,22 +43,11 @@ def unigram_entropy(text: np.ndarray) -> float:
 
 @pytest.mark.parametrize("model", ["fla", "mamba2"])
 def test_a_model_learns_and_its_checkpoint_generates_what_it_did(model, tmp_path):
-    config = compose(
-        "train",
-        [
-            f"model={model}",
-            f"runs_dir={tmp_path}",
-            "optim.steps=110",
-            "optim.warmup_steps=20",
-            "data.sequence_length=128",
-            "optim.batch_size=8",
-            "data.val_tokens=65536",
-            "trainer=cpu",
-        ],
-    )
-    summary = train.train(config)
+    sizes = ["data.sequence_length=128", "optim.batch_size=8", "data.val_tokens=65536"]
+    steps = ["optim.steps=110", "optim.warmup_steps=20", "trainer=cpu"]
+    summary = train_in(tmp_path, f"model={model}", *steps, *sizes)
 
-    entropy = unigram_entropy(load_corpus(config.data).val.tokens)
+    entropy = unigram_entropy(load_corpus(compose("train").data).val.tokens)
     assert 3.5 < entropy < 6
     assert summary.after <= 0.7 * entropy < summary.before
 
@@ -72,81 +61,70 @@ def test_a_model_learns_and_its_checkpoint_generates_what_it_did(model, tmp_path
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    config = compose("train", [*TINY, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
-    return config, train.train(config)
+    return train_in(tmp_path_factory.mktemp("runs"), *TINY)
 
 
 def test_a_run_is_one_folder_with_everything_in_it(tiny_run):
-    config, summary = tiny_run
-    assert summary.run.parent == Path(config.runs_dir)
-    assert sorted(path.name for path in summary.run.iterdir()) == [
-        "config.yaml",
-        "last.ckpt",
-        "loss.png",
-        "metrics.csv",
-        "model.safetensors",
-    ]
-    saved = yaml.safe_load((summary.run / "config.yaml").read_text())
-    assert saved["model"]["hidden_size"] == 32
-    assert saved["optim"]["steps"] == 3
-    assert summary.tokens == 3 * 2 * 32
-    assert summary.parameters == sum(p.numel() for p in summary.model.parameters())
-    with (summary.run / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert sum(bool(row["train_bpb"]) for row in rows) == 3
-    assert [float(row["val_bpb"]) for row in rows if row["val_bpb"]] == pytest.approx(
-        [summary.before, summary.after]
-    )
+    files = ["config.yaml", "last.ckpt", "loss.png", "metrics.csv", "model.safetensors"]
+    assert sorted(path.name for path in tiny_run.run.iterdir()) == files
+    saved = yaml.safe_load((tiny_run.run / "config.yaml").read_text())
+    assert (saved["model"]["hidden_size"], saved["optim"]["steps"]) == (32, 3)
+    assert tiny_run.tokens == 3 * 2 * 32
+    assert tiny_run.parameters == sum(p.numel() for p in tiny_run.model.parameters())
+    assert len(curve(tiny_run.run)) == 3
+    validations = curve(tiny_run.run, "val_bpb")
+    assert validations == pytest.approx([tiny_run.before, tiny_run.after])
 
 
 def test_validation_is_the_mean_over_all_rows(tiny_run):
-    config, summary = tiny_run
-    val = load_corpus(config.data).val.tokens
+    val = load_corpus(compose("train", TINY).data).val.tokens
     begins = np.linspace(0, len(range(0, len(val) - 32, 32)) - 1, 8).round().astype(int) * 32
     rows = torch.stack([torch.from_numpy(val[b : b + 33].astype(np.int64)) for b in begins])
     with torch.no_grad():
-        probability = summary.model(rows[:, :-1])[0].double().softmax(-1)
+        probability = tiny_run.model(rows[:, :-1])[0].double().softmax(-1)
     bits = -probability.gather(-1, rows[:, 1:, None]).log2().mean()
-    assert summary.after == pytest.approx(bits.item(), rel=1e-4)
+    assert tiny_run.after == pytest.approx(bits.item(), rel=1e-4)
 
 
 def test_the_lightning_checkpoint_opens_without_running_code(tiny_run):
-    _, summary = tiny_run
-    checkpoint = torch.load(summary.run / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(tiny_run.run / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
     (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert loader["position"] == 3
-    weights = load(summary.run).model.state_dict()
-    for name, tensor in weights.items():
+    for name, tensor in load(tiny_run.run).model.state_dict().items():
         assert torch.equal(checkpoint["state_dict"][f"model.{name}"], tensor)
 
 
 def test_the_same_seed_trains_the_same_weights(tiny_run, tmp_path):
-    _, summary = tiny_run
-    again = train.train(compose("train", [*TINY, f"runs_dir={tmp_path}"]))
-    for one, other in zip(summary.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    other_seed = train.train(compose("train", [*TINY, f"runs_dir={tmp_path}", "seed=2"]))
-    assert other_seed.after != summary.after
+    check_weights(train_in(tmp_path / "same", *TINY).run, tiny_run.run)
+    assert train_in(tmp_path / "other", *TINY, "seed=2").after != tiny_run.after
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
-    from demo.training.runs import create_run
-
     config = compose("train", [f"runs_dir={tmp_path}"])
-    assert len({create_run(config) for _ in range(5)}) == 5
+    assert len({Run.create(config).folder for _ in range(5)}) == 5
+
+
+def test_a_link_to_nowhere_is_no_folder_for_runs(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="runs_dir must be a folder that can be written to"):
+        Run.create(compose("train", [f"runs_dir={tmp_path / 'runs'}"]))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def start(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """`python train.py <arguments>` in `folder`."""
+    command = [sys.executable, train.__file__, *arguments]
+    return subprocess.run(
+        command, cwd=folder, text=True, **{"capture_output": not options, **options}
+    )
 
 
 def test_the_command_trains_without_a_warning(tmp_path):
-    script = Path(train.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), *TINY],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
+    done = start(tmp_path, *TINY)
+    assert (done.returncode, done.stderr) == (0, "")
     assert "arn" not in done.stdout  # neither Warning nor warning
     for words in ("parameters", "tokens seen", "tokens/s", "validation before", "metrics.csv"):
         assert words in done.stdout
@@ -155,28 +133,130 @@ def test_the_command_trains_without_a_warning(tmp_path):
 
 
 def test_the_command_refuses_the_inference_path_before_any_work(tmp_path):
-    command = [sys.executable, str(Path(train.__file__)), "model=fla", "norm=inference"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = start(tmp_path, "model=fla", "norm=inference")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "backward" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------- parts
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("arguments", [TINY, ["--help"], ["--cfg", "job"]], ids=["", "help", "cfg"])
+def test_an_output_that_takes_no_more_is_one_line(arguments, tmp_path):
+    with FULL.open("wb") as full:
+        done = start(tmp_path, *arguments, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: error: standard output must take the text, got an error (No ")
+    if arguments == TINY:  # there was no room for the table at the end alone
+        (run,) = tmp_path.glob("runs/*")
+        assert Run(run).is_finished
+
+
+def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):
+    config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}"])
+    config.data.path = "missing"
+    with pytest.raises(ConfigError):
+        train.train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "LINE_EVERY", 0.0)
+    train_in(tmp_path, *SIX_STEPS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    said = r"step 6 of 6, loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d, 0:00:00 left"
+    assert re.fullmatch(said, lines[-1]), lines[-1]
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    monkeypatch.setenv("COLUMNS", "120")
+    train_in(tmp_path, *SIX_STEPS)
+    out = capsys.readouterr().out
+    assert "step " not in out
+    assert "Validation" in out
+    assert re.search(r"Training.*6/6.*loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d", out)
+
+
+# -------------------------------------------------------------------------------------- multiruns
+
+
+def sweep(folder: Path, monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
+    """The exit code, standard output and standard error of `python train.py <arguments>`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    code = 0
+    try:
+        train.main()
+    except SystemExit as left:
+        code = left.code
+    return code, *capsys.readouterr()
+
+
+def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, monkeypatch, capsys):
+    code, _, err = sweep(tmp_path, monkeypatch, capsys, "-m", "seed=1,-2", *TINY)
+    assert code
+    assert "seed must be at least 0" in err
+    assert list(tmp_path.iterdir()) == []
+
+    code, out, _ = sweep(tmp_path, monkeypatch, capsys, "-m", "seed=1,2", *TINY)
+    assert code == 0
+    table = out[out.index("Runs") :]
+    assert "seed=1" in table
+    assert "seed=2" in table
+    assert "optim.steps" not in table
+    (folder,) = tmp_path.glob("runs/compare_*")
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert len(list(tmp_path.glob("runs/*_fla"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "runs"),
+    [
+        (
+            ["optim.min_learning_rate=0", "optim.learning_rate=1e-3,1e38,2e-3"],
+            "the loss must be finite",
+            2,
+        ),
+        (
+            ["data=text", "data.hold_out=2", f"data.path=missing,{MODELS}"],
+            "data.path must hold files",
+            1,
+        ),
+    ],
+    ids=["loss", "text"],
+)  # fmt: skip
+def test_a_job_of_a_multirun_that_fails_stops_no_other(
+    arguments, says, runs, tmp_path, monkeypatch, capsys
+):
+    code, out, err = sweep(tmp_path, monkeypatch, capsys, *TINY, *arguments, "-m")
+    assert code == 2
+    assert err.startswith(f"train.py: error: {says}")
+    assert err.count("\n") == 1
+    table = out[out.index("Runs in runs/") :]
+    assert len(re.findall(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_fla", table)) == runs
+    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
+
+
+def test_a_multirun_without_a_result_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    arguments = ["-m", "data=text", "data.path=missing,none"]
+    code, _, err = sweep(tmp_path, monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert err.count("train.py: error: data.path must hold files") == 2
+    assert list(tmp_path.glob("runs/*")) == []
+
+
+# ------------------------------------------------------------------------------------------ parts
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_smallest():
-    optim = OptimConfig(
-        steps=100,
-        batch_size=1,
-        learning_rate=1e-2,
-        min_learning_rate=1e-3,
-        warmup_steps=10,
-        weight_decay=0.0,
-        betas=(0.9, 0.95),
-        gradient_clip=0.0,
-    )
+    rates = ["optim.learning_rate=1e-2", "optim.min_learning_rate=1e-3"]
+    optim = compose("train", [*rates, "optim.steps=100", "optim.warmup_steps=10"]).optim
     factors = [learning_rate_factor(optim)(step) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == 1
@@ -189,7 +269,7 @@ def test_the_learning_rate_warms_up_and_decays_to_its_smallest():
 def test_throughput_counts_tokens():
     throughput = Throughput(100)
     assert throughput.tokens_per_s == 0
-    throughput.tokens, throughput.seconds = 600, 1.5
+    throughput.load_state_dict({"tokens": 600, "seconds": 1.5})
     assert throughput.tokens_per_s == 400
 
 
@@ -216,108 +296,14 @@ def test_the_picture_is_a_picture(tmp_path):
 
 
 def test_a_training_loss_stands_after_its_step_where_the_validation_does(tiny_run):
-    steps, losses = read_training(tiny_run[1].run / "metrics.csv")
+    metrics = tiny_run.run / "metrics.csv"
+    steps, losses = read_training(metrics)
     assert steps.tolist() == [1, 2, 3]
     assert len(losses) == 3
-    assert read_metric(tiny_run[1].run / "metrics.csv", "val_bpb")[0].tolist() == [0, 3]
+    assert read_metric(metrics, "val_bpb")[0].tolist() == [0, 3]
 
 
 @pytest.mark.filterwarnings("error")
 def test_long_overrides_leave_room_for_the_curves(tiny_run, tmp_path):
-    runs = {f"data.path={'long/' * 50}{n}": tiny_run[1].run / "metrics.csv" for n in range(2)}
+    runs = {f"data.path={'long/' * 50}{n}": tiny_run.run / "metrics.csv" for n in range(2)}
     plot_comparison(runs, tmp_path / "comparison.png")
-
-
-def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):
-    config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}"])
-    config.data.path = "missing"
-    with pytest.raises(ConfigError):
-        train.train(config)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,-2", *TINY])
-    with pytest.raises(SystemExit):
-        train.main()
-    assert "seed must be at least 0" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2", *TINY])
-    train.main()
-    out = capsys.readouterr().out
-    table = out[out.index("Runs") :]
-    assert "seed=1" in table
-    assert "seed=2" in table
-    assert "optim.steps" not in table
-    (folder,) = tmp_path.glob("runs/compare_*")
-    assert (folder / "comparison.png").stat().st_size > 10_000
-    assert len(list(tmp_path.glob("runs/*_fla"))) == 2
-
-
-def test_a_job_of_a_multirun_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rates = "optim.learning_rate=1e-3,1e38,2e-3"
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "optim.min_learning_rate=0", "-m", rates])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    out, err = capsys.readouterr()
-    assert left.value.code == 2
-    assert err.count("the loss must be finite") == 1
-    table = out[out.index("Runs in runs/") :]
-    assert len(re.findall(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_fla", table)) == 2
-    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
-
-
-def test_a_job_of_a_multirun_whose_text_is_missing_stops_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    sweep = f"data.path=missing,{Path(train.__file__).parent / 'models'}"
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *TINY, "data=text", "data.hold_out=2", "-m", sweep]
-    )
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    out, err = capsys.readouterr()
-    assert left.value.code == 2
-    assert err.startswith("train.py: error: data.path must hold files")
-    assert err.count("\n") == 1
-    assert "Runs in runs/" in out
-    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
-
-
-def test_a_multirun_without_a_result_leaves_no_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "data=text", "data.path=missing,none"])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    assert left.value.code == 2
-    assert capsys.readouterr().err.count("train.py: error: data.path must hold files") == 2
-    assert list(tmp_path.glob("runs/*")) == []
-
-
-FULL = Path("/dev/full")
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("arguments", [TINY, ["--help"], ["--cfg", "job"]], ids=["", "help", "cfg"])
-def test_an_output_that_takes_no_more_is_one_line(arguments, tmp_path):
-    command = [sys.executable, train.__file__, *arguments]
-    with FULL.open("wb") as full:
-        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2
-    (line,) = done.stderr.decode().splitlines()
-    assert line.startswith("train.py: error: standard output must take the text, got an error (No ")
-    if arguments == TINY:  # what it has written can be gone on from
-        (run,) = tmp_path.glob("runs/*")
-        config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}", f"resume={run}"])
-        assert train.train(config).run == run
-
-
-def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ProgressBar, "LINE_EVERY", 0.0)
-    train.train(compose("train", [*SIX_STEPS, f"runs_dir={tmp_path}"]))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 6
-    said = r"step 6 of 6, loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d, 0:00:00 left"
-    assert re.fullmatch(said, lines[-1]), lines[-1]

@@ -33,9 +33,8 @@ from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.ranges import check_choice
 
-# The files of a run; the first two are the checkpoint.
+# The files of a checkpoint; what else a run has is in demo/training/run.py.
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 

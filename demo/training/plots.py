@@ -1,4 +1,5 @@
-"""loss.png: what a run learnt, beside what general-purpose compressors make of the same text."""
+"""loss.png: what a run learnt, beside what general-purpose compressors make of the same text; and
+comparison.png of several runs."""
 
 import bz2
 import csv
@@ -16,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 INK, LIGHT, ACCENT, GREY = "#1f2a44", "#a9b8d8", "#d1495b", "#8a8f98"
+TICKS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)  # bits per byte
 
 
 def read_metric(metrics: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -41,8 +43,9 @@ def compressors(text: bytes) -> dict[str, float]:
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Mean of the values around each, weighted by half for each `half_life` of steps away. It looks
-    no farther ahead than back, so that the curve begins where the values do and does not lag."""
+    """Mean of the values around each, whose weight halves with each `half_life` of steps away. It
+    looks no farther ahead than back, so that the curve begins where the values do and does not
+    lag."""
     reach = int(8 * half_life)
     kernel = 0.5 ** (np.abs(np.arange(-reach, reach + 1)) / half_life)
     out = np.empty(len(values))
@@ -60,58 +63,70 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
     val_steps, val_losses = read_metric(metrics, "val_bpb")
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes.plot(steps, losses, color=LIGHT, linewidth=0.7, label="training, each step")
-    axes.plot(
-        steps,
-        smooth(losses, max(1.0, len(losses) / 60)),
-        color=INK,
-        linewidth=1.8,
-        label="training, smoothed",
-    )
-    axes.plot(
-        val_steps,
-        val_losses,
-        "o",
-        color=ACCENT,
-        markersize=7,
-        zorder=3,
-        clip_on=False,
-        label="validation, held-out text",
-    )
+    smoothed = smooth(losses, max(1.0, len(losses) / 60))
+    axes.plot(steps, smoothed, color=INK, linewidth=1.8, label="training, smoothed")
+    dots = {"color": ACCENT, "markersize": 7, "zorder": 3, "clip_on": False}
+    axes.plot(val_steps, val_losses, "o", label="validation, held-out text", **dots)
+    beside = {"textcoords": "offset points"}
     if len(val_losses):
-        axes.annotate(
-            f"{val_losses[-1]:.2f}",
-            (val_steps[-1], val_losses[-1]),
-            color=ACCENT,
-            xytext=(-4, 10),
-            textcoords="offset points",
-            ha="right",
-            weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        last, text = (val_steps[-1], val_losses[-1]), f"{val_losses[-1]:.2f}"
+        style = {"color": ACCENT, "ha": "right", "weight": "bold", "bbox": box}
+        axes.annotate(text, last, xytext=(-4, 10), **beside, **style)
     low = min([*losses, *val_losses, *yardsticks.values()], default=0.0)
     high = max([*losses, *val_losses], default=8.0)
-    yardsticks = {
-        name: bits for name, bits in yardsticks.items() if bits < high
-    }  # else off the axes
     previous = 0.0
     for name, bits in sorted(yardsticks.items(), key=lambda item: item[1]):
-        crowded = bits < previous * 1.04
+        if bits >= high:  # off the axes
+            break
+        above = 5 if bits < previous * 1.04 else -2  # two names do not cover each other
         previous = bits
         axes.axhline(bits, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        axes.annotate(
-            f"{name} {bits:.2f}",
-            (1, bits),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 5 if crowded else -2),
-            textcoords="offset points",
-            color=GREY,
-            size=8,
-        )
+        at = {"xycoords": ("axes fraction", "data"), "xytext": (6, above)}
+        axes.annotate(f"{name} {bits:.2f}", (1, bits), **at, **beside, color=GREY, size=8)
     axes.set(xlim=(0, max(1, *steps, *val_steps)), xlabel="step")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _bits_axis(axes, low * 0.93, high * 1.07, shorten(title, 80))
     figure.legend(frameon=False, loc="outside lower center", ncols=3)  # covers no curve
     _write(figure, target)
+
+
+def plot_comparison(runs: dict[str, Path], target: Path) -> None:
+    """Draw the smoothed training loss and the last validation of several metrics.csv, by name."""
+    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
+    colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
+    lows, highs = [], []
+    for (name, metrics), colour in zip(runs.items(), colours, strict=True):
+        steps, losses = read_training(metrics)
+        _, val_losses = read_metric(metrics, "val_bpb")
+        smoothed = smooth(losses, max(1.0, len(losses) / 40))
+        axes.plot(100 * steps / steps[-1], smoothed, color=colour, linewidth=1.5)
+        label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"
+        axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
+        lows.append(min(losses.min(), val_losses.min()))
+        highs.append(val_losses.max())
+    axes.set(xlim=(0, 100), xlabel="per cent of the steps")
+    title = "Lines: training, smoothed; dots: validation at the end"
+    _bits_axis(axes, min(lows) * 0.95, max(highs) * 1.05, title)
+    axes.legend(frameon=False, loc="best", title="validation, bits per byte")
+    _write(figure, target)
+
+
+def shorten(text: str, length: int) -> str:
+    """Without its middle where it is longer."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
+    """Bits per byte on a logarithmic axis with numbers that one reads, and the title."""
+    ticks = [tick for tick in TICKS if bottom <= tick <= top]
+    axes.set(yscale="log", ylim=(bottom, top), ylabel="bits per byte")
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eceff4", zorder=0)
+    axes.set_title(title, loc="left", color=INK, size=11)
 
 
 def _write(figure: plt.Figure, target: Path) -> None:
@@ -125,47 +140,3 @@ def _write(figure: plt.Figure, target: Path) -> None:
         ) from error
     finally:
         plt.close(figure)
-
-
-def shorten(text: str, length: int) -> str:
-    """Without its middle where it is longer."""
-    half = (length - 5) // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
-
-
-def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
-    """Bits per byte on a logarithmic axis with numbers that one reads, and the title."""
-    ticks = [
-        t for t in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10) if bottom <= t <= top
-    ]
-    axes.set(yscale="log", ylim=(bottom, top), ylabel="bits per byte")
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#eceff4", zorder=0)
-    axes.set_title(title, loc="left", color=INK, size=11)
-
-
-def plot_comparison(runs: dict[str, Path], target: Path) -> None:
-    """Draw the smoothed training loss and the last validation of several metrics.csv, by name."""
-    figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
-    colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
-    lows, highs = [], []
-    for (name, metrics), colour in zip(runs.items(), colours, strict=True):
-        steps, losses = read_training(metrics)
-        _, val_losses = read_metric(metrics, "val_bpb")
-        axes.plot(
-            100 * steps / steps[-1],
-            smooth(losses, max(1.0, len(losses) / 40)),
-            color=colour,
-            linewidth=1.5,
-        )
-        label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"
-        axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
-        lows.append(min(losses.min(), val_losses.min()))
-        highs.append(val_losses.max())
-    axes.set(xlim=(0, 100), xlabel="per cent of the steps")
-    title = "Lines: training, smoothed; dots: validation at the end"
-    _bits_axis(axes, min(lows) * 0.95, max(highs) * 1.05, title)
-    axes.legend(frameon=False, loc="best", title="validation, bits per byte")
-    _write(figure, target)

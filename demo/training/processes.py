@@ -1,22 +1,38 @@
-"""How many processes train together, and which of them this is, before Lightning has said so.
+"""How many processes train together, whether this machine has the devices and the memory for them,
+and how they end when it runs out of memory or a signal stops them.
 
-torchrun says it in environment variables; a process that Lightning's own launcher started for
-another device of this host has LOCAL_RANK.
+torchrun describes the processes in environment variables, before Lightning has started anything; a
+process that Lightning's own launcher started for another device of this host has LOCAL_RANK.
 """
 
+import math
 import os
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from demo.config.errors import ConfigError
-from demo.config.schema import TrainConfig, TrainerConfig
+from demo.checkpoints.checkpoint import build_model
+from demo.config.errors import ConfigError, RunError
+from demo.config.schema import TrainConfig, TrainerConfig, model_name
+from models.config import ModelConfig
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """devices: on this host; hosts: how many; rank: of this process among all."""
+    """The processes of a training.
+
+    Attributes:
+        devices: How many there are on this host.
+        hosts: How many hosts have as many.
+        rank: Of this process among all of them.
+    """
 
     devices: int
     hosts: int
@@ -28,15 +44,15 @@ class Processes:
 
 
 def find_processes(config: TrainConfig) -> Processes:
-    """Raises ConfigError when they cannot share the batch, or have no strategy for it."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """What the environment and `config` say about them. Raises ConfigError when they cannot share
+    the batch, or have no strategy for it."""
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         hosts = int(os.environ["WORLD_SIZE"]) // devices
         found = Processes(devices, hosts, int(os.environ["RANK"]))
     else:
         _refuse_slurm()
-        found = Processes(config.trainer.devices, 1, local_rank)
+        found = Processes(config.trainer.devices, 1, int(os.environ.get("LOCAL_RANK", 0)))
     if found.count > 1 and config.trainer.strategy == "auto":
         raise ConfigError(
             f"trainer.strategy must be ddp or fsdp for several processes, got auto for "
@@ -58,8 +74,8 @@ def on_gpu(config: TrainerConfig) -> bool:
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raises ConfigError when this machine has not the devices or packages that `config` asks
-    for."""
+    """Raises ConfigError when this machine does not have the devices or packages that `config`
+    asks for."""
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
@@ -72,16 +88,15 @@ def check_devices(config: TrainerConfig) -> None:
             "trainer.devices must be at most the number of CUDA devices of this host, "
             f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
         )
-    if config.precision == "16-mixed" and not gpu:
-        raise ConfigError(
-            "trainer.precision must be 32-true or bf16-mixed on a CPU, got 16-mixed; "
-            "use one of them, or trainer=gpu"
-        )
-    if config.precision == "16-mixed" and config.strategy == "fsdp":
-        raise ConfigError(
-            "trainer.precision must be 32-true or bf16-mixed with trainer.strategy=fsdp, got "
-            "16-mixed; use one of them, or trainer=ddp"
-        )
+    for where, impossible, remedy in (
+        ("on a CPU", not gpu, "trainer=gpu"),
+        ("with trainer.strategy=fsdp", config.strategy == "fsdp", "trainer=ddp"),
+    ):
+        if config.precision == "16-mixed" and impossible:
+            raise ConfigError(
+                f"trainer.precision must be 32-true or bf16-mixed {where}, got 16-mixed; "
+                f"use one of them, or {remedy}"
+            )
     if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise ConfigError(
             "trainer.tensorboard needs the package tensorboard, got true without it; "
@@ -99,3 +114,78 @@ def _refuse_slurm() -> None:
             f"processes must be started by torchrun, got the {tasks} tasks of a SLURM job; start "
             "one task on each host (--ntasks-per-node=1), with srun torchrun --nnodes ..."
         )
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def check_memory(config: TrainConfig, processes: Processes) -> None:
+    """Raises ConfigError when the parameters alone need more than this host's memory, where a
+    mistyped size would make it swap until somebody kills the process."""
+    model = config.model
+    parameters = count_parameters(model)
+    # Each process builds all of them in fp32. On a CPU their gradients and AdamW's two moments come
+    # on top, unless FSDP spreads these over the processes.
+    alone = not on_gpu(config.trainer) and config.trainer.strategy != "fsdp"
+    needed = parameters * processes.devices * (16 if alone else 4)
+    if needed > (memory := host_memory()):
+        raise ConfigError(
+            f"model={model_name(model)} must fit in the memory of this host, "
+            f"{memory / 2**30:,.1f} GiB, got {parameters:,} parameters, which need "
+            f"{needed / 2**30:,.1f} GiB; lower one of {_largest_sizes(model)}"
+        )
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Of the model that `config` describes, of which it builds one block. Raises ConfigError."""
+    try:
+        with torch.device("meta"):
+            model = build_model(replace(config, num_layers=1), "training")
+    except (RuntimeError, ArithmeticError, TypeError) as error:
+        raise ConfigError(
+            f"model={model_name(config)} must have sizes that a machine can count with, got "
+            f"larger ones; lower one of {_largest_sizes(config)}"
+        ) from error
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    return model.num_parameters() + (config.num_layers - 1) * block
+
+
+def host_memory() -> float:
+    """Bytes that the processes of this host can have, infinite where the system does not say."""
+    limits = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # no container, or "max"
+        limits.append(int(CONTAINER_LIMIT.read_text()))
+    return min(limits)
+
+
+def _largest_sizes(config: ModelConfig) -> str:
+    """The three largest: the one that was mistyped is among them."""
+    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
+    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    return ", ".join(f"model.{name}={sizes[name]}" for name in names)
+
+
+@contextmanager
+def ends_in_a_line(rank: int) -> Iterator[None]:
+    """Turn running out of memory into a RunError, and Lightning's exit codes after a signal into
+    those that shells expect. Processes other than the first, whose errors are not printed as one
+    line, keep them as they are."""
+    try:
+        yield
+    except SystemExit as left:  # Lightning's, with 1 after Ctrl-C and 0 after SIGTERM
+        interrupted = isinstance(left.__context__, KeyboardInterrupt)
+        left.code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if rank or not (full or "DefaultCPUAllocator" in str(error)):
+            raise
+        first = str(error).partition("\n")[0].rpartition("] . ")[2]
+        reason = ". ".join(first.split(". ")[:2]) or type(error).__name__
+        raise RunError(
+            f"training must fit in memory, got {reason!r}; raise trainer.accumulate, set "
+            "trainer.activation_checkpointing=true, or lower optim.batch_size or "
+            "data.sequence_length"
+        ) from error

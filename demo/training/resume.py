@@ -1,38 +1,29 @@
-"""Go on with a run that was stopped: which run, with which config, from which checkpoint.
+"""Where a run begins: with new weights, with those of a checkpoint, or after the last step that a
+stopped run has saved. Everything is read and checked before a folder is made or changed."""
 
-All of it is read and checked before the run's folder is written to.
-"""
-
-import csv
-import functools
-import io
 import os
-import zipfile
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from lightning.pytorch.loggers import CSVLogger
-
-from demo.checkpoints.checkpoint import (
-    CONFIG,
-    LAST,
-    METRICS,
-    PICTURE,
-    WEIGHTS,
-    check_weights,
-    damaged,
-    is_run_of,
-    read_model_config,
-)
+from demo.checkpoints.checkpoint import CONFIG, WEIGHTS, build_model, is_run_of, load
+from demo.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from demo.config.command import compose
-from demo.config.errors import ConfigError, first_line
-from demo.config.schema import TrainConfig, model_name, train_config
-from demo.training.lock import lock
+from demo.config.errors import ConfigError, about
+from demo.config.schema import TrainConfig, model_name
+from demo.training.processes import Processes, check_memory
+from demo.training.run import AT_WORK, LAST, METRICS, Rows, Run
 from models.config import ModelConfig
+from models.language_model import LanguageModel
 from models.ranges import as_written
+
+# What may differ in a resumed run: the same numbers, up to rounding, are computed elsewhere or in
+# another way.
+FREE = {
+    *("resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    *("trainer.compile", "trainer.activation_checkpointing", "trainer.tensorboard"),
+    "trainer.checkpoint_every",
+}
 
 # What somebody chose who chose a file of a group.
 CHOICES = {
@@ -41,139 +32,143 @@ CHOICES = {
     "trainer": ["trainer.accelerator", "trainer.strategy"],
 }
 
-# What a run may go on with another value of: it is computed elsewhere or in another way, but it is
-# the same numbers up to rounding.
-FREE = {
-    "resume",
-    "runs_dir",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.strategy",
-    "trainer.compile",
-    "trainer.activation_checkpointing",
-    "trainer.tensorboard",
-    "trainer.checkpoint_every",
-}
-
-# What last.ckpt must hold for all of a run to go on.
-LOADER = "loops.fit_loop.state_dict.combined_loader"
-STATE = (
-    *("global_step", "state_dict", "optimizer_states", "lr_schedulers", LOADER),
-    *("callbacks.RandomState", "callbacks.Throughput"),
-)
-
 
 @dataclass(frozen=True)
-class Stopped:
-    """A run to go on with.
+class Start:
+    """Where training begins.
 
     Attributes:
-        run: Its folder.
-        config: What it was started with.
-        checkpoint: Its last.ckpt, or None when it was stopped before the first was written.
-        rows: Of its metrics.csv, those of the steps that the checkpoint has behind it: the step,
-            and the values by name.
-        data: What the loader of its training data left in the checkpoint.
+        config: What the run was, or is to be, started with.
+        run: The stopped run, None for a new one.
+        checkpoint: Its last.ckpt, None where there is none yet.
+        rows: Its metrics.csv, as far as the checkpoint reaches.
+        position: The state in the checkpoint of the loader of training data.
     """
 
-    run: Path
     config: TrainConfig
+    run: Run | None = None
     checkpoint: Path | None = None
-    rows: tuple[tuple[int, dict[str, float]], ...] = ()
-    data: dict[str, Any] | None = None
+    rows: Rows = ()
+    position: dict[str, Any] | None = None
+
+    @property
+    def val_bpb(self) -> float:
+        """Of the validation before the first step, NaN where metrics.csv has lost it."""
+        return next((row["val_bpb"] for _, row in self.rows if "val_bpb" in row), float("nan"))
 
 
-def find_stopped(asked: TrainConfig) -> Stopped | None:
-    """The run that `asked.resume` names, or for `auto` the newest run of the model that was not
-    finished, if there is one. Raises ConfigError."""
+def find_start(asked: TrainConfig) -> Start:
+    """Where a run of the config `asked` begins: after the last checkpoint of the run that
+    `asked.resume` names, or of the newest stopped one of that model for `auto`, if there is one;
+    else at step 0. Raises ConfigError."""
     if asked.resume is None:
-        return None
+        return Start(asked)
     if asked.resume == "auto":
         run = _newest_stopped(asked)
         if run is None:
-            return None
+            return Start(asked)
     else:
-        run = Path(asked.resume)
-        if run.name == LAST:
-            run = run.parent
-    if not (run / CONFIG).is_file():
-        raise ConfigError(
-            f"resume must be auto or the folder of a run, got {str(run)!r} without {CONFIG}; "
-            f"name a folder under {asked.runs_dir}/"
-        )
-    if (run / WEIGHTS).exists() and not ((run / LAST).exists() or (run / METRICS).exists()):
-        raise ConfigError(
-            f"resume must name a run that was stopped, got {str(run)!r}, which has weights alone; "
-            f"start a new run from them with checkpoint={run}"
-        )
-    if (run / PICTURE).exists():
-        raise ConfigError(
-            f"resume must name a run that was stopped, got {str(run)!r}, which is finished; "
-            "start another one without resume"
-        )
-    if _is_running(run):
-        raise ConfigError(still_running(run))
-    if not os.access(run, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"resume must name a run that can be written to, got {str(run)!r}, which cannot; "
-            "change its permissions, or resume a copy of it"
-        )
-    config = stopped_config(run, asked)
-    state = read_state(run, config.model)
+        path = Path(asked.resume)
+        run = Run(path.parent if path.name == LAST else path)
+    _check_resumable(run, asked.runs_dir)
+    config = _resumed_config(run, asked)
+    state = run.read_state(config.model)
     if state is None:
-        return Stopped(run, config)
-    rows = read_metrics(run, state["global_step"])
-    return Stopped(run, config, run / LAST, rows, _part(state, LOADER)[0])
+        return Start(config, run)
+    rows = run.read_metrics(state["global_step"])
+    (position,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return Start(config, run, run.folder / LAST, rows, position)
 
 
-def still_running(run: Path) -> str:
-    return (
-        f"resume must name a run that was stopped, got {str(run)!r}, which another process works "
-        "on; wait for its end, or stop it"
-    )
-
-
-def _is_running(run: Path) -> bool:
-    """Whether a process trains in this folder. The first of several processes asks for all: it
-    may have the folder itself by the time that another one looks."""
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
-        return False
-    with (run / CONFIG).open("rb") as file:
-        return not lock(file)
-
-
-def _newest_stopped(asked: TrainConfig) -> Path | None:
-    stopped = [
-        path.parent
-        for path in Path(asked.runs_dir).glob(f"*/{CONFIG}")
-        if not (path.parent / PICTURE).exists() and is_run_of(path.parent, model_name(asked.model))
+def _newest_stopped(asked: TrainConfig) -> Run | None:
+    files = [
+        file
+        for file in Path(asked.runs_dir).glob(f"*/{CONFIG}")
+        if not Run(file.parent).is_finished and is_run_of(file.parent, model_name(asked.model))
     ]
-    stopped.sort(key=lambda run: -(run / CONFIG).stat().st_mtime)
+    files.sort(key=lambda file: -file.stat().st_mtime)
+    stopped = [Run(file.parent) for file in files]
     # Several processes must all find the same one, and only the first sees who is at work.
     alone = asked.trainer.devices == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return next((run for run in stopped if not (alone and _is_running(run))), None)
+    return next((run for run in stopped if not (alone and run.is_at_work())), None)
 
 
-def stopped_config(run: Path, asked: TrainConfig) -> TrainConfig:
-    """The config that `run` was started with, on the devices that `asked` wants. Raises ConfigError
-    when it wants anything else to be different: that would not be the same run."""
-    read_model_config(run)  # says in words what is wrong with a file that is no config at all
-    try:
-        saved = train_config(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
-    except ConfigError as error:
-        raise ConfigError(damaged(run / CONFIG, first_line(error))) from error
-    was = _flat(saved)
-    for key, value in asked_for(asked).items():
+def _check_resumable(run: Run, runs_dir: str) -> None:
+    """Raises ConfigError for a folder that holds no run, or one that cannot be gone on with."""
+    folder = run.folder
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"resume must be auto or the folder of a run, got {str(folder)!r} without {CONFIG}; "
+            f"name a folder under {runs_dir}/"
+        )
+    if (folder / WEIGHTS).exists() and not any((folder / f).exists() for f in (LAST, METRICS)):
+        start_anew = f"start a new run from them with checkpoint={folder}"
+        raise run.not_stopped(f"has weights alone; {start_anew}")
+    if run.is_finished:
+        raise run.not_stopped("is finished; start another one without resume")
+    if run.is_at_work():
+        raise run.not_stopped(AT_WORK)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"resume must name a run that can be written to, got {str(folder)!r}, which cannot; "
+            "change its permissions, or resume a copy of it"
+        )
+
+
+def _resumed_config(run: Run, asked: TrainConfig) -> TrainConfig:
+    """The config that `run` was started with, with what `asked` may have otherwise. Raises
+    ConfigError when it wants anything else to be different: that would not be the same run."""
+    config, values = run.read_config(), asked_for(asked)
+    fixed = {key: value for key, value in values.items() if key not in FREE}
+    _check_same(fixed, config, "the run that is resumed", "start another run")
+    for key in values.keys() & FREE:
         section, _, name = key.partition(".")
-        if key in FREE:
-            if section == "trainer":
-                setattr(saved.trainer, name, value)
-        elif value != was.get(key):
+        if section == "trainer":
+            setattr(config.trainer, name, values[key])
+    return config
+
+
+def start_model(start: Start, processes: Processes) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
+    """The model and the tokenizer to train with, and the config with the sizes that they have. The
+    weights of a run that is gone on with come later, with the optimiser. Raises ConfigError."""
+    config = start.config
+    if config.checkpoint is not None and start.checkpoint is None:
+        return _model_of_checkpoint(config)
+    with about("tokenizer"):
+        if start.run and start.checkpoint:
+            tokenizer = tokenizer_of(start.run.folder)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
+    vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    check_memory(config, processes)
+    return config, build_model(config.model, "training"), tokenizer
+
+
+def _model_of_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
+    name = config.checkpoint
+    asked = {key: v for key, v in asked_for(config).items() if key.startswith("model.")}
+    if config.tokenizer != "bytes":
+        raise ConfigError(
+            f"tokenizer must be left out with checkpoint={name}, which brings its own, got "
+            f"{config.tokenizer!r}; leave out one of them"
+        )
+    kind = asked.pop("model.name", None)
+    loaded = load(name, kind, norm_path="training", runs_dir=config.runs_dir)
+    config = replace(config, model=loaded.model.config)
+    _check_same(asked, config, "the checkpoint", f"leave out checkpoint={name}")
+    return config, loaded.model, loaded.tokenizer
+
+
+def _check_same(asked: dict[str, Any], config: TrainConfig, whose: str, remedy: str) -> None:
+    """Raises ConfigError for a value by dotted key that is not the one in `config`."""
+    values = _flat(config)
+    for key, value in asked.items():
+        if value != values.get(key):
             raise ConfigError(
-                f"{key} must be as in the run that is resumed, {as_written(was.get(key))}, got "
-                f"{as_written(value)}; leave it out, or start another run"
+                f"{key} must be as in {whose}, {as_written(values.get(key))}, got "
+                f"{as_written(value)}; leave it out, or {remedy}"
             )
-    return saved
 
 
 def asked_for(config: TrainConfig) -> dict[str, Any]:
@@ -184,72 +179,6 @@ def asked_for(config: TrainConfig) -> dict[str, Any]:
     default = _flat(compose("train", [f"model={model_name(config.model)}"]))
     values = _flat(config)
     return {key: v for key, v in values.items() if key in typed or v != default.get(key)}
-
-
-def read_state(run: Path, model: ModelConfig | None = None) -> dict[str, Any] | None:
-    """What the run's last.ckpt holds, its tensors not yet read; None where there is no last.ckpt.
-    Raises ConfigError when it is damaged, lacks something, or is not of `model`."""
-    file = run / LAST
-    if not file.exists():
-        return None
-    try:
-        with zipfile.ZipFile(file) as records:  # torch.load does not look at their checksums
-            if (name := records.testzip()) is not None:
-                raise zipfile.BadZipFile(name)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except zipfile.BadZipFile as error:
-        raise ConfigError(damaged(file, "it is cut short, or a part of it has changed")) from error
-    except Exception as error:  # of any kind: it depends on what is wrong
-        raise ConfigError(damaged(file, "it does not hold the state of a run")) from error
-    missing = next((name for name in STATE if not _part(state, name)), None)
-    if missing is not None:
-        why = f"it has no {missing}, perhaps because another version of it wrote the file"
-        raise ConfigError(damaged(file, why))
-    if model is not None:
-        weights = {name.removeprefix("model."): t for name, t in state["state_dict"].items()}
-        if model.tie_embeddings:  # they are there twice
-            weights.pop("head.weight", None)
-        shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-        check_weights(file, model, shapes)
-    return state
-
-
-def _part(state: Any, name: str) -> Any:
-    """The value of a dotted key, or None."""
-    return functools.reduce(
-        lambda part, key: part.get(key) if isinstance(part, dict) else None, name.split("."), state
-    )
-
-
-def read_metrics(run: Path, before_step: int) -> tuple[tuple[int, dict[str, float]], ...]:
-    """The rows of metrics.csv that belong to the steps before `before_step`: the step, and the
-    values by name. Raises ConfigError when it is damaged."""
-    file = run / METRICS
-    if not file.exists():
-        return ()
-    try:
-        text = file.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a kill can leave the beginning of a row
-        return tuple(
-            (step, {name: float(value) for name, value in row.items() if value})
-            for row in csv.DictReader(io.StringIO(whole))
-            if (step := int(row.pop("step"))) < before_step
-        )
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
-        why = "it is not a table of numbers with the column step"
-        raise ConfigError(damaged(file, why)) from error
-
-
-def continue_metrics(
-    logger: CSVLogger, rows: tuple[tuple[int, dict[str, float]], ...]
-) -> dict[str, float]:
-    """Start the logger's file with these rows, where Lightning would start with none. Returns the
-    values of the first validation."""
-    for step, values in rows:
-        logger.log_metrics(values, step)
-    logger.save()
-    first = next((values["val_bpb"] for _, values in rows if "val_bpb" in values), float("nan"))
-    return {"val_bpb": first}
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

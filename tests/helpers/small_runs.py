@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import build_model, save_config, save_weights
+from demo.checkpoints.checkpoint import build_model, load, save_config, save_weights
 from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.command import compose
 
@@ -32,23 +33,45 @@ class Stop(Exception):
     """Stands for the plug being pulled."""
 
 
-def train_until(batch: int, config, monkeypatch) -> Path:
-    """Train, and die in the middle of a step. Returns the run, the only one in its folder."""
-    from demo.training import lit  # takes seconds
+def config_in(folder: Path, *overrides: str):
+    """The config of `python train.py runs_dir=<folder> <overrides>`."""
+    return compose("train", [*overrides, f"runs_dir='{folder}'"])
 
-    training_step = lit.LitLanguageModel.training_step
+
+def train_in(folder: Path, *overrides: str):
+    """Train with it. Returns the summary."""
+    return train.train(config_in(folder, *overrides))
+
+
+def train_until(batch: int, config, monkeypatch, ends: type[BaseException] = Stop) -> Path:
+    """Train, and die in the middle of a step. Returns the run, the only one in its folder."""
+    from demo.training.module import LitLanguageModel  # takes seconds
+
+    training_step = LitLanguageModel.training_step
 
     def dies(self, tokens, index):
         if index == batch:
-            raise Stop
+            raise ends
         return training_step(self, tokens, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lit.LitLanguageModel, "training_step", dies)
-        with pytest.raises(Stop):
+        patch.setattr(LitLanguageModel, "training_step", dies)
+        with pytest.raises(SystemExit if ends is KeyboardInterrupt else ends):
             train.train(config)
     (run,) = Path(config.runs_dir).iterdir()
     return run
+
+
+def break_loss(monkeypatch, when: Callable[[torch.nn.Module], bool]) -> None:
+    """Make the loss NaN where `when` says so of the Lightning module."""
+    from demo.training.module import LitLanguageModel
+
+    loss = LitLanguageModel.loss
+
+    def breaks(self, batch):
+        return loss(self, batch) * (float("nan") if when(self) else 1)
+
+    monkeypatch.setattr(LitLanguageModel, "loss", breaks)
 
 
 def curve(run: Path, column: str = "train_bpb") -> list[float]:
@@ -57,11 +80,29 @@ def curve(run: Path, column: str = "train_bpb") -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
+def check_curves(run: Path, expected: Path, within: float = 1e-4) -> None:
+    """That training and validation lost the same, and came to nearly the same weights."""
+    for column in ("train_bpb", "val_bpb"):
+        assert curve(run, column) == pytest.approx(curve(expected, column), abs=within)
+    check_weights(run, expected, atol=max(within, 1e-3), rtol=max(within, 1e-3))
+
+
+def check_weights(run: Path, expected: Path, **tolerance: float) -> None:
+    """That the weights of two runs are the same; without a tolerance, to the same bits."""
+    weights, others = load(run).model.state_dict(), load(expected).model.state_dict()
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        if tolerance:
+            torch.testing.assert_close(tensor, others[name], **tolerance)
+        else:
+            assert torch.equal(tensor, others[name]), name
+
+
 def checkpoint_step(run: Path) -> int:
     """The step that the run's last.ckpt was written after, 0 where there is none yet."""
-    from demo.training.resume import read_state
+    from demo.training.run import Run
 
-    state = read_state(run)
+    state = Run(run).read_state()
     return 0 if state is None else state["global_step"]
 
 

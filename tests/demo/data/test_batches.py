@@ -9,7 +9,7 @@ from demo.checkpoints.checkpoint import build_model
 from demo.config.errors import ConfigError
 from demo.data.batches import Packed, TrainLoader, ValidationLoader
 from demo.data.corpus import Documents, load_corpus
-from demo.training.lit import LitLanguageModel
+from demo.training.module import LitLanguageModel
 from text_sets import TEXTS, TINY, settings, write_table
 
 

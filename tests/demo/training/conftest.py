@@ -1,4 +1,4 @@
-"""Runs that were stopped in some step, for what resumes them and what damages them."""
+"""Runs that several tests look at, trained once for all of them."""
 
 import shutil
 from collections.abc import Callable
@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from demo.config.command import compose
-from small_runs import STOPPABLE, train_until
+from small_runs import STOPPABLE, config_in, train_in, train_until
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """What a run of `STOPPABLE` comes to that nothing stops."""
+    return train_in(tmp_path_factory.mktemp("undisturbed"), *STOPPABLE)
 
 
 @pytest.fixture(scope="session")
 def stopped_runs() -> dict[int, Path]:
-    """By the step that they were stopped in, trained once for all tests."""
+    """By the step that they were stopped in."""
     return {}
 
 
@@ -22,8 +27,7 @@ def stopped_run(stopped_runs, tmp_path_factory, tmp_path, monkeypatch) -> Callab
 
     def put(step: int) -> Path:
         if step not in stopped_runs:
-            runs_dir = tmp_path_factory.mktemp("stopped")
-            config = compose("train", [*STOPPABLE, f"runs_dir={runs_dir}"])
+            config = config_in(tmp_path_factory.mktemp("stopped"), *STOPPABLE)
             stopped_runs[step] = train_until(step, config, monkeypatch)
         return shutil.copytree(stopped_runs[step], tmp_path / stopped_runs[step].name)
 

@@ -1,25 +1,26 @@
-"""What this machine cannot do: too few devices, a precision that it has not, a full disk."""
+"""What this machine cannot do is one line: too few devices, a precision, too little memory."""
 
-import errno
-import os
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from matplotlib.figure import Figure
 
-import train
-from demo.checkpoints.checkpoint import build_model, load
+from demo.checkpoints.checkpoint import build_model
 from demo.config.command import compose
 from demo.config.errors import ConfigError, RunError
-from demo.training import runs
-from demo.training.processes import Processes, check_devices
-from demo.training.runs import create_run
-from small_runs import SIX_STEPS, checkpoint_step
+from demo.training import processes, trainer
+from demo.training.module import LitLanguageModel
+from demo.training.processes import (
+    Processes,
+    check_devices,
+    check_memory,
+    count_parameters,
+    host_memory,
+)
+from small_runs import SIX_STEPS, train_in
 
-SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]
+ALONE = Processes(1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -31,28 +32,21 @@ SMALL = [*SIX_STEPS, "trainer.checkpoint_every=2"]
         (2, ["trainer=fsdp", "trainer.precision=16-mixed"], "with trainer.strategy=fsdp, got 16"),
         (0, ["trainer.precision=16-mixed"], "on a CPU, got 16-mixed"),
         (1, ["trainer=cpu", "trainer.precision=16-mixed"], "on a CPU, got 16-mixed"),
+        (2, ["trainer=ddp", "trainer.devices=2", "trainer.precision=16-mixed"], None),
+        (2, ["trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-mixed"], None),
+        (1, ["trainer=cpu", "trainer.strategy=ddp", "trainer.devices=4"], None),
     ],
 )
 def test_what_the_devices_cannot_do_is_refused(gpus, overrides, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = compose("train", overrides).trainer
+    if says is None:
+        check_devices(config)
+        return
     with pytest.raises(ConfigError, match=says) as error:
-        check_devices(compose("train", overrides).trainer)
+        check_devices(config)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "overrides"),
-    [
-        (2, ["trainer=ddp", "trainer.devices=2", "trainer.precision=16-mixed"]),
-        (2, ["trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-mixed"]),
-        (1, ["trainer=cpu", "trainer.strategy=ddp", "trainer.devices=4"]),
-    ],
-)
-def test_what_they_can_do_is_not(gpus, overrides, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    check_devices(compose("train", overrides).trainer)
 
 
 def test_torchrun_says_how_many_there_are(monkeypatch):
@@ -66,61 +60,98 @@ def test_torchrun_says_how_many_there_are(monkeypatch):
         check_devices(config)
 
 
+def test_tensorboard_is_optional(monkeypatch):
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    check_devices(compose("train", ["trainer=cpu"]).trainer)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        check_devices(compose("train", ["trainer=cpu", "trainer.tensorboard=true"]).trainer)
+
+
 @pytest.mark.parametrize(("strategy", "mode"), [("auto", True), ("ddp", True), ("fsdp", False)])
 def test_fsdp_validates_outside_of_inference_mode(strategy, mode):
     """Over NCCL, what it gathers there is kept and autograd refuses it; Lightning turns the mode
     off by itself over gloo, so that no run on CPUs would tell."""
     config = compose("train", [f"trainer.strategy={strategy}", "trainer.accelerator=cpu"])
-    model = build_model(config.model, "training")
-    trainer, _ = runs.build_trainer(config, Processes(1, 1, 0), model)
-    assert trainer.validate_loop.inference_mode is mode
+    built, _ = trainer.build_trainer(config, ALONE, build_model(config.model, "training"))
+    assert built.validate_loop.inference_mode is mode
 
 
 def test_a_trainer_that_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def fails(**_):
         raise MisconfigurationException("no such thing\nas this")
 
-    monkeypatch.setattr(runs.L, "Trainer", fails)
+    monkeypatch.setattr(trainer.L, "Trainer", fails)
     with pytest.raises(ConfigError, match=r"trainer must be one .* got 'no such thing'; change"):
-        train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
+        train_in(tmp_path, *SIX_STEPS)
     assert list(tmp_path.iterdir()) == []
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
+# ---------------------------------------------------------------------------------------- memory
 
 
-def test_no_folder_is_left_where_its_config_has_no_room(tmp_path, monkeypatch):
-    config = compose("train", [f"runs_dir={tmp_path}"])
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"No space left on device\); free some space"):
-        create_run(config)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+@pytest.mark.parametrize("more", [[], ["model.mlp_ratio=4", "model.tie_embeddings=false"]])
+def test_parameters_are_counted_without_the_model(model, more):
+    config = compose("train", [f"model={model}", "model.num_layers=3", *more]).model
+    assert count_parameters(config) == build_model(config, "training").num_parameters()
 
 
-def test_metrics_without_room_are_one_line_and_keep_the_checkpoint(tmp_path, monkeypatch):
-    save = _ExperimentWriter.save
+@pytest.mark.parametrize(
+    ("mib", "gpu", "overrides", "processes", "fits"),
+    [  # 568,000 parameters: 2.2 MiB of weights, 8.7 MiB with gradients and optimiser
+        (8, False, [], ALONE, False),
+        (9, False, [], ALONE, True),
+        (9, False, ["trainer=ddp"], Processes(2, 1, 0), False),
+        (9, False, ["trainer=fsdp"], Processes(2, 1, 0), True),
+        (9, False, ["trainer=ddp"], Processes(1, 2, 0), True),
+        (2, True, [], ALONE, False),
+        (3, True, [], ALONE, True),
+        (math.inf, False, [], ALONE, True),
+    ],
+)
+def test_parameters_that_the_host_has_no_memory_for(
+    mib, gpu, overrides, processes, fits, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("demo.training.processes.host_memory", lambda: mib * 2**20)
+    config = compose("train", overrides)
+    if fits:
+        check_memory(config, processes)
+        return
+    says = rf"model=fla must fit in the memory of this host, {mib / 1024:.1f} GiB, got 568,"
+    with pytest.raises(ConfigError, match=says):
+        check_memory(config, processes)
 
-    def later(self):
-        return full() if any(row["step"] >= 3 for row in self.metrics) else save(self)
 
-    monkeypatch.setattr(_ExperimentWriter, "save", later)
-    says = r"No space left on device.*metrics\.csv; free .*resume="
-    with pytest.raises(RunError, match=says):
-        train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
-    (run,) = tmp_path.iterdir()
-    assert checkpoint_step(run) == 4
-    load(run)
+def test_a_container_has_what_its_limit_says(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(processes, "CONTAINER_LIMIT", limit)
+    whole = host_memory()
+    assert whole > 2**28
+    for text, expected in (("max\n", whole), ("1048576\n", 2**20)):
+        limit.write_text(text)
+        assert host_memory() == expected
 
 
-def test_a_picture_without_room_is_one_line_and_the_run_is_whole(tmp_path, monkeypatch):
-    def half(self, file, **_):
-        Path(file).write_bytes(b"half a picture")
-        full()
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.\nMore"), "CUDA out"),
+        (RuntimeError("[at CPUAllocator.cpp:1] . DefaultCPUAllocator: not enough"), "DefaultCPU"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("something else"), None),
+    ],
+    ids=["cuda", "cpu", "python", "another"],
+)
+def test_no_memory_left_in_a_step_is_one_line(error, says, tmp_path, monkeypatch):
+    def fails(self, batch):
+        raise error
 
-    monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(RunError, match=r"No space left on device.*loss\.png; free some space"):
-        train.train(compose("train", [*SMALL, f"runs_dir={tmp_path}"]))
-    (run,) = tmp_path.iterdir()
-    assert not [file.name for file in run.iterdir() if "png" in file.name]
-    load(run)
+    monkeypatch.setattr(LitLanguageModel, "loss", fails)
+    with pytest.raises((RunError, RuntimeError)) as found:
+        train_in(tmp_path, *SIX_STEPS)
+    if says is None:
+        assert found.value is error
+        return
+    assert str(found.value).startswith(f"training must fit in memory, got '{says}")
+    assert "\n" not in str(found.value)

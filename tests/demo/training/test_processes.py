@@ -10,56 +10,46 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.training.processes import Processes, find_processes
-from small_runs import TWELVE_STEPS, checkpoint_step, curve
+from small_runs import TWELVE_STEPS, check_curves, checkpoint_step, train_in
 
 SMALL = [*TWELVE_STEPS, "model=mamba2"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    return train.train(compose("train", [*SMALL, f"runs_dir={folder}"]))
+    return train_in(tmp_path_factory.mktemp("one"), *SMALL)
 
 
+LIGHTNING = []  # starts the second process itself
 # Standalone: any free port, so that tests on one machine do not meet.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(how: list[str], folder: Path, *overrides: str) -> tuple[str, str]:
-    """Train in two processes; what they print, and what they say on standard error."""
-    command = [sys.executable, *how, str(Path(train.__file__)), *SMALL]
-    done = subprocess.run(
-        [*command, "trainer.devices=2", *overrides],
+def launch(how: list[str], folder: Path, *overrides: str, script: str = train.__file__, **env):
+    """Train in two processes; what came of the first."""
+    return subprocess.run(
+        [sys.executable, *how, script, *SMALL, *overrides],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
+        timeout=600,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("how", "strategy"),
-    [
-        pytest.param(TORCHRUN, "ddp", id="torchrun-ddp", marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, "fsdp", id="torchrun-fsdp", marks=pytest.mark.slow),
-        pytest.param([], "ddp", id="lightning-ddp", marks=pytest.mark.slow),
-        pytest.param([], "fsdp", id="lightning-fsdp", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [TORCHRUN, LIGHTNING], ids=["torchrun", "lightning"])
 def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path):
-    out, _ = launch(how, tmp_path, f"trainer={strategy}", "runs_dir=a run (2)")
-    assert out.count("validation after") == 1
+    options = [f"trainer={strategy}", "trainer.devices=2", "runs_dir=a run (2)"]
+    done = launch(how, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation after") == 1
     (run,) = (tmp_path / "a run (2)").iterdir()
-    for column in ("train_bpb", "val_bpb"):
-        assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
-    for one, other in zip(alone.model.parameters(), load(run).model.parameters(), strict=True):
-        torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+    check_curves(run, alone.run)
 
 
 @pytest.mark.gpu
@@ -68,23 +58,21 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path
 def test_two_gpus_have_the_loss_curve_of_one(strategy, tmp_path):
     """Over NCCL; a single process on one GPU reads what they leave."""
     exact = ["trainer.accelerator=gpu", "trainer.precision=32-true"]
-    one = train.train(compose("train", [*SMALL, *exact, f"runs_dir={tmp_path / 'one'}"]))
-    launch(TORCHRUN, tmp_path, f"trainer={strategy}", *exact)
+    one = train_in(tmp_path / "one", *SMALL, *exact)
+    done = launch(TORCHRUN, tmp_path, f"trainer={strategy}", "trainer.devices=2", *exact)
+    assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    for column in ("train_bpb", "val_bpb"):
-        assert curve(run, column) == pytest.approx(curve(one.run, column), abs=2e-3)
-    weights = load(run).model.parameters()
-    for ours, other in zip(one.model.parameters(), weights, strict=True):
-        torch.testing.assert_close(ours.detach().cpu(), other, atol=2e-3, rtol=2e-3)
+    check_curves(run, one.run, within=2e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [TORCHRUN, []], ids=["torchrun", "lightning"])
+@pytest.mark.parametrize("how", [TORCHRUN, LIGHTNING], ids=["torchrun", "lightning"])
 def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
-    sweep = ["-m", "trainer=ddp", "optim.steps=3", "optim.warmup_steps=0", "seed=1,2"]
-    out, err = launch(how, tmp_path, *sweep)
-    assert "Traceback" not in err
-    assert out.count("Runs in runs/") == 1
+    sweep = ["-m", "trainer=ddp", "trainer.devices=2", "seed=1,2"]
+    done = launch(how, tmp_path, *sweep, "optim.steps=3", "optim.warmup_steps=0")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("Runs in runs/") == 1
     (folder,) = tmp_path.glob("runs/compare_*")
     assert sorted(path.name for path in folder.iterdir()) == ["comparison.png"]
     assert len(list(tmp_path.glob("runs/*_mamba2"))) == 2
@@ -119,79 +107,57 @@ def test_two_machines_have_the_loss_curve_of_one_process(strategy, alone, tmp_pa
     assert [out.count("validation after") for out, _ in texts] == [1, 0]
     (run,) = (tmp_path / "shared").iterdir()
     assert list((tmp_path / "host1").iterdir()) == []
-    for column in ("train_bpb", "val_bpb"):
-        assert curve(run, column) == pytest.approx(curve(alone.run, column), abs=1e-4)
+    check_curves(run, alone.run)
 
 
 PATCHED = f"""
 import os, sys
 sys.path.insert(0, {str(Path(train.__file__).parent)!r})
 import train
-from demo.training import lit
-"""
-BAD_LOSS = f"""{PATCHED}
-loss = lit.LitLanguageModel.loss
+from demo.training.module import LitLanguageModel
+
+loss = LitLanguageModel.loss
 
 def breaks(self, batch):
-    bad = self.global_step == 5 and self.global_rank == 1
-    return loss(self, batch) * (float("nan") if bad else 1)
+    if self.training and self.global_step == int(os.environ["STEP"]):
+        if os.environ["HOW"] == "die":
+            os._exit(9)
+        if self.global_rank == 1:
+            return loss(self, batch) * float("nan")
+    return loss(self, batch)
 
-lit.LitLanguageModel.loss = breaks
+LitLanguageModel.loss = breaks
 train.main()
 """
-DIES = f"""{PATCHED}
-step = lit.LitLanguageModel.training_step
 
-def dies(self, batch, index):
-    if self.global_step == int(os.environ["DIES_AT"]):
-        os._exit(9)
-    return step(self, batch, index)
 
-lit.LitLanguageModel.training_step = dies
-train.main()
-"""
+@pytest.fixture
+def breaks(tmp_path):
+    """train.py, but in step $STEP it dies, or the second process has a bad loss."""
+    script = tmp_path / "breaks.py"
+    script.write_text(PATCHED)
+    return str(script)
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(DIES)
-    overrides = [*SMALL, "trainer.checkpoint_every=4"]
-    for dies_at, more in ((6, []), (10, ["resume=auto"])):
-        done = subprocess.run(
-            [sys.executable, *TORCHRUN, str(script), *overrides, "trainer=fsdp", *more],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DIES_AT": str(dies_at)},
-            capture_output=True,
-            text=True,
-        )
+def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, breaks, tmp_path):
+    options = ["trainer=fsdp", "trainer.checkpoint_every=4"]
+    for step, more in ((6, []), (10, ["resume=auto"])):
+        done = launch(TORCHRUN, tmp_path, *options, *more, script=breaks, HOW="die", STEP=str(step))
         assert done.returncode
         (run,) = (tmp_path / "runs").iterdir()
-        assert checkpoint_step(run) == dies_at // 4 * 4, done.stderr
-    resume = ["trainer=cpu", "trainer.strategy=auto", f"runs_dir={tmp_path / 'runs'}"]
-    config = compose("train", [*SMALL, "trainer.checkpoint_every=4", *resume, "resume=auto"])
-    assert train.train(config).run == run
-    assert curve(run, "train_bpb") == pytest.approx(curve(alone.run, "train_bpb"), abs=1e-4)
-    for one, other in zip(alone.model.parameters(), load(run).model.parameters(), strict=True):
-        torch.testing.assert_close(one.detach(), other, atol=1e-3, rtol=1e-3)
+        assert checkpoint_step(run) == step // 4 * 4, done.stderr
+    one = ["trainer=cpu", "trainer.strategy=auto", "trainer.checkpoint_every=4", "resume=auto"]
+    assert train_in(tmp_path / "runs", *SMALL, *one).run == run
+    check_curves(run, alone.run)
 
 
 @pytest.mark.slow
-def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
-    script = tmp_path / "bad.py"
-    script.write_text(BAD_LOSS)
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(script), *SMALL, "trainer=ddp"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(breaks, tmp_path):
+    done = launch(TORCHRUN, tmp_path, "trainer=ddp", script=breaks, HOW="nan", STEP="5")
     assert done.returncode
-    assert (
-        done.stderr.count("the loss must be finite, got nan after step 6 (first at batch 5)") == 1
-    )
+    says = "the loss must be finite, got nan after step 6 (first at batch 5)"
+    assert done.stderr.count(says) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,10 +174,8 @@ def test_a_bad_loss_in_one_process_stops_all_and_one_of_them_says_so(tmp_path):
 def test_who_am_i(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (
-        find_processes(compose("train", ["trainer=ddp", "trainer.devices=2", "optim.batch_size=8"]))
-        == expected
-    )
+    config = compose("train", ["trainer=ddp", "trainer.devices=2", "optim.batch_size=8"])
+    assert find_processes(config) == expected
     assert expected.count == expected.devices * expected.hosts
 
 

@@ -7,47 +7,64 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import train
-from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.config.schema import model_name
 from demo.training.callbacks import RandomState
-from demo.training.resume import find_stopped
-from small_runs import STOPPABLE, checkpoint_step, train_until
+from demo.training.resume import find_start
+from small_runs import STOPPABLE, check_weights, checkpoint_step, config_in, train_until
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return train.train(
-        compose("train", [*STOPPABLE, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
-    )
+def config_of(run: Path, *overrides: str):
+    """Of the command that goes on with a run."""
+    return compose("train", [*overrides, f"resume='{run}'"])
+
+
+def as_version_0_1_0_wrote_it(run: Path) -> None:
+    """The layout of last.ckpt is still the same; rows ended in CRLF, and keys were fewer."""
+    metrics = run / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes().replace(b"\n", b"\r\n"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["checkpoint"], config["tokenizer"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    assert set(state) == {
+        *("epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops"),
+        *("callbacks", "optimizer_states", "lr_schedulers"),
+    }
+    assert set(state["callbacks"]) == {"Throughput", "RandomState"}
+    (loader,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert set(loader) == {"position", "text"}
+    assert len(state["optimizer_states"][0]["param_groups"]) == 2
 
 
 @pytest.mark.parametrize(
-    ("step", "resume"),
+    ("step", "resume", "change"),
     [
-        (2, "auto"),
-        pytest.param(4, "auto", marks=pytest.mark.slow),
-        (7, "by name"),
-        pytest.param(11, "auto", marks=pytest.mark.slow),
+        (2, "auto", None),
+        pytest.param(4, "auto", None, marks=pytest.mark.slow),
+        (7, "by name", None),
+        (7, "auto", as_version_0_1_0_wrote_it),
+        pytest.param(11, "auto", None, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_path, stopped_run):
+def test_a_stopped_run_ends_with_the_same_bits(
+    step, resume, change, undisturbed, tmp_path, stopped_run
+):
     run = stopped_run(step)
     assert checkpoint_step(run) == step // 4 * 4
-    resume = "auto" if resume == "auto" else str(run)
-    config = compose("train", [*STOPPABLE, f"runs_dir={tmp_path}"])
-    config.resume = resume
+    if change is not None:
+        change(run)
+    resume = "auto" if resume == "auto" else run
     torch.manual_seed(99)  # whatever happened in between
-    summary = train.train(config)
+    summary = train.train(config_in(tmp_path, *STOPPABLE, f"resume='{resume}'"))
     assert summary.run == run
     assert (summary.before, summary.after) == (undisturbed.before, undisturbed.after)
     assert summary.tokens == undisturbed.tokens
-    expected = load(undisturbed.run).model.state_dict()
-    for name, tensor in load(run).model.state_dict().items():
-        assert torch.equal(tensor, expected[name])
+    check_weights(run, undisturbed.run)
     columns = [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(run)]
     assert columns == [[row.split(",")[i] for i in (1, 3, 4)] for row in metrics(undisturbed.run)]
 
@@ -55,29 +72,23 @@ def test_a_stopped_run_ends_with_the_same_bits(step, resume, undisturbed, tmp_pa
 def metrics(run: Path) -> list[str]:
     lines = (run / "metrics.csv").read_text().splitlines()
     assert lines[0] == "epoch,step,tokens_per_s,train_bpb,val_bpb"
-    return [line for line in lines[1:] if line.split(",")[3]]
+    return lines[1:]
 
 
 def test_auto_starts_anew_when_nothing_was_stopped(undisturbed, tmp_path, stopped_run):
-    config = compose("train", [*STOPPABLE, f"runs_dir={undisturbed.run.parent}", "resume=auto"])
-    assert find_stopped(config) is None
+    auto = [*STOPPABLE, "resume=auto"]
+    assert find_start(config_in(undisturbed.run.parent, *auto)).run is None
     run = stopped_run(5)
-    config = compose("train", [*STOPPABLE, f"runs_dir={tmp_path}", "resume=auto"])
-    assert find_stopped(config).run == run
-    other = compose("train", ["model=fla", f"runs_dir={tmp_path}", "resume=auto"])
-    assert find_stopped(other) is None
+    assert find_start(config_in(tmp_path, *auto)).run.folder == run
+    assert find_start(config_in(tmp_path, "model=fla", "resume=auto")).run is None
 
 
-def test_a_resumed_run_has_its_own_config(tmp_path, stopped_run):
+def test_a_resumed_run_has_its_own_config(stopped_run):
     run = stopped_run(5)
-    config = compose("train", ["model=mamba2", f"runs_dir={tmp_path}", "resume=auto"])
-    assert find_stopped(config).config.optim.steps == 12
-    config.optim.learning_rate = 1e-4
+    config = find_start(config_of(run)).config
+    assert (model_name(config.model), config.optim.steps) == ("mamba2", 12)
     with pytest.raises(ConfigError, match=r"optim\.learning_rate must be as in the run"):
-        find_stopped(config)
-    config = compose("train", [])
-    config.resume = str(run)
-    assert model_name(find_stopped(config).config.model) == "mamba2"
+        find_start(config_of(run, "model=mamba2", "optim.learning_rate=1e-2"))
 
 
 def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
@@ -103,11 +114,9 @@ def test_what_was_typed_must_be_as_in_the_run_even_if_it_is_the_default(
 
 
 def test_a_run_goes_on_with_other_devices(stopped_run):
-    run = stopped_run(5)
     other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
-    config = compose("train", ["model=mamba2", *other, "trainer.activation_checkpointing=true"])
-    config.resume = str(run)
-    trainer = find_stopped(config).config.trainer
+    more = ["model=mamba2", "trainer.activation_checkpointing=true"]
+    trainer = find_start(config_of(stopped_run(5), *other, *more)).config.trainer
     assert (trainer.strategy, trainer.devices, trainer.checkpoint_every) == ("ddp", 2, 7)
     assert trainer.accelerator == "cpu"
     assert trainer.activation_checkpointing
@@ -116,8 +125,7 @@ def test_a_run_goes_on_with_other_devices(stopped_run):
 def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     text, runs = tmp_path / "book.txt", tmp_path / "runs"
     text.write_bytes(bytes(range(256)) * 40)
-    config = compose("train", [*STOPPABLE, "data=text", "data.path=x", f"runs_dir={runs}"])
-    config.data.path = str(text)
+    config = config_in(runs, *STOPPABLE, "data=text", f"data.path='{text}'")
     run = train_until(5, config, monkeypatch)
     before = {path: path.read_bytes() for path in run.iterdir()}
     text.write_bytes(bytes(range(255)) * 40)
@@ -129,10 +137,7 @@ def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     train.train(config)
 
 
-# ---------------------------------------------------------------------------------- random state
-
-
-def test_random_generators_go_on_where_they_were():
+def test_all_generators_are_in_the_checkpoint():
     def draw() -> list[float]:
         return [torch.rand(()).item(), random.random(), np.random.rand()]  # noqa: NPY002
 

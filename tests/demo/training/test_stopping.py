@@ -1,5 +1,5 @@
-"""What stops a run, itself, a signal, a full disk or SIGKILL: it keeps the last good checkpoint and
-says how to go on."""
+"""What stops a run, numbers that are none, a signal, a full disk or SIGKILL: it keeps the last good
+checkpoint and says how to go on."""
 
 import errno
 import os
@@ -12,56 +12,156 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import train
 from demo.checkpoints.checkpoint import load
-from demo.config.command import compose
 from demo.config.errors import ConfigError, RunError
-from demo.training import lit
-from demo.training.resume import find_stopped
-from small_runs import STOPPABLE, checkpoint_step
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch):
-    config = compose("train", [*STOPPABLE, f"runs_dir={tmp_path}"])
-    loss = lit.LitLanguageModel.loss
-
-    def breaks(self, batch):
-        return loss(self, batch) * (float("nan") if self.global_step == 8 else 1)
-
-    monkeypatch.setattr(lit.LitLanguageModel, "loss", breaks)
-    with pytest.raises(RunError, match=r"got nan after step 9 \(first at batch 8\)"):
-        train.train(config)
-    (run,) = tmp_path.iterdir()
-    assert checkpoint_step(run) == 8
-    assert all(p.isfinite().all() for p in load(run).model.parameters())
-
-
-def test_a_full_disk_stops_the_run_and_keeps_the_last_good(tmp_path, monkeypatch):
-    config = compose("train", [*STOPPABLE, f"runs_dir={tmp_path}"])
-    fsync, calls = os.fsync, []
-
-    def full(file):
-        calls.append(file)
-        if len(calls) > 4:  # the config, then weights and last.ckpt of the first checkpoint
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return fsync(file)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"No space left on device.*resume="):
-        train.train(config)
-    (run,) = tmp_path.iterdir()
-    assert checkpoint_step(run) == 4
-    assert not list(run.glob(".*"))
-    load(run)
-
-
-@pytest.mark.parametrize(
-    ("how", "code"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)],
-    ids=["int", "term"],
+from demo.training import callbacks
+from demo.training.resume import find_start
+from demo.training.run import METRICS, Run
+from small_runs import (
+    SIX_STEPS,
+    STOPPABLE,
+    break_loss,
+    check_weights,
+    checkpoint_step,
+    config_in,
+    train_in,
+    train_until,
 )
-def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, code, tmp_path):
+
+TOO_FAST = "optim.learning_rate=1e38"
+
+
+def check_last_good(folder: Path, step: int) -> None:
+    """That the run in `folder` is whole, with its checkpoint of `step`."""
+    (run,) = folder.iterdir()
+    assert checkpoint_step(run) == step
+    assert all(p.isfinite().all() for p in load(run).model.parameters())
+    assert not list(run.glob(".*"))
+
+
+# --------------------------------------------------------------------------------- finite numbers
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The loss is looked at only before a checkpoint."""
+    start = callbacks.Checkpoints.on_train_start
+
+    def late(self, trainer, module):
+        start(self, trainer, module)
+        self.looks_late = True
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_train_start", late)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    break_loss(monkeypatch, lambda module: module.global_step == 8)
+    with pytest.raises(RunError, match=r"got nan after step 9 \(first at batch 8\)"):
+        train_in(tmp_path, *STOPPABLE)
+    check_last_good(tmp_path, 8)
+
+
+@pytest.mark.parametrize("bad", [4, 5], ids=["last but one", "last"])
+def test_a_bad_loss_after_the_last_look_is_found_at_the_end(
+    bad, as_on_a_gpu, tmp_path, monkeypatch
+):
+    break_loss(monkeypatch, lambda module: module.global_step == bad)
+    says = rf"loss must be finite, got nan after step 6 \(first at batch {bad}\)"
+    with pytest.raises(RunError, match=says):
+        train_in(tmp_path, *SIX_STEPS, "trainer.checkpoint_every=4")
+    check_last_good(tmp_path, 4)
+
+
+def test_a_validation_that_is_not_a_number_is_an_error(tmp_path, monkeypatch):
+    break_loss(monkeypatch, lambda module: not module.training)
+    with pytest.raises(RunError, match="validation loss must be finite, got nan after step 0"):
+        train_in(tmp_path, *SIX_STEPS)
+
+
+@pytest.mark.parametrize("more", ["optim.steps=1", "trainer.checkpoint_every=1"])
+def test_parameters_that_are_not_numbers_are_never_saved(more, tmp_path, monkeypatch, capsys):
+    arguments = [*SIX_STEPS, TOO_FAST, more, f"runs_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    says = "the parameters must be finite numbers, got others after step 1 (first at batch 0); "
+    assert line.startswith(f"train.py: error: {says}")
+    (run,) = tmp_path.iterdir()
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.csv"]
+
+
+def test_one_bad_parameter_is_enough():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    assert callbacks.all_finite(module, 1)
+    with torch.no_grad():
+        module[1].bias[2] = float("inf")
+    assert not callbacks.all_finite(module, 1)
+
+
+# ------------------------------------------------------------------------------------- full disk
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 4, 5])
+def test_a_full_disk_is_one_line_and_keeps_the_last_good(writes, tmp_path, monkeypatch):
+    """After the config, metrics.csv, and the weights and last.ckpt of each checkpoint."""
+    fsync, left = os.fsync, [None] * writes
+    monkeypatch.setattr(
+        os, "fsync", lambda file: fsync(file) if left and not left.pop() else full()
+    )
+    with pytest.raises(ConfigError, match="No space left on device") as error:
+        train_in(tmp_path, *STOPPABLE)
+    assert "\n" not in str(error.value)
+    if writes == 0:  # of no use without its config
+        assert "runs_dir must be a folder that can be written to" in str(error.value)
+        assert list(tmp_path.iterdir()) == []
+        return
+    (run,) = tmp_path.iterdir()
+    assert f"free some space, then go on with: python train.py resume={run}" in str(error.value)
+    if writes >= 4:
+        check_last_good(tmp_path, 4)
+
+
+def test_metrics_without_room_are_one_line_and_keep_the_checkpoint(tmp_path, monkeypatch):
+    write, opened = Run.write_metrics, Path.open
+
+    def later(self, step, values):
+        if step >= 4:
+            monkeypatch.setattr(
+                Path, "open", lambda f, *a, **k: full() if f.name == METRICS else opened(f, *a, **k)
+            )
+        write(self, step, values)
+
+    monkeypatch.setattr(Run, "write_metrics", later)
+    with pytest.raises(RunError, match=r"No space left on device.*metrics\.csv; free .*resume="):
+        train_in(tmp_path, *STOPPABLE)
+    check_last_good(tmp_path, 4)
+
+
+def test_a_picture_without_room_is_one_line_and_the_run_is_whole(tmp_path, monkeypatch):
+    def half(self, file, **_):
+        Path(file).write_bytes(b"half a picture")
+        full()
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(RunError, match=r"No space left on device.*loss\.png; free some space"):
+        train_in(tmp_path, *SIX_STEPS)
+    check_last_good(tmp_path, 6)
+
+
+# --------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, tmp_path):
     """By Ctrl-C, or as schedulers and `docker stop` do; and nobody takes it over before that."""
     script = str(Path(train.__file__))
     command = [sys.executable, script, *STOPPABLE, "optim.steps=100000"]
@@ -73,20 +173,20 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, code, tmp_path):
     try:
         wait_for(lambda: list(tmp_path.glob("runs/*/last.ckpt")), process)
         (run,) = (tmp_path / "runs").iterdir()
-        asked = [*STOPPABLE, "optim.steps=100000", f"runs_dir={tmp_path / 'runs'}"]
-        assert find_stopped(compose("train", [*asked, "resume=auto"])) is None
+        asked = [*STOPPABLE, "optim.steps=100000"]
+        assert find_start(config_in(tmp_path / "runs", *asked, "resume=auto")).run is None
         with pytest.raises(ConfigError, match="which another process works on"):
-            find_stopped(compose("train", [*asked, f"resume={run}"]))
+            find_start(config_in(tmp_path / "runs", *asked, f"resume='{run}'"))
         process.send_signal(how)
         _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == code
+    assert process.returncode == 128 + how
     assert f"resume=runs/{run.name}" in err
     assert f" after step {checkpoint_step(run)}" in err
     assert "Traceback" not in err
     assert checkpoint_step(run) > 0
-    assert find_stopped(compose("train", [*asked, "resume=auto"])).run == run
+    assert find_start(config_in(tmp_path / "runs", *asked, "resume=auto")).run.folder == run
 
 
 @pytest.mark.parametrize(
@@ -98,24 +198,12 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, code, tmp_path):
     ],
 )
 def test_how_to_go_on_says_from_where_and_can_be_pasted(batch, says, tmp_path, monkeypatch, capsys):
-    training_step = lit.LitLanguageModel.training_step
-
-    def interrupted(self, tokens, index):
-        if index == batch:
-            raise KeyboardInterrupt
-        return training_step(self, tokens, index)
-
-    folder = tmp_path / "the runs"
-    config = compose("train", [*STOPPABLE, "trainer.checkpoint_every=4", f"runs_dir='{folder}'"])
-    monkeypatch.setattr(lit.LitLanguageModel, "training_step", interrupted)
-    with pytest.raises(SystemExit):
-        train.train(config)
-    (run,) = folder.iterdir()
+    config = config_in(tmp_path / "the runs", *STOPPABLE)
+    run = train_until(batch, config, monkeypatch, KeyboardInterrupt)
     assert capsys.readouterr().err.endswith(f"{says}: python train.py resume='{run}'\n")
-    # the step is that of the checkpoint that was gone on from, too
+    # A run that was itself resumed says the same, if it gets no further.
     config.resume = str(run)
-    with pytest.raises(SystemExit):
-        train.train(config)
+    train_until(batch, config, monkeypatch, KeyboardInterrupt)
     assert says in capsys.readouterr().err
 
 
@@ -125,9 +213,6 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-
-
-# ------------------------------------------------------------------------------------------ kill
 
 
 @pytest.mark.slow
@@ -157,9 +242,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     assert reached == sorted(reached)
     subprocess.run([*command, "resume=auto"], check=True, **options)
     (run,) = (tmp_path / "runs").iterdir()
-    expected = load(whole).model.state_dict()
-    for name, tensor in load(run).model.state_dict().items():
-        assert torch.equal(tensor, expected[name])
+    check_weights(run, whole)
 
 
 def position(folder: Path) -> int:

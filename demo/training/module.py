@@ -1,16 +1,24 @@
-"""The language model under Lightning: loss, optimiser, validation in bits per byte."""
+"""The language model under Lightning: loss, optimiser, validation in bits per byte, and how its
+blocks run.
+
+`trainer=fsdp` is PyTorch's second FSDP (`fully_shard`). Unlike the first, it also runs on a CPU, so
+that it can be tested anywhere.
+"""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
-from demo.config.schema import OptimConfig
+from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
-from demo.training.parallel import ShardedStrategy, shard
 from models.language_model import LanguageModel
 
 
@@ -32,15 +40,18 @@ class LitLanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.optim = model, optim
-        # Nats per token to bits per byte.
+        # From nats per token to bits per byte.
         self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
         self.step_loss = torch.zeros(())  # of the last step, over all processes
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ShardedStrategy) and not self._sharded:
-            shard(self.model, self.device_mesh["data_parallel"])
+        # Lightning calls this again for each fit and validation.
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
+            mesh = self.device_mesh["data_parallel"]
+            for module in (*self.model.blocks, self.model):
+                fully_shard(module, mesh=mesh)
             self._sharded = True
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -57,7 +68,7 @@ class LitLanguageModel(L.LightningModule):
         if len(self._parts) == self.trainer.accumulate_grad_batches:
             bits = torch.stack(self._parts).mean() * self.train_scale
             self._parts.clear()
-            if self.trainer.world_size > 1:  # Lightning's own way begins with a barrier
+            if self.trainer.world_size > 1:  # Lightning's own reduction begins with a barrier
                 torch.distributed.all_reduce(bits)
                 bits /= self.trainer.world_size
             self.step_loss = bits
@@ -85,7 +96,7 @@ class LitLanguageModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning's own refuses a fused optimizer under any mixed precision.
+        # Lightning's own clipping refuses a fused optimizer under any mixed precision.
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
@@ -93,8 +104,6 @@ class LitLanguageModel(L.LightningModule):
         optim = self.optim
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         others = [p for p in self.parameters() if p.ndim < 2]
-        # A fused optimizer takes scaled gradients, which are not to be clipped.
-        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
         optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": optim.weight_decay},
@@ -102,7 +111,8 @@ class LitLanguageModel(L.LightningModule):
             ],
             lr=optim.learning_rate,
             betas=tuple(optim.betas),
-            fused=not scaled,
+            # With 16-mixed a fused optimizer would get scaled gradients, which must not be clipped.
+            fused=self.trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim))
         return {
@@ -112,8 +122,8 @@ class LitLanguageModel(L.LightningModule):
 
 
 def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
-    """What to multiply the learning rate with at a step: linear warm-up, then a cosine down to the
-    smallest at the last step."""
+    """What to multiply the learning rate by at a step: linear warm-up, then a cosine down to the
+    smallest rate at the last step."""
     floor = optim.min_learning_rate / optim.learning_rate
     warmup = optim.warmup_steps
     if warmup is None:
@@ -126,3 +136,15 @@ def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
         return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
     return factor
+
+
+def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
+    """Have each block recompute its activations in the backward, and compile it, as `config` says.
+
+    The blocks are alike, so the first one's compiled code serves all. Names of parameters stay.
+    """
+    for block in model.blocks:
+        if config.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()

@@ -1,0 +1,230 @@
+"""A run is one folder: made, locked, written, read again after it was stopped, and finished.
+
+`config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
+`model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training goes on from);
+`metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
+"""
+
+import csv
+import functools
+import io
+import itertools
+import os
+import shlex
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from demo.checkpoints.atomic import write_atomically
+from demo.checkpoints.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    check_weights,
+    damaged,
+    read_model_config,
+    save_config,
+    save_weights,
+)
+from demo.checkpoints.tokenizer import FILE as TOKENIZER
+from demo.checkpoints.tokenizer import Tokenizer
+from demo.config.errors import ConfigError, RunError, first_line
+from demo.config.schema import TrainConfig, model_name, train_config
+from demo.training.lock import lock
+from models.config import ModelConfig
+
+LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
+FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
+COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metrics.csv
+
+AT_WORK = "another process works on; wait for its end, or stop it"
+
+# What last.ckpt must hold for all of a run to go on, besides what every loader has of its own.
+LOADER = "loops.fit_loop.state_dict.combined_loader"
+STATE = (
+    *("global_step", "state_dict", "optimizer_states", "lr_schedulers", LOADER),
+    *("callbacks.RandomState", "callbacks.Throughput"),
+)
+
+Rows = tuple[tuple[int, dict[str, float]], ...]  # of metrics.csv: the step, and values by name
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(
+        cls, config: TrainConfig, tokenizer: Tokenizer | None = None, rank: int = 0
+    ) -> "Run":
+        """A new folder `<time>_<model>` under `config.runs_dir` with the config and the tokenizer.
+
+        Of several processes only the first makes one, and only the first writes to it. Raises
+        ConfigError where that is not possible.
+        """
+        if rank:
+            return cls(Path(config.runs_dir))
+        runs, made = Path(config.runs_dir), False
+        name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model_name(config.model)}"
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            while not made:
+                folder = runs / next(names)
+                with suppress(FileExistsError):  # of a run that began in the same second
+                    folder.mkdir()
+                    made = True
+            save_config(folder, config)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+        except OSError as error:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)  # of no use without its config
+            raise ConfigError(
+                f"runs_dir must be a folder that can be written to, got {config.runs_dir!r} "
+                f"({error.strerror}); {'free some space, or ' if made else ''}name another one"
+            ) from error
+        return cls(folder)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, as a shell takes it."""
+        return f"python train.py resume={shlex.quote(str(self.folder))}"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / PICTURE).exists()
+
+    # ------------------------------------------------------------------------------------ locking
+
+    @contextmanager
+    def at_work(self, rank: int, rows: Rows = ()) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile, and start metrics.csv with
+        `rows`. Raises ConfigError where another process already works on it."""
+        if rank:
+            yield
+            return
+        with (self.folder / CONFIG).open("rb") as file:
+            if not lock(file):
+                raise self.not_stopped(AT_WORK)
+            with self._full_disk_in_a_line(METRICS):
+                text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
+                write_atomically(self.folder / METRICS, lambda part: part.write_text(text))
+            yield
+
+    def is_at_work(self) -> bool:
+        """Whether another process trains in this folder. Of several processes that work together
+        only the first looks: it may have locked the folder by the time that the others would."""
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
+            return False
+        with (self.folder / CONFIG).open("rb") as file:
+            return not lock(file)
+
+    def not_stopped(self, why: str) -> ConfigError:
+        """The error about a run that cannot be gone on with."""
+        return ConfigError(
+            f"resume must name a run that was stopped, got {str(self.folder)!r}, which {why}"
+        )
+
+    # ------------------------------------------------------------------------------------ writing
+
+    def write_checkpoint(
+        self, state: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write `state` as last.ckpt and `weights` for infer.py, each whole or not at all."""
+        with self._full_disk_in_a_line(LAST):
+            save_weights(self.folder, weights)
+            write_atomically(self.folder / LAST, lambda part: torch.save(state, part))
+
+    def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a row to metrics.csv."""
+        with self._full_disk_in_a_line(METRICS), (self.folder / METRICS).open("a") as file:
+            file.write(_csv_row(step, values))
+
+    @contextmanager
+    def _full_disk_in_a_line(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises either
+            raise RunError(
+                f"what a run writes must fit on the disk, got {first_line(error)!r} for "
+                f"{self.folder / name}; free some space, then go on with: {self.resume_command}"
+            ) from error
+
+    # ------------------------------------------------------------------------------------ reading
+
+    def read_config(self) -> TrainConfig:
+        """What the run was started with. Raises ConfigError."""
+        read_model_config(self.folder)  # says in words what is wrong with a file that is no config
+        file = self.folder / CONFIG
+        try:
+            return train_config(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except ConfigError as error:
+            raise ConfigError(damaged(file, first_line(error))) from error
+
+    def read_state(self, model: ModelConfig | None = None) -> dict[str, Any] | None:
+        """What last.ckpt holds, its tensors not yet read; None where there is no last.ckpt. Raises
+        ConfigError when it is damaged, lacks something, or is not of `model`."""
+        file = self.folder / LAST
+        if not file.exists():
+            return None
+        try:
+            with zipfile.ZipFile(file) as records:  # torch.load does not look at their checksums
+                if (name := records.testzip()) is not None:
+                    raise zipfile.BadZipFile(name)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except zipfile.BadZipFile as error:
+            why = "it is cut short, or a part of it has changed"
+            raise ConfigError(damaged(file, why)) from error
+        # No checksum covers the file's own tables: what zipfile, torch and pickle raise depends on
+        # which byte of them is wrong.
+        except Exception as error:
+            raise ConfigError(damaged(file, "it does not hold the state of a run")) from error
+        missing = next((name for name in STATE if not _part(state, name)), None)
+        if missing is not None:
+            why = f"it has no {missing}, perhaps because another version of it wrote the file"
+            raise ConfigError(damaged(file, why))
+        if model is not None:
+            weights = {name.removeprefix("model."): t for name, t in state["state_dict"].items()}
+            if model.tie_embeddings:  # they are there twice
+                weights.pop("head.weight", None)
+            check_weights(file, model, {name: tensor.shape for name, tensor in weights.items()})
+        return state
+
+    def read_metrics(self, before_step: int) -> Rows:
+        """The rows of metrics.csv that belong to the steps before `before_step`. Raises ConfigError
+        when the file is damaged."""
+        file = self.folder / METRICS
+        if not file.exists():
+            return ()
+        try:
+            text = file.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # a kill can leave the beginning of a row
+            return tuple(
+                (step, {name: float(value) for name, value in row.items() if value})
+                for row in csv.DictReader(io.StringIO(whole))
+                if (step := int(row.pop("step"))) < before_step
+            )
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            why = "it is not a table of numbers with the column step"
+            raise ConfigError(damaged(file, why)) from error
+
+
+def _part(state: Any, name: str) -> Any:
+    """The value of a dotted key, or None."""
+    return functools.reduce(
+        lambda part, key: part.get(key) if isinstance(part, dict) else None, name.split("."), state
+    )
+
+
+def _csv_row(step: int, values: Mapping[str, float]) -> str:
+    values = {**values, "step": step}
+    return ",".join(str(values.get(column, "")) for column in COLUMNS) + "\n"

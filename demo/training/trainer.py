@@ -1,0 +1,126 @@
+"""Lightning's Trainer as train.py uses it, and what it writes to the folder of a run."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from demo.config.errors import ConfigError, first_line
+from demo.config.schema import TrainConfig, TrainerConfig
+from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
+from demo.training.processes import Processes, on_gpu
+from demo.training.run import Run
+from models.language_model import LanguageModel
+
+
+def build_trainer(
+    config: TrainConfig, processes: Processes, model: LanguageModel
+) -> tuple[L.Trainer, Throughput]:
+    """The trainer for `config` and `model`, which writes nothing until `record` says where to.
+    Raises ConfigError."""
+    _quiet()
+    gpu = on_gpu(config.trainer)
+    precision = config.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if gpu else "32-true"
+    parts, strategy = config.trainer.accumulate, config.trainer.strategy
+    throughput = Throughput(config.optim.batch_size // parts * config.data.sequence_length)
+    sharded = strategy == "fsdp"
+    if sharded:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=processes.count,
+            tensor_parallel_size=1,
+            # Checkpoints are those of a single process: whole tensors in one file.
+            save_distributed_checkpoint=False,
+        )
+    try:
+        trainer = L.Trainer(
+            accelerator="gpu" if gpu else "cpu",
+            devices=processes.devices,
+            num_nodes=processes.hosts,
+            strategy=strategy,
+            accumulate_grad_batches=parts,
+            precision=precision,
+            max_steps=config.optim.steps,
+            gradient_clip_val=config.optim.gradient_clip or None,
+            # Each row of the log waits for the GPU, which then waits for the next step.
+            log_every_n_steps=max(10 if gpu else 1, config.optim.steps // 1000),
+            num_sanity_val_steps=0,
+            # FSDP keeps the tensors that it gathers parameters into, and autograd refuses those
+            # that a validation in inference mode has made. (Over gloo Lightning turns it off.)
+            inference_mode=not sharded,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,  # Progress is ours
+            enable_checkpointing=False,  # so is Checkpoints: Lightning's chooses among many
+            logger=False,
+            plugins=[RunCheckpoints(model)],
+            callbacks=[throughput, RandomState(), Progress()],
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "trainer must be one that Lightning can build here, got "
+            f"{first_line(error)!r}; change trainer=, or the environment it speaks of"
+        ) from error
+    return trainer, throughput
+
+
+def record(trainer: L.Trainer, run: Run, config: TrainerConfig) -> None:
+    """Have `trainer` write its metrics and checkpoints to `run`."""
+    trainer.loggers = [MetricsLogger(run)]
+    if config.tensorboard:
+        trainer.loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
+    trainer.callbacks.append(Checkpoints(run, config.checkpoint_every))
+
+
+class MetricsLogger(Logger):
+    """Lightning's view of a run's metrics.csv."""
+
+    name = version = ""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.run.write_metrics(step, metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass  # config.yaml has them
+
+
+class RunCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint of Lightning's as those of a run, with the weights beside it.
+
+    Args:
+        model: Its parameters are the weights. A state dict that FSDP gathered has tied ones twice.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.parameters = [name for name, _ in model.named_parameters()]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        state = checkpoint["state_dict"]
+        weights = {name: state[f"model.{name}"] for name in self.parameters}
+        Run(Path(path).parent).write_checkpoint(checkpoint, weights)
+
+
+def _quiet() -> None:
+    """Silences what Lightning says about things that are as they should be."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
