@@ -46,7 +46,7 @@ def check_positive(**sizes: int) -> None:
 
 def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError, with the nearest choice, unless `value` is one of them."""
-    if value not in choices:
+    if value not in list(choices):  # a value that cannot be hashed is none of them
         hint = nearest(str(value), choices)
         raise ValueError(
             f"{key} must be one of {', '.join(choices)}, got {as_written(value)}{hint}"

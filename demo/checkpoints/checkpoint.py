@@ -210,7 +210,9 @@ def _reason(error: Exception) -> str:
         return f"its line {error.problem_mark.line + 1} is not YAML of plain values"
     if isinstance(error, (yaml.YAMLError, RecursionError)):
         return "it is not YAML"
-    return str(error).partition(";")[0]
+    if isinstance(error, ConfigError):
+        return str(error).partition(";")[0]
+    return f"it holds a value that cannot be read: {error}"  # a date of a 99th month, say
 
 
 def is_run_of(folder: Path, model: str) -> bool:

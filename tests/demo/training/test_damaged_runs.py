@@ -82,7 +82,7 @@ UNREADABLE = {
     ),
     "config of a billion layers": (
         edited("config.yaml", "num_layers: 2", "num_layers: 1000000000"),
-        "too few tensors",
+        "num_layers must be at most the number of tensors, 20, got 1000000000",
     ),
     "no random state": (
         lambda run: of_another_version(run, "callbacks", "RandomState"),

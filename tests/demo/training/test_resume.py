@@ -130,7 +130,7 @@ def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in run.iterdir()}
     text.write_bytes(bytes(range(255)) * 40)
     config.resume = str(run)
-    with pytest.raises(ConfigError, match="training tokens must be those of the run that is res"):
+    with pytest.raises(ConfigError, match="training tokens must be as in the run that is res"):
         train.train(config)
     assert {path: path.read_bytes() for path in run.iterdir()} == before
     text.write_bytes(bytes(range(256)) * 40)
