@@ -65,20 +65,25 @@ class _Buffers:
     """Memory for blocks `[rows, groups, group_size]`, used by every block in turn: it stays in
     cache, and no operator allocates."""
 
-    def __init__(self, call: Call, x: Tensor, count: int):
+    def __init__(self, call: Call, x: Tensor):
         rows = min(x.numel() // call.width, _rows_per_block(call))
-        shape, dtype = (rows, call.n_groups, call.group_size), call.compute_dtype
-        self.all = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(count)]
+        self.shape, self.dtype = (rows, call.n_groups, call.group_size), call.compute_dtype
+        self.all: list[Tensor] = []
 
-    def of(self, block: Tensor, *results: Tensor | None) -> list[Tensor]:
-        """The buffers for a block; the first ones are the memory of `results` `[..., D]` itself,
+    def of(self, block: Tensor, count: int, *results: Tensor | None) -> list[Tensor]:
+        """`count` buffers for a block; the first are the memory of `results` `[..., D]` itself,
         where that may hold other values first."""
-        rows = len(block)
-        views = [b if rows == len(b) else b[:rows] for b in self.all]
-        for i, t in enumerate(results):
-            if t is not None and t.dtype == block.dtype and t.is_contiguous():
-                views[i] = t.view(block.shape)
-        return views
+        rows, found, used = len(block), [], 0
+        for t in (*results, *(None,) * (count - len(results))):
+            if t is not None and t.dtype == self.dtype and t.is_contiguous():
+                found.append(t.view(block.shape))
+                continue
+            if used == len(self.all):
+                self.all.append(torch.empty(self.shape, dtype=self.dtype, device="cpu"))
+            buffer = self.all[used]
+            found.append(buffer if rows == len(buffer) else buffer[:rows])
+            used += 1
+        return found
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -148,14 +153,14 @@ def forward(
 ) -> None:
     """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
     w, b = _parameters(call, weight, bias)
-    buffers = _Buffers(call, x, 3)
+    buffers, options = _Buffers(call, x), call.options
     for rows, (xb, zb, ob) in _blocks(call, x, z, out):
         u = _grouped(call, xb)
-        two, one, spare = buffers.of(u, ob)
+        two, one, spare = buffers.of(u, 3, ob)
         act = None if zb is None else _act(call, _grouped(call, zb), one)
         if not call.norm_before_gate:
             u = torch.mul(u, act, out=one)
-        if not call.options.is_rms_norm:
+        if not options.is_rms_norm:
             mu = u.mean(-1, keepdim=True)
             u = torch.sub(u, mu, out=two)
             if mean is not None:
@@ -163,7 +168,7 @@ def forward(
         # A product and PyTorch's pairwise sum: its vector norm adds one element after the other and
         # loses digits in wide rows.
         square = torch.mul(u, u, out=spare).mean(-1, keepdim=True)
-        r = torch.rsqrt(square + call.options.eps)
+        r = torch.rsqrt(square + options.eps)
         if rstd is not None:
             rstd[rows] = r.squeeze(-1)
         xhat = _round(call, torch.mul(u, r, out=two), 0, x.dtype)
@@ -190,18 +195,18 @@ def backward(
     w, b = _parameters(call, weight, bias)
     dw = None if w is None else torch.zeros_like(w)
     db = None if b is None else torch.zeros_like(b)
-    buffers = _Buffers(call, x, 2 if z is None else 4)
+    buffers, options = _Buffers(call, x), call.options
     for rows, (dyb, xb, zb, dxb, dzb) in _blocks(call, dy, x, z, dx, dz):
         g, xg = _grouped(call, dyb), _grouped(call, xb)
         u = xg
         if zb is None:
-            one, xhat = buffers.of(g, dxb)
+            one, xhat = buffers.of(g, 2, dxb)
         else:
-            one, slope, xhat, act = buffers.of(g, dxb, dzb)
+            one, slope, xhat, act = buffers.of(g, 4, dxb, dzb)
             _act_and_slope(call, _grouped(call, zb), act, slope)
             if not call.norm_before_gate:
                 u = torch.mul(xg, act, out=xhat)
-        if not call.options.is_rms_norm:
+        if not options.is_rms_norm:
             mu = mean[rows].unsqueeze(-1)
             if not call.norm_before_gate:
                 # Its gate rounds otherwise than the forward's: where a group has no variance, a
@@ -224,7 +229,7 @@ def backward(
         product = product if w is None else product.mul_(w)
         c1 = product.sum(-1, keepdim=True).div_(-call.group_size)
         du = torch.mul(g, 1.0 if w is None else w, out=one)
-        if not call.options.is_rms_norm:
+        if not options.is_rms_norm:
             du -= du.mean(-1, keepdim=True)
         du.addcmul_(xhat, c1)
         if not call.norm_before_gate:
