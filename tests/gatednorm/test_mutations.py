@@ -1,9 +1,10 @@
 """Break it on purpose: one thing at a time in a copy of the library, and the tests must notice.
 
-Each mutant replaces a text that must occur exactly once, so a change of the library that moves one
-fails here loudly instead of leaving a mutant that mutates nothing.
+A mutant names a function and what it must hold once (mutants.py); one that finds no place any more
+fails in the default run.
 """
 
+import ast
 import os
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from mutants import MUTANTS
+from patterns import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
     "pyproject.toml", "tests/conftest.py",
     *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
-    *(f"tests/gatednorm/test_{name}.py" for name in ("cpu", "kernels", "numerics")),
+    *(f"tests/gatednorm/{file}.py" for file in ("conftest", "test_cpu", "test_functional")),
+    *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "numerics")),
 ]  # fmt: skip
 # Read once, at import: pytest writes a variable of its own into `os.environ` at each test, and the
 # pool's threads must not walk through it meanwhile. The mutants run under the interpreter, also
@@ -48,6 +51,7 @@ SUBSETS = {
         "test_numerics.py::test_gradients_take_the_rounded_values",
         "-k", "not cpu",
     ],
+    "calls": ["test_launch.py", "test_functional.py"],
 }  # fmt: skip
 
 
@@ -106,20 +110,17 @@ def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.Completed
     )  # fmt: skip
 
 
-def mutate(folder: Path, file: str, old: str, new: str) -> None:
-    path = folder / "gatednorm" / file
-    text = path.read_text()
-    assert text.count(old) == 1, f"{file} must hold this text once, not {text.count(old)}x: {old}"
-    path.write_text(text.replace(old, new))
+def subset_of(name: str) -> str:
+    return {"cpu": "cpu", "call": "calls"}.get(name.split(":")[0], "kernels")
 
 
 def verdict(folder: Path, name: str) -> str:
     """What became of a mutant: the test that noticed it, or why it does not count."""
-    file, old, new = MUTANTS[name]
+    file, text = replaced(ROOT / "gatednorm", *MUTANTS[name])
     folder.mkdir()
     copy_of_the_library(folder)
-    mutate(folder, file, old, new)
-    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels", name)
+    (folder / file.relative_to(ROOT)).write_bytes(text)
+    done = run_tests(folder, subset_of(name), name)
     shutil.rmtree(folder)
     if done.returncode == 0:
         return "NOT NOTICED"
@@ -163,13 +164,44 @@ def test_without_a_mutation_all_pass(tmp_path, subset):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(verdicts, name, record_property):
     found = verdicts[name].result()
-    record_property("mutant", f"{MUTANTS[name][0]:14} {name:50} {found}")
+    record_property("mutant", f"{MUTANTS[name][0]:22} {name:50} {found}")
     assert found.startswith("noticed"), found
 
 
-def test_every_mutant_still_has_its_text():
-    """The default suite says at once when the library moved and a mutant must follow."""
-    for name, (file, old, new) in MUTANTS.items():
-        count = (ROOT / "gatednorm" / file).read_text().count(old)
-        assert count == 1, f"{name}: {file} must hold this text once, not {count} times: {old}"
-        assert old != new, name
+def test_every_mutant_has_its_place():
+    """The default run says at once when the library changed and a mutant must follow."""
+    lost = []
+    for name, mutant in MUTANTS.items():
+        try:
+            file, text = replaced(ROOT / "gatednorm", *mutant)
+            ast.parse(text)
+            assert text != file.read_bytes(), name
+        except LookupError as error:
+            lost.append(f"{name}: {error}")
+    assert not lost, "\n".join(lost)
+
+
+MOVED = """
+class Anywhere:
+    def scaled(values,
+               factor, more=None):
+        # another name, another argument
+        return sum(
+            values,  factor *  factor, start=0,
+        )   # {}
+"""
+
+
+def test_a_place_is_found_after_a_move(tmp_path):
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep/other.py"
+    file.write_text(MOVED)
+    mutant = ("scaled", "sum(*any_rest, any_x * any_x)", "max(any_x + 1, *any_rest)")
+    assert replaced(tmp_path, *mutant) == (
+        file, MOVED.replace("""sum(
+            values,  factor *  factor, start=0,
+        )""", "(max(factor + 1, values, start=0))").encode(),
+    )  # fmt: skip
+    for pattern in ("sum(any_x, any_x)", "any_name + any_other", "any_argument"):
+        with pytest.raises(LookupError, match=r"scaled must hold this once, not \d+ times"):
+            replaced(tmp_path, "scaled", pattern, "0")
