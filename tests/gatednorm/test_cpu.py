@@ -14,6 +14,7 @@ from norm_cases import (
     Layout,
     cases,
     check,
+    differentiate,
     inputs_of,
     same_bits,
     through_autograd,
@@ -119,6 +120,31 @@ def test_large_offset_in_layer_norm():
     got = gatednorm.layernorm_fn(x)
     want = reference.gated_norm_ref(x.double(), is_rms_norm=False)
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_groups_of_one_channel_have_no_gradient():
+    """Gate before, layer norm: `u - mean` is 0 and not an ulp, which `rstd` would multiply by a
+    thousand."""
+    g = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(258, 64, generator=g) + shift for shift in (100, 0))
+    leaves = [x.requires_grad_(), z.requires_grad_()]
+    y = gatednorm.layernorm_fn(x, z=z, group_size=1, norm_before_gate=False)
+    for grad in torch.autograd.grad(y, leaves, torch.randn(258, 64, generator=g)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
+def test_groups_without_variance(is_rms_norm, norm_before_gate, gated):
+    """Equal values in each group, large ones: as far from float64 as the reference in fp32."""
+    case = Case((258,), 16, 4, is_rms_norm, norm_before_gate, gated, bias=True, eps=1e-6)
+    i = inputs_of(case)
+    i.x.copy_((i.x[:, ::16] + 100).repeat_interleave(16, 1))
+    if gated and not norm_before_gate:
+        i.z.copy_(i.z[:, ::16].repeat_interleave(16, 1))
+    got, plain = through_autograd(case, i), differentiate(case, i)
+    for name, truth in differentiate(case, i, torch.float64).items():
+        error, granted = ((t[name] - truth).abs().max() for t in (got, plain))
+        assert error <= 1.5 * granted + 1e-6 * truth.abs().max(), name
 
 
 def test_the_reference_is_not_on_the_path(monkeypatch):
