@@ -53,6 +53,7 @@ BAD = {
     "z_integers": (TypeError, r"z must be float32.*torch\.int32.*z\.to\(", {"z": torch.ones(4, 8).int()}),
     "z_shape": (ValueError, r"z must have the shape of x, got \(4, 7\) and \(4, 8\)", {"z": torch.ones(4, 7)}),
     "z_broadcast": (ValueError, r"z must have the shape of x, got \(1, 8\)", {"z": torch.ones(1, 8)}),
+    "z_rows": (ValueError, r"z must have the shape of x, got \(3, 8\) and \(4, 8\)", {"z": torch.ones(3, 8)}),
     "z_transposed": (ValueError, r"last dimension of z.*z\.contiguous\(\)", {"z": torch.ones(8, 4).t()}),
     "z_device": (ValueError, r"z must be on the device of x, got meta and cpu.*z\.to\('cpu'\)", {"z": torch.ones(4, 8, device="meta")}),
     "weight_length": (ValueError, r"weight must have one entry per channel, got shape \(7,\) and D=8", {"weight": torch.ones(7)}),
@@ -103,6 +104,7 @@ def test_bad_input(launched, case, function):
 BAD_OUT = {
     "not_a_tensor": (TypeError, r"out must be a torch\.Tensor, got str", lambda x, z: "out"),
     "shape": (ValueError, r"out must have the shape of x, got \(8, 4\)", lambda x, z: torch.ones(8, 4)),
+    "rows": (ValueError, r"out must have the shape of x, got \(5, 8\) and \(4, 8\)", lambda x, z: torch.ones(5, 8)),
     "integers": (TypeError, r"out must be float32", lambda x, z: torch.ones(4, 8).int()),
     "transposed": (ValueError, r"last dimension of out", lambda x, z: torch.ones(8, 4).t()),
     "one_row_repeated": (ValueError, r"out must not overlap itself", lambda x, z: torch.ones(1, 8).expand(4, 8)),
@@ -111,6 +113,7 @@ BAD_OUT = {
     "shifted_by_one": (ValueError, r"out overlaps x", lambda x, z: x._base[:4, 1:9]),
     "shifted_by_a_row": (ValueError, r"out overlaps x", lambda x, z: x._base[1:5, :8]),
     "other_strides": (ValueError, r"out overlaps z", lambda x, z: z._base.view(-1)[:32].view(4, 8)),
+    "other_steps_between": (ValueError, r"out overlaps x", lambda x, z: x._base.as_strided((4, 8), (16, 1), 8)),
     "on_the_weight": (ValueError, r"out overlaps weight", None),
 }  # fmt: skip
 
@@ -118,7 +121,7 @@ BAD_OUT = {
 @pytest.mark.parametrize("case", BAD_OUT)
 def test_bad_out(launched, path, case):
     error, pattern, make = BAD_OUT[case]
-    x, z = (x_of(5, 12)[:4, :8] for _ in range(2))
+    x, z = (x_of(6, 12)[:4, :8] for _ in range(2))
     memory = torch.ones(4, 8)
     weight = memory.view(-1)[8:16] if make is None else torch.ones(8)
     out = memory if make is None else make(x, z)
@@ -311,6 +314,30 @@ def test_zero_rows(path, launched, outer):
         i = inputs_of(case, path.device)
         assert gatednorm.rms_norm_gated(i.x, i.weight, i.bias, i.z).shape == case.shape
     assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("inner", "layout"),
+    [
+        pytest.param((), Layout(), id="dense"),
+        pytest.param((), Layout(left=1, right=2, offset=1), id="unaligned_slice"),
+        pytest.param((3,), Layout(right=8), id="tokens_heads"),
+        pytest.param((3, 2), Layout(order=(0, 2, 1), right=8), id="batch_heads_time"),
+        pytest.param((3,), Layout(order=(1, 0)), id="transposed"),
+        pytest.param((), Layout(expand=True), id="one_row_repeated"),
+    ],
+)
+def test_any_number_of_rows_after_another(path, inner, layout):
+    """Checked once for all numbers of rows: the next one has its own results and its own errors."""
+    for rows in (5, 1, 2, 3, 0, 5):
+        case = Case((rows, *inner), 12, 2, layouts={"x": layout, "z": layout})
+        i = inputs_of(case, path.device)
+        want = gatednorm.rms_norm_ref(i.x, i.weight, None, i.z, **case.options)
+        torch.testing.assert_close(
+            gatednorm.rms_norm_gated(i.x, i.weight, None, i.z, **case.options), want
+        )
+        with pytest.raises(ValueError, match=rf"^z must .*\({rows + 3}, .*and \({rows}, "):
+            gatednorm.rms_norm_gated(i.x, z=torch.ones(rows + 3, *case.shape[1:]).to(i.x.device))
 
 
 def test_one_row_without_outer_dimensions(path):

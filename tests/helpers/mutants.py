@@ -97,7 +97,7 @@ MUTANTS = {
     "rounds in the dtype of x": ("_constants", "torch.promote_types(any_x, any_w)", "any_x"),
     "strides of y and x swapped": ("_describe", "any_strides = (any_x, any_z, any_y)", "any_strides = (any_y, any_z, any_x)"),
     "strides of dx and dz swapped": ("_describe_backward", "any_strides = (any_dy, any_x, any_z, any_dx, any_dz)", "any_strides = (any_dy, any_x, any_z, any_dz, any_dx)"),
-    "strides of another call with as many rows": ("_of_any_rows", "(2, *any_shape[1:])", "(2, *(min(2, n) for n in any_shape[1:-1]), any_shape[-1])"),
+    "call: other inner sizes than those of the first": ("_of_any_rows", "(2, *any_shape[1:])", "(2, *(min(2, n) for n in any_shape[1:-1]), any_shape[-1])"),
     # calls
     "call: compiled code at any address": ("_start", "any_bits % 16 == 0 and self.compiled is not None", "self.compiled is not None"),
     "call: compiled code with and without statistics": ("forward", "_forward_launchers(call.kind, any_save)", "_forward_launchers(call.kind, True)"),
