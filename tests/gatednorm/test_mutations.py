@@ -7,13 +7,12 @@ fails in the default run.
 import ast
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import forked_pytest
 from mutants import MUTANTS
 from patterns import replaced
 
@@ -24,10 +23,6 @@ TESTED = [
     *(f"tests/gatednorm/{file}.py" for file in ("conftest", "test_cpu", "test_functional")),
     *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "numerics")),
 ]  # fmt: skip
-# Read once, at import: pytest writes a variable of its own into `os.environ` at each test, and the
-# pool's threads must not walk through it meanwhile. The mutants run under the interpreter, also
-# beside a GPU: there a mutant may be in the branch not taken.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # Fast tests first; `-x` stops at the first that notices.
 SUBSETS = {
     "cpu": [
@@ -99,19 +94,15 @@ def copy_of_the_library(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
 
 
-def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
+def run_tests(folder: Path, subset: str, name: str = "") -> tuple[int, str]:
     first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
-    command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
+    arguments = [
+        "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
         # A mutant that writes out of bounds ruins the heap: its process may hang as well as crash.
         # Without a mutation the longest of these tests takes ten seconds.
         "-o", "faulthandler_timeout=150", "-o", "faulthandler_exit_on_timeout=true",
     ]  # fmt: skip
-    return subprocess.run(
-        [*command, *first, *SUBSETS[subset]], cwd=folder / "tests/gatednorm",
-        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
-        check=False, timeout=1800, capture_output=True, text=True,
-    )  # fmt: skip
+    return forked_pytest.run(folder, [*arguments, *first, *SUBSETS[subset]], timeout=1800)
 
 
 def subset_of(name: str) -> str:
@@ -124,13 +115,12 @@ def verdict(folder: Path, name: str) -> str:
     folder.mkdir()
     copy_of_the_library(folder)
     (folder / file.relative_to(ROOT)).write_bytes(text)
-    done = run_tests(folder, subset_of(name), name)
+    code, output = run_tests(folder, subset_of(name), name)
     shutil.rmtree(folder)
-    if done.returncode == 0:
+    if code == 0:
         return "NOT NOTICED"
-    if done.returncode < 0:
-        return f"noticed: killed by signal {-done.returncode}"
-    output = done.stdout + done.stderr
+    if code < 0:
+        return f"noticed: killed by signal {-code}"
     for nonsense in ("SyntaxError", "NameError", "errors during collection", "no tests ran"):
         if nonsense in output:
             return f"BROKEN MUTANT ({nonsense})\n{output[-2000:]}"
@@ -160,8 +150,8 @@ def verdicts(request, tmp_path_factory) -> dict[str, Future]:
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_without_a_mutation_all_pass(tmp_path, subset):
     copy_of_the_library(tmp_path)
-    done = run_tests(tmp_path, subset)
-    assert done.returncode == 0, done.stdout[-3000:]
+    code, output = run_tests(tmp_path, subset)
+    assert code == 0, output[-3000:]
 
 
 @pytest.mark.slow

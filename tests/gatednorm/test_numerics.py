@@ -24,6 +24,7 @@ from norm_cases import (
     same_bits,
     through_autograd,
     through_buffers,
+    ulps,
 )
 from paths import GPU
 
@@ -293,16 +294,6 @@ def test_the_table_of_families():
     }
     tested = {name.split(".")[1]: options[:3] for name, options in FAMILIES.items()}
     assert documented == tested
-
-
-def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many representable numbers lie between `a` and `b`, two-byte floats."""
-
-    def index(t):
-        bits = t.contiguous().view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return (index(a) - index(b)).abs()
 
 
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])

@@ -15,6 +15,9 @@ import gatednorm
 from gatednorm import gated_norm_ref
 
 NAN = float("nan")
+SHORT = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,11 @@ class Case:
     def id(self) -> str:
         gate = ("gate_after" if self.norm_before_gate else "gate_before") if self.gated else "plain"
         parts = ["rms" if self.is_rms_norm else "layer", gate, self.activation]
-        parts += [name for name in ("weight", "bias", "zero_centered") if getattr(self, name)]
-        parts += [self.numerics, f"{self.groups}x{self.group_size}"]
-        parts += ["x".join(map(str, self.outer)) or "row", str(self.dtype).removeprefix("torch.")]
-        return "-".join([*parts, *sorted(self.layouts)])
+        parts += [] if self.weight else ["no_weight"]
+        parts += [name for name in ("bias", "zero_centered") if getattr(self, name)]
+        parts += [] if self.numerics == "fp32" else [self.numerics]
+        parts += [f"g{self.group_size}", f"M{'x'.join(map(str, self.outer))}", f"D{self.width}"]
+        return "-".join([*parts, SHORT[self.dtype], *(["strided"] if self.layouts else [])])
 
 
 @dataclass
@@ -168,6 +172,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     kind = kinds[a.element_size()]
     return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers lie between `a` and `b`, floats of two bytes."""
+
+    def index(t):
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (index(a) - index(b)).abs()
 
 
 @contextlib.contextmanager
