@@ -61,7 +61,7 @@ def test_gradcheck(is_rms_norm, norm_before_gate, gated, activation):
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
-@pytest.mark.parametrize("width", [1, 17, 512, 20_000], ids="n{}".format)
+@pytest.mark.parametrize("width", [1, 17, 512, 20_000], ids="D{}".format)
 def test_inference_has_the_bits_of_training(width, is_rms_norm, norm_before_gate, gated):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         case = Case((37,), width, 1, is_rms_norm, norm_before_gate, gated, bias=True, dtype=dtype)

@@ -215,31 +215,25 @@ PACKED = {
 
 
 @pytest.mark.parametrize("slices", PACKED)
-def test_out_in_a_packed_buffer_of_the_inputs(path, slices):
-    """`x`, `z` and `out` share a buffer and no element."""
+def test_slices_of_a_packed_buffer(path, slices):
+    """`x`, `z` and `out` share a buffer and no element; so do `dx` and `dz`, written straight into
+    the gradient of a packed projection."""
     packed = x_of(6, 24).to(path.device)
-    x, z, out = PACKED[slices](packed)
     before = packed.clone()
-    want = gatednorm.rms_norm_gated(x, z=z)
+    x, z, out = PACKED[slices](packed)
+    want, _, rstd = gatednorm.layernorm_forward(x, z=z, is_rms_norm=True)
     gatednorm.rms_norm_gated(x, z=z, out=out)
     torch.testing.assert_close(out, want)
-    out.copy_(PACKED[slices](before)[2])
+    dy = out.copy_(PACKED[slices](before)[2])
     assert same_bits(packed, before)
 
-
-@pytest.mark.parametrize("slices", PACKED)
-def test_gradients_in_one_packed_gradient(path, slices):
-    """`dx` and `dz` written straight into slices of the gradient of a packed projection."""
-    x, z, dy = PACKED[slices](x_of(6, 24).to(path.device))
     dx, dz, rest = PACKED[slices](torch.full((6, 24), 7.0, device=path.device))
-    _, _, rstd = gatednorm.layernorm_forward(x, z=z, is_rms_norm=True)
     args = (dy, x, None, None, z, None, rstd)
     want = gatednorm.layernorm_backward(*args, is_rms_norm=True)
     got = gatednorm.layernorm_backward(*args, is_rms_norm=True, dx=dx, dz=dz)
     assert got[0] is dx
     assert got[3] is dz
-    torch.testing.assert_close(dx, want[0])
-    torch.testing.assert_close(dz, want[3])
+    torch.testing.assert_close((dx, dz), (want[0], want[3]))
     assert (rest == 7.0).all()
 
 
@@ -401,29 +395,24 @@ def test_inference_refuses_to_cut_a_graph(launched, path, name):
 
 
 def test_a_mean_that_rms_norm_has_no_use_for(path, monkeypatch):
-    """Callers of other copies pass one; no launch gets it, whose number of arguments is fixed."""
-    means = []
+    """Callers of other copies pass one; no kernel gets it, whose code was compiled for none."""
+    means, module = [], autograd.backend(path.device)
 
-    def watched(*arguments):
+    def watched(*arguments, run=module.backward):
         means.append(arguments[6])
-        return backward(*arguments)
+        return run(*arguments)
 
-    module = autograd.backend(path.device)
-    backward = module.backward
     monkeypatch.setattr(module, "backward", watched)
     case = Case((9,), 16, 1)
     i = inputs_of(case, path.device)
-    given = (i.x, i.weight, None, i.z)
-    _, mean, rstd = gatednorm.layernorm_forward(*given, is_rms_norm=True, **case.options)
-    assert mean is None
-    for mean in (rstd, None, i.x.new_empty(0), None):
-        got = gatednorm.layernorm_backward(
-            i.dy, *given, mean, rstd, is_rms_norm=True, **case.options
-        )
-        for name, t in zip(("dx", "dw", None, "dz"), got, strict=True):
-            assert t is None or same_bits(t, through_autograd(case, i)[name])
-    assert set(means) == {None}
-    assert len(means) >= 4
+    want = through_autograd(case, i)
+    given, options = (i.x, i.weight, None, i.z), {"is_rms_norm": True, **case.options}
+    _, none, rstd = gatednorm.layernorm_forward(*given, **options)
+    for mean in (rstd, none, i.x.new_empty(0)):
+        dx, dw, _, dz = gatednorm.layernorm_backward(i.dy, *given, mean, rstd, **options)
+        for name, t in (("dx", dx), ("dw", dw), ("dz", dz)):
+            assert same_bits(t, want[name]), name
+    assert means == [None] * 4
 
 
 def test_statistics(path):

@@ -61,20 +61,11 @@ def test_more_than_2_to_31_elements(norm_before_gate):
     assert ((dw.double() - want).abs() <= 1e-4 * want.abs() + 1e-5 * rows**0.5 * 10).all()
 
 
-@pytest.mark.parametrize("width", [1, 2, 65_536, 131_072], ids="n{}".format)
-def test_widths_at_the_ends(width):
-    i = inputs_of(Case((17,), width, 1, dtype=torch.bfloat16), "cuda")
-    got = gatednorm.rmsnorm_fn(i.x, i.weight, None, i.z)
-    want = gated_norm_ref(i.x.double(), i.weight.double(), None, i.z.double())
-    scale = want.abs().amax(-1, keepdim=True)
-    assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 1e-5 * scale).all()
-
-
 # ---- bits ----
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", WIDTHS, ids="n{}".format)
+@pytest.mark.parametrize("width", WIDTHS, ids="D{}".format)
 @pytest.mark.parametrize("norm_before_gate", ORDERS)
 def test_batch_does_not_change_a_row(norm_before_gate, width, dtype):
     """The same as under the interpreter, with more rows and widths, and in inference."""
@@ -94,7 +85,7 @@ def test_batch_does_not_change_a_row(norm_before_gate, width, dtype):
     check_that_rows_keep_their_bits(run, [x, z, dy], parts)
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids="n{}".format)
+@pytest.mark.parametrize("width", WIDTHS, ids="D{}".format)
 def test_parameter_gradients_repeat(width):
     """`dw` and `db` from 20 runs, with other work in between: the same bits."""
     x, z, dy = (randn(5000, width, seed=i) for i in range(3))
@@ -244,7 +235,7 @@ def test_peak_memory_of_a_training_step():
 # ---- graphs, streams, devices, compilation ----
 
 
-@pytest.mark.parametrize("width", [128, 1001, 20_000], ids="n{}".format)
+@pytest.mark.parametrize("width", [128, 1001, 20_000], ids="D{}".format)
 def test_cuda_graph(width):
     """Captured once, replayed on other values: forward, backward and inference."""
     x, z, dy = (randn(100, width, seed=i) for i in range(3))
@@ -288,7 +279,7 @@ def test_kernels_follow_the_current_stream():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-@pytest.mark.parametrize("width", [128, 20_000], ids="n{}".format)
+@pytest.mark.parametrize("width", [128, 20_000], ids="D{}".format)
 def test_second_device_while_the_first_is_current(width):
     case = Case((50,), width, 1, False, bias=True)
     there, here = inputs_of(case, "cuda:1"), inputs_of(case, "cuda:0")
@@ -355,7 +346,7 @@ print(forward, time.perf_counter() - start - forward)
 """
 
 
-@pytest.mark.parametrize("width", [128, 5120, 16_384, 20_000], ids="n{}".format)
+@pytest.mark.parametrize("width", [128, 5120, 16_384, 20_000], ids="D{}".format)
 def test_first_call_of_a_new_shape(width, tmp_path):
     """Compiled for the first time on this machine, forward and backward each in under two seconds;
     the best of three, since other tests compile on the same cores."""

@@ -99,7 +99,7 @@ def test_every_schedule(kernels, is_rms_norm, norm_before_gate, gated):
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
-@pytest.mark.parametrize("width", [17, 32, 40], ids="n{}".format)
+@pytest.mark.parametrize("width", [17, 32, 40], ids="D{}".format)
 def test_wide_schedule(kernels, change_tiles, width, is_rms_norm, norm_before_gate, gated):
     """Groups in chunks, forced at small widths: whole and partial last chunks."""
     change_tiles(WIDEST=15, CHUNK=16)
@@ -117,8 +117,8 @@ def test_wide_schedule(kernels, change_tiles, width, is_rms_norm, norm_before_ga
 @pytest.mark.parametrize(
     ("width", "is_rms_norm", "norm_before_gate"),
     [
-        pytest.param(65_536, True, True, id="n65536-rms-gate_after"),
-        pytest.param(70_001, False, False, id="n70001-layer-gate_before"),
+        pytest.param(131_072, True, True, id="D131072-rms-gate_after"),
+        pytest.param(70_001, False, False, id="D70001-layer-gate_before"),
     ],
 )
 def test_rows_above_64_kilobytes(kernels, width, is_rms_norm, norm_before_gate):
@@ -148,9 +148,9 @@ def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_be
 @pytest.mark.parametrize(
     ("width", "rows", "warps", "spread"),
     [
-        pytest.param(1300, 1, 1, (1, 1), id="n1300-1_warp"),
-        pytest.param(1300, 1, 4, (4, 4), id="n1300-4_warps"),
-        pytest.param(600, 2, 2, (2, 1), id="n600-2_warps_and_1"),
+        pytest.param(1300, 1, 1, (1, 1), id="D1300-1_warp"),
+        pytest.param(1300, 1, 4, (4, 4), id="D1300-4_warps"),
+        pytest.param(600, 2, 2, (2, 1), id="D600-2_warps_and_1"),
     ],
 )
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
@@ -209,7 +209,7 @@ def test_batch_does_not_change_a_row(kernels, width, is_rms_norm, norm_before_ga
     check_that_rows_keep_their_bits(run, [i.x, i.z, i.dy], parts)
 
 
-@pytest.mark.parametrize("width", [48, 64], ids="n{}".format)
+@pytest.mark.parametrize("width", [48, 64], ids="D{}".format)
 def test_a_row_whose_squares_overflow(kernels, width):
     """Their mean is infinite, whatever the width, and the row becomes zeros as in the reference."""
     x = torch.linspace(-1, 1, 3 * width, device=kernels.device).reshape(3, width)
