@@ -190,9 +190,9 @@ WIDTHS = [1, 17, 128, 600, 1001, 4097]
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 @pytest.mark.parametrize("width", WIDTHS, ids="D{}".format)
 def test_batch_does_not_change_a_row(kernels, width, is_rms_norm, norm_before_gate, gated):
-    """vllm#57280: any number of rows, any position, aligned or not; and of
-    two kinds, at the smaller widths, the gradients too."""
-    rows = 40 if width < 256 else 9
+    """vllm#57280: any number of rows, any position, aligned or not; at two
+    widths the gradients too."""
+    rows = 70 if width < 256 else 9
     case = Case((rows,), width, 1, is_rms_norm, norm_before_gate, gated, bias=True)
     i = inputs_of(case, kernels.device)
     options = {"is_rms_norm": is_rms_norm, **case.options}
@@ -200,7 +200,7 @@ def test_batch_does_not_change_a_row(kernels, width, is_rms_norm, norm_before_ga
     def run(x, z, dy):
         given = (x, i.weight, i.bias, z)
         y, *stats = gatednorm.layernorm_forward(*given, **options)
-        if width > 600 or norm_before_gate != is_rms_norm:
+        if width not in (17, 600) or norm_before_gate != is_rms_norm:
             return (y,)
         dx, _, _, dz = gatednorm.layernorm_backward(dy, *given, *stats, **options)
         return (y, dx, dz) if gated else (y, dx)
