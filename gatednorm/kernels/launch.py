@@ -192,10 +192,12 @@ def _backward_launchers(kind: Kind) -> tuple[Tile, Launcher, Launcher | None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _reduce_launcher(width: int, workers: int, dtypes: tuple, device) -> tuple[int, Launcher]:
-    rows, block, num_warps = reduce_tile(width, workers)
+def _reduce_launcher(
+    width: int, tile: tuple[int, int, int], dtypes: tuple, device: torch.device
+) -> Launcher:
+    rows, block, num_warps = tile
     constants = {"D": width, "ROWS": rows, "BLOCK": block}
-    return block, Launcher(backward_kernels.reduce_kernel, constants, device, num_warps)
+    return Launcher(backward_kernels.reduce_kernel, constants, device, num_warps)
 
 
 def backward(
@@ -233,8 +235,9 @@ def backward(
     main(device, workers * column_tiles, tensors, (n_rows, workers, *numbers))
     if dw is not None or db is not None:
         dtypes = (dw is not None and dw.dtype, db is not None and db.dtype)
-        block, reduce = _reduce_launcher(call.width, workers, dtypes, device)
-        reduce(device, -(-call.width // block), [dw_part, db_part, dw, db], (workers,))
+        reduction = reduce_tile(call.width, workers)
+        reduce = _reduce_launcher(call.width, reduction, dtypes, device)
+        reduce(device, -(-call.width // reduction[1]), [dw_part, db_part, dw, db], (workers,))
     return dw, db
 
 

@@ -1,10 +1,15 @@
 """How a compiled kernel is kept and started, and which tile a call gets."""
 
+import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import gatednorm
+from norm_calls import gradients
+from norm_cases import Case, Layout, inputs_of
 from paths import TRITON
 
 if TRITON:
@@ -97,6 +102,46 @@ def test_a_profiler_that_hooks_into_launches_is_called(on_gpu_1):
     for world.hooked in (False, True, False):
         start(x, x)
     assert [entry[0] for entry in log] == ["triton", "triton", "kept"]
+
+
+def test_one_launcher_is_for_one_kind_of_call(kernels, monkeypatch):
+    """Compiled code is kept for the dtypes of its tensors, for those that are absent, and for what
+    divides the strides: in none of these may two calls of one launcher differ."""
+    kept, alignments = {}, set()
+
+    def started(self, device, grid, tensors, numbers):
+        names = self.kernel.arg_names
+        constants = dict(zip(names[-len(self.constants) :], self.constants, strict=True))
+        steps = [
+            number
+            for name, number in zip(names[len(tensors) :], numbers, strict=False)
+            if name.endswith(("_s0", "_s1", "_s2"))
+        ]
+        if steps:
+            assert math.gcd(16, *steps) == constants["ALIGN"]
+            alignments.add(constants["ALIGN"])
+        kind = self.kernel, [None if t is None else t.dtype for t in tensors], len(numbers)
+        assert kept.setdefault(id(self), (self, kind)) == (self, kind)
+
+    monkeypatch.setattr(launch.Launcher, "__call__", started)
+    pick = random.Random(0).choice
+    both, dtypes = (True, False), (torch.float32, torch.float16)
+    for _ in range(150):
+        layouts = {
+            name: pick((Layout(), Layout(left=16), Layout(left=4), Layout(right=1)))
+            for name in ("x", "z", "dy")
+        }
+        case = Case(
+            (3,), pick((64, 17_008)), 1, pick(both), pick(both), pick(both), weight=pick(both),
+            bias=pick(both), dtype=torch.float16, z_dtype=pick(dtypes), w_dtype=pick(dtypes),
+            out_dtype=pick(dtypes), layouts=layouts,
+        )  # fmt: skip
+        i = inputs_of(case, kernels.device)
+        options = {"is_rms_norm": case.is_rms_norm, "out_dtype": case.out_dtype, **case.options}
+        gatednorm.rms_norm_gated(i.x, i.weight, i.bias, i.z, **options)
+        gradients(lambda *given, options=options: gatednorm.layernorm_fn(*given, **options), i)
+    assert alignments == {1, 4, 16}
+    assert len(kept) > 50
 
 
 def kind_of(n_rows=64, width=4096, dtype=torch.bfloat16, bias=False):

@@ -178,6 +178,40 @@ def test_fake_and_meta_tensors():
             assert x.grad.shape == x.shape
 
 
+META = {"x": (6, 16), "weight": (16,), "bias": (16,), "z": (6, 16), "out": (6, 16)}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        *(("layernorm_fn", name) for name in ("weight", "bias", "z")),
+        *(("rms_norm_gated", name) for name in ("weight", "bias", "z", "out")),
+    ],
+)
+def test_meta_tensors_and_others_are_refused(path, function, name):
+    """With x on the meta device as with x elsewhere; also where a compiler traces the call."""
+    function = getattr(gatednorm, function)
+    x = torch.empty(META["x"], device="meta")
+    other = {name: torch.empty(META[name], device=path.device)}
+    rule = rf"{name} must be on the device of x, got {other[name].device} and meta"
+    with pytest.raises(ValueError, match=rule):
+        function(x, **other)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=rule):
+        torch.compile(function, fullgraph=True, backend="eager")(x, **other)
+
+
+@pytest.mark.parametrize("norm_path", gatednorm.NORM_PATHS)
+def test_a_module_refuses_a_meta_tensor(path, norm_path):
+    norm = gatednorm.LayerNorm(16, device=path.device, path=norm_path).requires_grad_(False)
+    x = torch.empty(6, 16, device="meta")
+    rule = rf"weight must be on the device of x, got {norm.weight.device} and meta"
+    with pytest.raises(ValueError, match=rule):
+        norm(x)
+    with pytest.raises(Exception, match=rule):
+        torch.export.export(norm, (x,))
+
+
 def test_a_subclass_of_tensor_differentiates(small):
     """Its gradient comes back as a plain tensor."""
 

@@ -98,42 +98,26 @@ def test_copies_keep_everything(path):
     assert "path=inference" in repr(norm)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "pattern"),
-    [
-        pytest.param({"hidden_size": 0}, "hidden_size must be at least 1, got 0", id="width"),
-        pytest.param(
-            {"hidden_size": 16, "group_size": 5},
-            "group_size must divide hidden_size, got group_size=5 and hidden_size=16; use",
-            id="group_size",
-        ),
-        pytest.param({"hidden_size": 16, "group_size": 0}, "group_size must divide", id="no_group"),
-        pytest.param(
-            {"hidden_size": 16, "activation": "gelu"}, "activation.*'gelu'", id="activation"
-        ),
-        pytest.param({"hidden_size": 16, "numerics": "fp8"}, "numerics.*'fp8'", id="numerics"),
-        pytest.param({"hidden_size": 16, "path": "fast"}, "path must be one of.*'fast'", id="path"),
-        pytest.param({"hidden_size": 16, "eps": -1.0}, r"eps must be.*-1\.0", id="eps"),
-    ],
-)
-def test_bad_sizes_and_names(kwargs, pattern):
-    for module in (LayerNorm, RMSNorm):
-        with pytest.raises(ValueError, match=pattern):
-            module(**kwargs)(torch.ones(2, 16))
+BAD = {
+    "width": (ValueError, r"hidden_size must be at least 1, got 0", {"hidden_size": 0}),
+    "width_type": (TypeError, r"hidden_size must be an int, got 'a'", {"hidden_size": "a"}),
+    "group_size": (
+        ValueError, r"group_size must divide hidden_size, got group_size=5 and hidden_size=16; use",
+        {"group_size": 5},
+    ),
+    "no_group": (ValueError, r"group_size must divide", {"group_size": 0}),
+    "group_type": (TypeError, r"group_size must be an int.*4\.0", {"group_size": 4.0}),
+    "activation": (ValueError, r"activation.*'gelu'", {"activation": "gelu"}),
+    "numerics": (ValueError, r"numerics.*'fp8'", {"numerics": "fp8"}),
+    "path": (ValueError, r"path must be one of.*'fast'", {"path": "fast"}),
+    "eps": (ValueError, r"eps must be.*-1\.0", {"eps": -1.0}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "pattern"),
-    [
-        pytest.param({"hidden_size": "a"}, "hidden_size must be an int, got 'a'", id="width"),
-        pytest.param(
-            {"hidden_size": 8, "group_size": 4.0},
-            r"group_size must be an int.*4\.0",
-            id="group_size",
-        ),
-    ],
-)
-def test_bad_types(kwargs, pattern):
-    for module in (LayerNorm, RMSNorm):
-        with pytest.raises(TypeError, match=pattern):
-            module(**kwargs)
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
+def test_bad_options(module, case):
+    """Refused before any parameter is made."""
+    error, pattern, changed = BAD[case]
+    with pytest.raises(error, match=pattern):
+        module(**{"hidden_size": 16, **changed})

@@ -1,30 +1,28 @@
 """Break it on purpose: one thing at a time in a copy of the library, and the tests must notice.
 
-Each mutant replaces a text that must occur exactly once, so a change of the library that moves one
-fails here loudly instead of leaving a mutant that mutates nothing.
+A mutant names a function and what it must hold once (mutants.py); one that finds no place any more
+fails in the default run.
 """
 
+import ast
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import forked_pytest
 from mutants import MUTANTS
+from patterns import replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
     "pyproject.toml", "tests/conftest.py",
     *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
-    *(f"tests/gatednorm/test_{name}.py" for name in ("cpu", "kernels", "numerics")),
+    *(f"tests/gatednorm/{file}.py" for file in ("conftest", "test_cpu", "test_functional")),
+    *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "numerics")),
 ]  # fmt: skip
-# Read once, at import: pytest writes a variable of its own into `os.environ` at each test, and the
-# pool's threads must not walk through it meanwhile. The mutants run under the interpreter, also
-# beside a GPU: there a mutant may be in the branch not taken.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # Fast tests first; `-x` stops at the first that notices.
 SUBSETS = {
     "cpu": [
@@ -48,38 +46,30 @@ SUBSETS = {
         "test_numerics.py::test_gradients_take_the_rounded_values",
         "-k", "not cpu",
     ],
+    "calls": ["test_launch.py", "test_functional.py"],
 }  # fmt: skip
 
 
-# Mutants whose name starts so are noticed soonest by this test.
+# The test that soonest notices mutants whose name starts so.
 FIRST = {
-    "dw of values": "test_numerics.py::test_gradients_take_the_rounded_values",
-    "dz of values": "test_numerics.py::test_gradients_take_the_rounded_values",
-    "second piece": "test_kernels.py::test_sums_across_warps",
-    "two row": "test_kernels.py::test_sums_across_warps",
-    "wide": "test_kernels.py::test_wide_schedule",
-    "mean of inf": "test_kernels.py::test_a_row_whose_squares_overflow",
-    "mean": "test_kernels.py::test_wide_schedule",
-    "chain": "test_kernels.py::test_sums_across_warps",
-    "layer": "test_kernels.py::test_sums_across_warps",
-    "offsets": "test_kernels.py::test_offsets_beyond_32_bits",
-    "reduce": "test_kernels.py::test_any_number_of_workers",
-    "last tile": "test_kernels.py::test_any_number_of_workers",
-    "db of": "test_kernels.py::test_any_number_of_workers",
-    "dw of": "test_kernels.py::test_any_number_of_workers",
-    "no rounding": "test_numerics.py::test_bits_of_the_reference",
-    "rounds": "test_numerics.py::test_bits_of_the_reference",
-    "strides": "test_numerics.py::test_strides",
-    "plan": "test_numerics.py::test_strides",
-    "two outer": "test_numerics.py::test_strides",
-    "third outer": "test_numerics.py::test_strides",
-    "zero-centred": "test_numerics.py::test_every_combination_of_options",
-    "slope of the sigmoid": "test_numerics.py::test_every_combination_of_options",
-    "slope of an open": "test_numerics.py::test_the_slope_of_a_gate_that_is_nearly_open",
-    "silu and": "test_numerics.py::test_every_combination_of_options",
-    "always silu": "test_numerics.py::test_every_combination_of_options",
-    "never zero": "test_numerics.py::test_every_combination_of_options",
-}
+    "test_kernels.py::test_sums_across_warps": ("second piece", "two row", "chain", "layer"),
+    "test_kernels.py::test_wide_schedule": ("wide", "mean"),
+    "test_kernels.py::test_a_row_whose_squares_overflow": ("mean of inf",),
+    "test_kernels.py::test_offsets_beyond_32_bits": ("offsets",),
+    "test_kernels.py::test_any_number_of_workers": ("reduce", "last tile", "db of", "dw of the"),
+    "test_numerics.py::test_gradients_take_the_rounded_values": ("dw of values", "dz of values"),
+    "test_numerics.py::test_bits_of_the_reference": ("no rounding", "rounds"),
+    "test_numerics.py::test_strides": ("strides", "two outer", "third outer"),
+    "test_numerics.py::test_every_combination_of_options": (
+        "zero-centred", "slope of the sigmoid", "silu and", "always silu", "never zero", "bias",
+    ),
+    "test_numerics.py::test_the_slope_of_a_gate_that_is_nearly_open": ("slope of an open",),
+    "test_functional.py::test_any_number_of_rows_after_another": ("call: other inner",),
+    "test_functional.py::test_bad_input": ("call: the gate",),
+    "test_functional.py::test_bad_out": ("call: columns", "call: other strides"),
+    "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
+    "test_cpu.py::test_blocks_that_cut_inside_outer_dimensions": ("cpu: statistics", "cpu: last"),
+}  # fmt: skip
 
 
 def copy_of_the_library(folder: Path) -> None:
@@ -91,41 +81,33 @@ def copy_of_the_library(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
 
 
-def run_tests(folder: Path, subset: str, name: str = "") -> subprocess.CompletedProcess:
-    first = [test for prefix, test in FIRST.items() if name.startswith(prefix)]
-    command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
+def run_tests(folder: Path, subset: str, name: str = "") -> tuple[int, str]:
+    first = [test for test, prefixes in FIRST.items() if name.startswith(prefixes)]
+    arguments = [
+        "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
         # A mutant that writes out of bounds ruins the heap: its process may hang as well as crash.
         # Without a mutation the longest of these tests takes ten seconds.
         "-o", "faulthandler_timeout=150", "-o", "faulthandler_exit_on_timeout=true",
     ]  # fmt: skip
-    return subprocess.run(
-        [*command, *first, *SUBSETS[subset]], cwd=folder / "tests/gatednorm",
-        env=ENVIRONMENT | {"PYTHONPATH": str(folder)},
-        check=False, timeout=1800, capture_output=True, text=True,
-    )  # fmt: skip
+    return forked_pytest.run(folder, [*arguments, *first, *SUBSETS[subset]], timeout=1800)
 
 
-def mutate(folder: Path, file: str, old: str, new: str) -> None:
-    path = folder / "gatednorm" / file
-    text = path.read_text()
-    assert text.count(old) == 1, f"{file} must hold this text once, not {text.count(old)}x: {old}"
-    path.write_text(text.replace(old, new))
+def subset_of(name: str) -> str:
+    return {"cpu": "cpu", "call": "calls"}.get(name.split(":")[0], "kernels")
 
 
 def verdict(folder: Path, name: str) -> str:
     """What became of a mutant: the test that noticed it, or why it does not count."""
-    file, old, new = MUTANTS[name]
+    file, text = replaced(ROOT / "gatednorm", *MUTANTS[name])
     folder.mkdir()
     copy_of_the_library(folder)
-    mutate(folder, file, old, new)
-    done = run_tests(folder, "cpu" if file == "cpu.py" else "kernels", name)
+    (folder / file.relative_to(ROOT)).write_bytes(text)
+    code, output = run_tests(folder, subset_of(name), name)
     shutil.rmtree(folder)
-    if done.returncode == 0:
+    if code == 0:
         return "NOT NOTICED"
-    if done.returncode < 0:
-        return f"noticed: killed by signal {-done.returncode}"
-    output = done.stdout + done.stderr
+    if code < 0:
+        return f"noticed: killed by signal {-code}"
     for nonsense in ("SyntaxError", "NameError", "errors during collection", "no tests ran"):
         if nonsense in output:
             return f"BROKEN MUTANT ({nonsense})\n{output[-2000:]}"
@@ -155,21 +137,52 @@ def verdicts(request, tmp_path_factory) -> dict[str, Future]:
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_without_a_mutation_all_pass(tmp_path, subset):
     copy_of_the_library(tmp_path)
-    done = run_tests(tmp_path, subset)
-    assert done.returncode == 0, done.stdout[-3000:]
+    code, output = run_tests(tmp_path, subset)
+    assert code == 0, output[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(verdicts, name, record_property):
     found = verdicts[name].result()
-    record_property("mutant", f"{MUTANTS[name][0]:14} {name:50} {found}")
+    record_property("mutant", f"{MUTANTS[name][0]:22} {name:50} {found}")
     assert found.startswith("noticed"), found
 
 
-def test_every_mutant_still_has_its_text():
-    """The default suite says at once when the library moved and a mutant must follow."""
-    for name, (file, old, new) in MUTANTS.items():
-        count = (ROOT / "gatednorm" / file).read_text().count(old)
-        assert count == 1, f"{name}: {file} must hold this text once, not {count} times: {old}"
-        assert old != new, name
+def test_every_mutant_has_its_place():
+    """The default run says at once when the library changed and a mutant must follow."""
+    lost = []
+    for name, mutant in MUTANTS.items():
+        try:
+            file, text = replaced(ROOT / "gatednorm", *mutant)
+            ast.parse(text)
+            assert text != file.read_bytes(), name
+        except LookupError as error:
+            lost.append(f"{name}: {error}")
+    assert not lost, "\n".join(lost)
+
+
+MOVED = """
+class Anywhere:
+    def scaled(values,
+               factor, more=None):
+        # another name, another argument
+        return sum(
+            values,  factor *  factor, start=0,
+        )   # {}
+"""
+
+
+def test_a_place_is_found_after_a_move(tmp_path):
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep/other.py"
+    file.write_text(MOVED)
+    mutant = ("scaled", "sum(*any_rest, any_x * any_x)", "max(any_x + 1, *any_rest)")
+    assert replaced(tmp_path, *mutant) == (
+        file, MOVED.replace("""sum(
+            values,  factor *  factor, start=0,
+        )""", "(max(factor + 1, values, start=0))").encode(),
+    )  # fmt: skip
+    for pattern in ("sum(any_x, any_x)", "any_name + any_other", "any_argument"):
+        with pytest.raises(LookupError, match=r"scaled must hold this once, not \d+ times"):
+            replaced(tmp_path, "scaled", pattern, "0")

@@ -20,10 +20,12 @@ from norm_cases import (
     Layout,
     cases,
     check,
+    differentiate,
     inputs_of,
     same_bits,
     through_autograd,
     through_buffers,
+    ulps,
 )
 from paths import GPU
 
@@ -117,11 +119,7 @@ def test_backward_keeps_to_its_group(path, is_rms_norm, norm_before_gate):
     for name in ("dx", "dz"):
         touched = got[name].unflatten(-1, (4, 24)).abs().amax(-1) > 0
         assert touched.any(0).tolist() == [False, True, False, False], name
-    x = inputs.x.double().requires_grad_()
-    z = inputs.z.double()
-    w, b = inputs.weight.double(), inputs.bias.double()
-    truth = gated_norm_ref(x, w, b, z, is_rms_norm=is_rms_norm, **case.options)
-    (dx,) = torch.autograd.grad(truth, x, inputs.dy.double())
+    dx = differentiate(case, inputs, torch.float64)["dx"]
     torch.testing.assert_close(got["dx"].double(), dx, rtol=1e-4, atol=1e-5 * float(dx.abs().max()))
 
 
@@ -133,9 +131,7 @@ def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
     inputs = inputs_of(case, path.device)
     inputs.z.copy_(torch.linspace(-9, 9, 48).repeat(9, 1))
     got = through_autograd(case, inputs)
-    z = inputs.z.double().requires_grad_()
-    parts = (inputs.x.double(), inputs.weight.double(), inputs.bias.double())
-    (dz,) = torch.autograd.grad(gated_norm_ref(*parts, z, **case.options), z, inputs.dy.double())
+    dz = differentiate(case, inputs, torch.float64)["dz"]
     error = (got["dz"].double() - dz).abs()
     assert (error.amax(0) <= 4e-3 * dz.abs().amax(0) + 1e-7).all()
 
@@ -147,10 +143,8 @@ def test_the_slope_of_a_gate_that_is_nearly_open(kernels, norm_before_gate):
     inputs = inputs_of(case, kernels.device)
     inputs.z.copy_(torch.linspace(-12, 12, 48).repeat(5, 1))
     got = through_autograd(case, inputs)
-    z = inputs.z.double().requires_grad_()
-    parts = (inputs.x.double(), inputs.weight.double(), None)
-    (dz,) = torch.autograd.grad(gated_norm_ref(*parts, z, **case.options), z, inputs.dy.double())
-    slope = torch.sigmoid(z.detach()) * torch.sigmoid(-z.detach())
+    dz, z = differentiate(case, inputs, torch.float64)["dz"], inputs.z.double()
+    slope = torch.sigmoid(z) * torch.sigmoid(-z)
     scale = slope * (dz / slope).abs().amax(-1, keepdim=True)
     assert ((got["dz"].double() - dz).abs() <= 1e-5 * scale).all()
 
@@ -204,21 +198,19 @@ def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 def test_extreme_values(path, norm_before_gate):
     """Gates that saturate, rows of zeros, rows of 1e-18 and 1e+18: finite, and right."""
-    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    x *= torch.tensor([1.0, 0.0, 1e-18, 1e18, 1.0, 1e-3])[:, None]
-    z = torch.linspace(-120, 120, 64).repeat(6, 1)
-    z[3] = 1.0
-    x, z = (t.to(path.device).requires_grad_() for t in (x, z))
-    y = gatednorm.rmsnorm_fn(x, z=z, norm_before_gate=norm_before_gate)
-    dx, dz = torch.autograd.grad(y.sum(), (x, z))
-    x64, z64 = (t.detach().double().requires_grad_() for t in (x, z))
-    truth = gatednorm.rms_norm_ref(x64, None, None, z64, norm_before_gate=norm_before_gate)
-    tx, tz = torch.autograd.grad(truth.sum(), (x64, z64))
-    for got, want in ((y, truth), (dx, tx), (dz, tz)):
-        assert got.isfinite().all()
+    case = Case((6,), 64, 1, True, norm_before_gate, weight=False, eps=1e-6)
+    i = inputs_of(case, path.device)
+    i.x.mul_(torch.tensor([1.0, 0.0, 1e-18, 1e18, 1.0, 1e-3], device=path.device)[:, None])
+    i.z.copy_(torch.linspace(-120, 120, 64).repeat(6, 1))
+    i.z[3] = 1.0
+    i.dy.fill_(1.0)
+    got = through_autograd(case, i)
+    for name, want in differentiate(case, i, torch.float64).items():
+        assert got[name].isfinite().all()
         # a row of its own scale; dx of the row of 1e18 is below what fp32 holds
         scale = want.abs().amax(-1, keepdim=True)
-        assert ((got - want).abs() <= 1e-5 * scale + 1e-6 * scale.clamp(max=1)).all()
+        error = (got[name] - want).abs()
+        assert (error <= 1e-5 * scale + 1e-6 * scale.clamp(max=1)).all(), name
 
 
 # ---- rounding points of the model families ----
@@ -293,16 +285,6 @@ def test_the_table_of_families():
     }
     tested = {name.split(".")[1]: options[:3] for name, options in FAMILIES.items()}
     assert documented == tested
-
-
-def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many representable numbers lie between `a` and `b`, two-byte floats."""
-
-    def index(t):
-        bits = t.contiguous().view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return (index(a) - index(b)).abs()
 
 
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])

@@ -113,7 +113,8 @@ def kernels_of(case: Case):
     if sums is not None:
         yield "backward sums", sums, [x, x, w, z, mean, rstd, c1, c2]
     workers = 132 * tile.workers_per_sm
-    _, reduce = launch._reduce_launcher(case.width, workers, (), torch.device("cuda", 0))
+    reduction = launch.reduce_tile(case.width, workers)
+    reduce = launch._reduce_launcher(case.width, reduction, (), torch.device("cuda", 0))
     yield "reduce", reduce, [w, b, w, b]
 
 

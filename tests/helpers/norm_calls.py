@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from norm_cases import Inputs
+from norm_cases import Inputs, Layout, same_bits
 
 # is_rms_norm, norm_before_gate, gated
 ORDERS = [
@@ -34,3 +34,22 @@ def gradients(function, i: Inputs) -> tuple[torch.Tensor, ...]:
     leaves = leaves_of(i)
     y = function(*leaves)
     return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], i.dy)
+
+
+def check_that_rows_keep_their_bits(run, tensors: list, parts: list[slice]) -> None:
+    """`run(*tensors)` gives results with a row for each row of the tensors, whose bits depend on
+    that row alone: not on the others, nor on where it lies (`x[1:]` is unaligned at odd widths)."""
+
+    def compare(part, given, rows=slice(None)):
+        for got, want in zip(run(*given), whole, strict=True):
+            assert same_bits(got[rows], want[part]), (part, rows)
+
+    def each(change):
+        return [None if t is None else change(t) for t in tensors]
+
+    whole = run(*tensors)
+    for part in parts:
+        compare(part, each(lambda t, part=part: t[part]))
+    for layout in (Layout(offset=1), Layout(offset=3, right=5), Layout(left=8, right=8)):
+        compare(slice(None), each(lambda t, layout=layout: layout.place(t, t.dtype, t.device)[0]))
+    compare(slice(None), each(lambda t: torch.cat([t[5:], t])), slice(len(whole[0]) - 5, None))

@@ -15,6 +15,9 @@ import gatednorm
 from gatednorm import gated_norm_ref
 
 NAN = float("nan")
+SHORT = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,11 @@ class Case:
     def id(self) -> str:
         gate = ("gate_after" if self.norm_before_gate else "gate_before") if self.gated else "plain"
         parts = ["rms" if self.is_rms_norm else "layer", gate, self.activation]
-        parts += [name for name in ("weight", "bias", "zero_centered") if getattr(self, name)]
-        parts += [self.numerics, f"{self.groups}x{self.group_size}"]
-        parts += ["x".join(map(str, self.outer)) or "row", str(self.dtype).removeprefix("torch.")]
-        return "-".join([*parts, *sorted(self.layouts)])
+        parts += [] if self.weight else ["no_weight"]
+        parts += [name for name in ("bias", "zero_centered") if getattr(self, name)]
+        parts += [] if self.numerics == "fp32" else [self.numerics]
+        parts += [f"g{self.group_size}", f"M{'x'.join(map(str, self.outer))}", f"D{self.width}"]
+        return "-".join([*parts, SHORT[self.dtype], *(["strided"] if self.layouts else [])])
 
 
 @dataclass
@@ -170,30 +174,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers lie between `a` and `b`, floats of two bytes."""
+
+    def index(t):
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (index(a) - index(b)).abs()
+
+
 @contextlib.contextmanager
 def poisoned_memory():
     """Every new uninitialised tensor of floats holds NaN."""
-    originals = {
-        (torch, "empty"): torch.empty,
-        (torch, "empty_like"): torch.empty_like,
-        (torch, "empty_strided"): torch.empty_strided,
-        (Tensor, "new_empty"): Tensor.new_empty,
-    }
-
-    def poison(make):
-        def made(*args, **kwargs):
-            t = make(*args, **kwargs)
-            return t.fill_(NAN) if t.is_floating_point() and t.device.type != "meta" else t
-
-        return made
-
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        for (owner, name), make in originals.items():
-            setattr(owner, name, poison(make))
         yield
     finally:
-        for (owner, name), make in originals.items():
-            setattr(owner, name, make)
+        torch.use_deterministic_algorithms(False)
 
 
 def differentiate(case: Case, inputs: Inputs, dtype=None, upcast: bool = True) -> dict[str, Tensor]:
