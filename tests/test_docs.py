@@ -75,7 +75,7 @@ def rows(heading: str) -> list[tuple[str, ...]]:
 def test_the_tables_are_those_of_the_code():
     defaults = {name: getattr(Options(), name) for name in Options.__dataclass_fields__}
     values = {None: "null", (): "[]"}
-    assert {name: default for name, default, _ in rows("How the text goes on")} == {
+    assert {name: default for name, default, _ in rows("Sampling")} == {
         name: values.get(value, str(value)) for name, value in defaults.items()
     }
     keys = [key for names, _ in rows("Many prompts") for key in names.split("`, `")]
