@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
-        "--replot", action="store_true", help="plots and docs/performance.md's table from the CSV; no GPU"
+        "--replot", action="store_true", help="plots and a Markdown table from the CSV; no GPU"
     )
     parser.add_argument("--append", action="store_true", help="keep the CSV's earlier runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
