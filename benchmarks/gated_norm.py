@@ -2,7 +2,7 @@
 
     python -m benchmarks.gated_norm                    # all: table, CSV and plots under results/
     python -m benchmarks.gated_norm --only gatednorm --cases 4 --append
-    python -m benchmarks.gated_norm --replot           # plots and README table from the CSV, no GPU
+    python -m benchmarks.gated_norm --replot           # plots and tables from the CSV, no GPU
 
 Without a GPU torch brings no triton, which `--replot` imports too: `pip install ".[demo,triton]"`.
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
-        "--replot", action="store_true", help="draw the CSV again, print the README's table; no GPU"
+        "--replot", action="store_true", help="plots and a Markdown table from the CSV; no GPU"
     )
     parser.add_argument("--append", action="store_true", help="keep the CSV's earlier runs")
     parser.add_argument("--out", type=Path, default=RESULTS)

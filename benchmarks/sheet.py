@@ -90,7 +90,7 @@ def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
 
 
 def markdown(sheet: Sheet, names, console: Console) -> None:
-    """The README's table."""
+    """The table of docs/performance.md."""
     console.print("| rows x width | | ceiling | gatednorm | ratio | best peer | ratio |")
     console.print("|---|---|---|---|---|---|---|")
     for case in CASES:

@@ -1,10 +1,9 @@
 """LayerNormFn and the registered operators: one way to save, one backward, two ways in.
 
 `gatednorm::forward`, `gatednorm::backward` and `gatednorm::forward_out` are what everything that
-traces sees (torch.compile, torch.export, fake and meta tensors, tensor subclasses). Plain tensors
-in eager code pass by them, straight to what they do: a call of an operator from Python, and the
-autograd that PyTorch wraps around it, would make a forward and backward half as slow again
-(benchmarks/NOTES.md).
+traces sees (torch.compile, torch.export, fake and meta tensors, tensor subclasses). Eager code with
+plain tensors calls what they call: an operator called from Python, and the autograd that PyTorch
+wraps around it, would make a forward plus backward take half as long again (benchmarks/NOTES.md).
 """
 
 import functools
@@ -42,8 +41,8 @@ def backend(device_type: str) -> ModuleType:
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether a call must be seen as an operator: for tensors that are no memory of their own, and
-    where somebody watches the operators."""
+    """Whether a call must go through its operator: for tensors without memory of their own, and
+    where operators are recorded."""
     for t in tensors:
         if type(t) not in PLAIN_TENSORS and isinstance(t, Tensor):
             return True
@@ -95,7 +94,7 @@ def run_backward(
     """Check, allocate what is missing and launch; returns `dx`, `dw`, `db`, `dz` (None where there
     is no such input)."""
     if options.is_rms_norm:
-        mean = None  # RMS norm has no use for one that other copies' callers pass
+        mean = None  # RMS norm uses none, but callers written for other copies pass one
     call = describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)
     for given in (dx, dz):
         if given is not None:
@@ -112,7 +111,7 @@ def run_backward(
     return dx, dw, db, dz
 
 
-NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those of options that were not given
+NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those for options that were not given
 HOOKS = "hooks of saved tensors must bring back what was saved"
 
 
@@ -129,7 +128,7 @@ class LayerNormFn(torch.autograd.Function):
     def forward(ctx, x, weight, bias, z=None, *options):
         options = make_options(*Options(*options))
         if needs_operator(x, weight, bias, z):
-            check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors say no remedy
+            check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
             results = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
         else:
             results = run_forward(x, weight, bias, z, None, options, save_stats=True)
@@ -167,13 +166,13 @@ def _backward(ctx, dy, *_):
         x, _weight, _bias, z, *_ = saved
         try:
             grads = run_backward(_addressable(dy, x, z), *saved, None, None, ctx.options)
-        except (TypeError, ValueError) as error:  # the forward has found all of it right
+        except (TypeError, ValueError) as error:  # the forward accepted all of it
             raise RuntimeError(f"{HOOKS}, but {error}") from error
     return *grads, *NO_GRADIENTS
 
 
 def _has_memory(t: Tensor) -> bool:
-    """Whether a gradient is not a batch of several, as a vectorised Jacobian hands in."""
+    """Whether a gradient has memory: a batch of them, from a vectorised Jacobian, has none."""
     try:
         t.data_ptr()
     except RuntimeError:
@@ -242,8 +241,8 @@ def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     """The gradient itself, or a copy where autograd hands in one that no kernel can address.
 
-    The one place where something is copied: the gradient of `sum()` is an expanded scalar without
-    unit stride. The user did not choose its strides and could not be asked to change them.
+    Nothing else is ever copied. The gradient of `sum()`, for example, is an expanded scalar without
+    unit stride; the user did not choose its strides and cannot be asked to change them.
     """
     if dy.is_contiguous():
         return dy

@@ -1,4 +1,4 @@
-"""What a call asks for: checked once, described once, remembered for the next call like it.
+"""What a call asks for: checked and described once, remembered for the next call like it.
 
 A tensor of shape `[..., D]` is a set of rows. `rows_of` merges the outer dimensions of all
 tensors of a call into at most three that every one of them can address by strides.
@@ -18,15 +18,15 @@ MAX_OUTER_DIMS = 3
 
 
 class Rows(NamedTuple):
-    """Outer sizes but for the first, and for each tensor its outer strides in elements (None for no
-    tensor)."""
+    """The outer sizes except the first, and the outer strides of each tensor in elements (None
+    where there is no tensor)."""
 
     inner_sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for; calls that differ in nothing of it run the same code."""
+    """What a kernel is compiled for; calls of the same kind run the same code."""
 
     group_size: int
     n_groups: int
@@ -43,11 +43,12 @@ class Kind(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A checked call, all but its number of rows: `width` channels in `n_groups` groups of
+    """A checked call without its number of rows: `width` channels in `n_groups` groups of
     `group_size`.
 
     `rows` has the strides of `x, z, out` in a forward, of `dy, x, z, dx, dz` in a backward;
-    `numbers` the same as the kernels take it: two sizes, and three strides for each tensor.
+    `numbers` is the same in the form that kernels take: two sizes, and three strides for each
+    tensor.
     """
 
     width: int
@@ -64,7 +65,7 @@ class Call(NamedTuple):
 
 
 class _Meta(NamedTuple):
-    """What a check looks at."""
+    """What the checks look at in a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -73,7 +74,7 @@ class _Meta(NamedTuple):
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raises TypeError for what is no tensor; only `x` must be there."""
+    """Raises TypeError for anything but a tensor; all but `x` may be None."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor) and (t is not None or name == "x"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -101,7 +102,7 @@ def describe(
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
-        TypeError: something that is no tensor, or a dtype that is not supported.
+        TypeError: an argument that is not a tensor, or a dtype that is not supported.
     """
     metas = (
         _meta("x", x), _meta("weight", weight), _meta("bias", bias), _meta("z", z),
@@ -163,8 +164,8 @@ def _remembered(x, weight, bias, z, out, options: Options) -> Call:
 
 
 def _of_any_rows(meta: tuple | None) -> tuple | None:
-    """Serving meets new numbers of rows all the time, and no rule depends on how many there are:
-    what was checked once is remembered for all."""
+    """The same for any number of rows. Serving meets new ones all the time, and no rule depends
+    on it, so one check is remembered for all of them."""
     if meta is None or len(meta[0]) < 2 or meta[0][0] <= 2:
         return meta
     shape, *rest = meta
@@ -172,8 +173,8 @@ def _of_any_rows(meta: tuple | None) -> tuple | None:
 
 
 def _long(shape: tuple[int, ...]) -> bool:
-    """Whether rows or channels need 64 bits; kernels go on by a tile, or by a step of all workers,
-    beyond the last row."""
+    """Whether numbers of rows or channels need 64 bits; kernels count up to a tile, or a step of
+    all workers, beyond the last row."""
     return max((math.prod(shape[:-1]) + 2**20, *shape[-1:])) >= 2**31
 
 
@@ -432,8 +433,8 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, 
 
 
 def _overlaps_itself(steps: list[tuple[int, int]]) -> bool:
-    """Whether two indices may name one element: unless each stride is beyond all that the smaller
-    ones reach."""
+    """Whether two indices may name one element. They cannot where each stride is longer than all
+    that the smaller ones reach."""
     reach = 0
     for stride, size in sorted(steps):
         if stride <= reach:

@@ -1,9 +1,9 @@
 """The closed-form CPU path, forward and backward, over blocks of rows that stay in cache.
 
 Same equation and same derivatives as the kernels; PyTorch's CPU operators do the arithmetic. It
-promises: the inference path equals the training path bit for bit, but for an `out` whose strides
-cut the rows into other blocks, and a row that holds inf or NaN touches no other row. It does not
-promise that a row's bits are independent of the rows around it: PyTorch's vectorised functions
+promises that the inference path equals the training path bit for bit, except for an `out` whose
+strides cut the rows into other blocks, and that a row with inf or NaN touches no other row. It does
+not promise that a row's bits are independent of the rows around it: PyTorch's vectorised functions
 round differently in the tail of a buffer.
 """
 
@@ -209,8 +209,8 @@ def backward(
         if not options.is_rms_norm:
             mu = mean[rows].unsqueeze(-1)
             if not call.norm_before_gate:
-                # Its gate rounds otherwise than the forward's: where a group has no variance, a
-                # mean of other numbers would be all that is left of `u - mean`.
+                # This gate rounds differently from the forward's. Where a group has no variance,
+                # that difference would be all that is left of `u - mean`.
                 mu = u.mean(-1, keepdim=True)
             u = torch.sub(u, mu, out=xhat)
         r = rstd[rows].unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Parameters and one call."""
+"""The modules: parameters, and one call of a function."""
 
 import torch
 from torch import Tensor, nn

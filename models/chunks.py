@@ -114,9 +114,9 @@ class ChunkLayout:
     Every sequence starts at a chunk boundary, so no chunk holds tokens of two sequences; the
     slots left over at its end are zeros, which leave a state untouched.
 
-    The layout is made of Python numbers, other ones for other lengths, and the loops of the scans
-    run over its chunks. torch.compile would unroll them for each length anew, in minutes, so the
-    chunk-parallel scans are marked as functions that it calls and does not read.
+    The layout consists of Python numbers that differ from length to length, and the scans loop over
+    its chunks. torch.compile would unroll these loops again for each length, which takes minutes;
+    so the chunk-parallel scans are marked as functions that it calls without tracing them.
 
     Attributes:
         chunks: chunks in all, N.
@@ -251,6 +251,6 @@ def decay_matrix(total: Tensor, dtype: torch.dtype) -> Tensor:
     """``exp(total_i - total_j)`` for i >= j, else 0, in ``dtype``: [..., C] to [..., C, C]."""
     size = total.shape[-1]
     upper = torch.ones(size, size, dtype=torch.bool, device=total.device).triu_(1)
-    # exp of what is masked away could overflow, so it is masked before
+    # mask first: exp of the values outside the mask could overflow
     pair = (total[..., :, None] - total[..., None, :]).to(dtype)
     return pair.masked_fill_(upper, float("-inf")).exp_()

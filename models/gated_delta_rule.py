@@ -149,7 +149,7 @@ class _ChunkScan(torch.autograd.Function):
         q, k, v, g, beta, initial, states, *kept = ctx.saved_tensors
         dim_v, scale = v.shape[-1], ctx.scale
         grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
-        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
+        dfinal = dfinal.contiguous()  # kernels write to tensors made like it
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
         blocks = list(zip(block_ranges(v, 0), kept[::2], kept[1::2], strict=True))
         with torch.autocast(q.device.type, enabled=False):
@@ -214,7 +214,7 @@ def _scan_states_backward(
 
 
 def _kernels(c: _BlockTerms, lo: int, hi: int, segments: tuple[int, ...]) -> ModuleType | None:
-    """Those of the sequential phase, if lo to hi are all chunks and they take their size."""
+    """The kernels of the sequential phase, if lo to hi are all chunks and have a size they take."""
     found = kernels.find("gated_delta_rule", c.k) if hi - lo == sum(segments) else None
     return found if found is not None and found.supports(*c.k.shape[1:]) else None
 

@@ -252,7 +252,7 @@ class _GraphDecoder:
         rows, self.device = state[0][1].shape[0], state[0][1].device
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.graph = torch.cuda.CUDAGraph()
-        # A weight that autocast cached would be freed with its context, under the graph's feet.
+        # A weight that autocast cached would be freed with its context, while the graph reads it.
         autocast = torch.autocast(
             "cuda",
             torch.get_autocast_dtype("cuda"),

@@ -1,4 +1,4 @@
-"""What both mixers are around their scan: a projection, a short convolution, a gated norm, and a
+"""What both mixers have around their scan: a projection, a short convolution, a gated norm, and a
 projection back; and the state of convolution and scan.
 
 Shape letters: B batch, T tokens, D hidden size, E channels of the convolution, W its taps.
@@ -19,9 +19,9 @@ from models.short_conv import short_conv
 
 
 class PaddedLinear(nn.Linear):
-    """`nn.Linear` whose product on a GPU has rows of a multiple of 64 channels, 128 bytes in 16
-    bits: Hopper's fast matrix kernels, and whole vectors in all that reads slices of the result,
-    need rows that begin so. For a few tokens the copy of the weight would cost more than it gains.
+    """`nn.Linear` whose product on a GPU has rows padded to a multiple of 64 channels, 128 bytes in
+    16 bits: Hopper's fast matrix kernels, and vector loads from slices of the result, need rows
+    that begin at such addresses. For a few tokens, the copy of the weight costs more than it gains.
     """
 
     def forward(self, x: Tensor) -> Tensor:

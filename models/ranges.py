@@ -54,7 +54,7 @@ def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def as_written(value: Any) -> str:
-    """A value as somebody wrote it who writes YAML: null and true, not None and True."""
+    """A value as it is written in YAML: null and true, not None and True."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 

@@ -126,7 +126,7 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dfinal):
         x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
-        dfinal = dfinal.contiguous()  # what is made like it is written by kernels
+        dfinal = dfinal.contiguous()  # kernels write to tensors made like it
         if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
                 parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)

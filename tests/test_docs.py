@@ -1,4 +1,4 @@
-"""The examples of docs/inference.md do what they say."""
+"""The examples of docs/inference.md and docs/operator.md do what they say."""
 
 import re
 import subprocess
@@ -10,19 +10,21 @@ from demo import Options, Result
 from small_runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+INFERENCE, OPERATOR = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("inference.md", "operator.md")
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if "<" not in line]
+COMMANDS = [line for b in blocks(INFERENCE, "sh") for line in b.splitlines() if "<" not in line]
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A folder that looks like the repository, where nothing is left."""
+    """A folder that looks like the repository, and in which a command must leave nothing."""
     for name in ("checkpoints", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -45,18 +47,27 @@ def test_a_command_runs(line, repository, monkeypatch, capfd):
     assert sorted(path.name for path in repository.iterdir()) == ["checkpoints", "train.py"]
 
 
-def test_the_library_examples_run(repository, capsys):
+def printed_by_examples(page: str, capsys) -> str:
+    """What the Python blocks of a page print when they run one after the other."""
     names = {}
-    for block in blocks("python"):
-        exec(compile(block, "docs/inference.md", "exec"), names)
-    out = capsys.readouterr().out
+    for block in blocks(page, "python"):
+        exec(compile(block, "docs", "exec"), names)
+    return capsys.readouterr().out
+
+
+def test_the_library_examples_run(repository, capsys):
+    out = printed_by_examples(INFERENCE, capsys)
     assert "\n'def f(x):' -> '" in out
     assert "checkpoint must be a run folder" in out
 
 
+def test_the_operator_examples_run(capsys):
+    assert printed_by_examples(OPERATOR, capsys) == blocks(OPERATOR, "text")[0]
+
+
 def rows(heading: str) -> list[tuple[str, ...]]:
-    """The cells of the tables below a heading, code marks removed."""
-    part = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """The cells of the tables below a heading of docs/inference.md, code marks removed."""
+    part = INFERENCE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in part.splitlines() if line.startswith("| `")]
     return [tuple(cell.strip(" `") for cell in line.split("|")[1:-1]) for line in lines]
 
@@ -64,8 +75,22 @@ def rows(heading: str) -> list[tuple[str, ...]]:
 def test_the_tables_are_those_of_the_code():
     defaults = {name: getattr(Options(), name) for name in Options.__dataclass_fields__}
     values = {None: "null", (): "[]"}
-    assert {name: default for name, default, _ in rows("How the text goes on")} == {
+    assert {name: default for name, default, _ in rows("Sampling")} == {
         name: values.get(value, str(value)) for name, value in defaults.items()
     }
     keys = [key for names, _ in rows("Many prompts") for key in names.split("`, `")]
     assert sorted(keys) == sorted(Result.__dataclass_fields__)
+
+
+def test_a_link_between_pages_leads_somewhere():
+    """The file is there, and the heading where a link names one."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "NOTES.md"):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            name, _, anchor = target.partition("#")
+            other = (page.parent / name).resolve() if name else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert anchor in slugs, f"{page.name}: {target}"

@@ -1,5 +1,5 @@
 """The backward: one kernel for `dx`, `dz` and each worker's share of `dw` and `db`, one that adds
-these up, and for wide rows one that makes their sums first. Pieces and chunks as in forward.py.
+these up, and for wide rows one that computes their sums first. Pieces and chunks as in forward.py.
 """
 
 import triton
@@ -125,7 +125,7 @@ def backward_kernel(
     D: tl.constexpr = N * GROUPS
     KEEP: tl.constexpr = "evict_last" if RELOAD else ""
     overlap_launches(PDL)
-    # Zero, which the compiler cannot know: it would merge the second read of a row with the first.
+    # A zero that the compiler cannot see: it would merge the second read of a row with the first.
     zero = (n_workers >> 40) * 16  # divisible by any alignment
     pid = tl.program_id(0)
     if LONG or RELOAD:  # a wide row takes all registers, and with short counters some spill

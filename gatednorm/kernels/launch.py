@@ -24,13 +24,13 @@ from .tiles import Tile, backward_tile, forward_tile, reduce_tile
 class Launcher:
     """One kernel with its constants. `launcher(device, grid, tensors, numbers)` starts it.
 
-    Addresses that are not divisible by 16, for which Triton compiles another variant, profilers
-    that hook into Triton's launches, and other vendors' GPUs always go through Triton.
+    A call goes through Triton's own launch where an address is not divisible by 16 (Triton compiles
+    another variant for it), where a profiler hooks into launches, and on other vendors' GPUs.
 
     Args:
         kernel: a `triton.jit` function of tensors, then numbers, then constants.
         constants: by name, in any order.
-        early: let it be set up while the kernel before it still runs, where the device can do that.
+        early: set it up while the kernel before it still runs, where the device can do that.
     """
 
     __slots__ = ("code", "constants", "kernel", "options")
@@ -88,7 +88,7 @@ def _hooked(runtime=knobs.runtime) -> bool:
 
 
 def _constants(kind: Kind) -> dict[str, Any]:
-    """Those that all kernels of a call share."""
+    """The constants that all kernels of a call share."""
 
     def rounds(when: bool, dtype: torch.dtype):
         return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
@@ -245,7 +245,7 @@ def backward(
 
 
 def _fit(tile: Tile, kind: Kind) -> Tile:
-    """The tile as this GPU can hold it; on one GPU it is always the same one."""
+    """The tile that this GPU can hold; the same GPU always gets the same one."""
     if torch.version.hip:  # 64 lanes a warp, 1024 a program
         return tile._replace(num_warps=min(tile.num_warps, 16))
     room = _shared_memory(kind.device)

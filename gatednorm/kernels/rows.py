@@ -1,8 +1,8 @@
 """What the kernels do with a piece of some rows: sums, loads and stores, gate, norm, affine.
 
-Every sum over a row has an order fixed by column numbers (`warp_sums`, `warp_dots`) and no
-multiply-add is fused behind our back (`enable_fp_fusion=False`), so a row's bits do not depend on
-the layout that the compiler picks for aligned or unaligned, whole or partial tiles.
+Every sum over a row has an order fixed by column numbers (`warp_sums`, `warp_dots`), and the
+compiler may not fuse multiply-adds (`enable_fp_fusion=False`). So a row's bits do not depend on the
+layout that it picks for aligned or unaligned, whole or partial tiles.
 
 Names: rows are addressed by up to three outer strides `*_s0, *_s1, *_s2`; a piece begins at column
 `col_start` of its group, and `row_mask` says which rows of a tile exist (None: all). `u` is what is
@@ -126,8 +126,11 @@ def warp_dots(
 
 @triton.jit
 def across_warps(v, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """The rest of it, `[ROWS, WARPS]` to `[ROWS]`, pair by pair. `tl.split` fetches the sums of all
-    warps in one exchange, where a reduction would meet at a barrier for each step."""
+    """The second part of a row's sum, `[ROWS, WARPS]` to `[ROWS]`, pair by pair.
+
+    `tl.split` fetches the sums of all warps in one exchange, where a reduction would meet at a
+    barrier for each step.
+    """
     if WARPS > 1:
         left, right = tl.split(tl.reshape(v, [ROWS, WARPS // 2, 2]))
         v = left + right
@@ -173,7 +176,7 @@ def sum_pieces_twice(a, b, c, d, ROWS: tl.constexpr, WARPS_A: tl.constexpr, WARP
 
 @triton.jit
 def row_sum(v, BLOCK: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr):
-    """All of it for one row: `[1, BLOCK]` to `[1]`."""
+    """The whole sum of one row: `[1, BLOCK]` to `[1]`."""
     v = warp_sums(v, 1, BLOCK, REPEATS, WARPS)
     return sum_pieces(v, v, 1, WARPS, 0)
 
@@ -333,8 +336,8 @@ def sigmoid(z):
 
 @triton.jit
 def closed(z, s):
-    """`1 - s` for `s = sigmoid(z)`, with all its digits where the gate is nearly open; to be
-    multiplied by `s`, which is 0 where this says 0 for want of a larger exponential."""
+    """`1 - s` for `s = sigmoid(z)`, with all its digits where the gate is nearly open. To be
+    multiplied by `s`: where `s` is 0, this is 0 instead of 1."""
     if NVIDIA:
         # exp(-z) * s; the exponential is the one that `sigmoid` has computed.
         return tl.inline_asm_elementwise(

@@ -1,7 +1,7 @@
-"""SSD on a GPU: matrix products by the library, all between them in seven Triton kernels.
+"""SSD on a GPU: matrix products by PyTorch, and all between them in seven Triton kernels.
 
-The steps and the symbols are those of models/ssd.py; there each line of arithmetic is an operator
-that reads and writes tensors as large as the input, here a kernel does all that one pass allows.
+Steps and symbols are those of models/ssd.py. There each line of arithmetic is an operator that
+reads and writes tensors as large as the input; here a kernel does everything that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
 S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
@@ -19,7 +19,7 @@ from models.chunks import bmm_acc, chunk_bounds, decay_dtype
 @triton.jit
 def _places(H, R, C, P, BC: tl.constexpr, BP: tl.constexpr):
     """The program's head as an index into [B, N, H], and the offsets of its [C, P] tile by head, by
-    group and by token, with what of the tile there is."""
+    group and by token, and a mask of the elements that exist."""
     bn, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
     head = bn * H + h
