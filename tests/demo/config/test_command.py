@@ -46,7 +46,7 @@ def test_help_explains_values_as_the_composed_files_do(monkeypatch, capsys):
     out = printed("train", ["--help", "model=mamba2", "model.d_state=7"], monkeypatch, capsys)
     meanings = {line.split(":")[0].strip(): line for line in out.splitlines() if ": " in line}
     assert "    model.d_state: 7 " in out
-    assert "\n  Mamba2: gate first" in out
+    assert "\n  Mamba2: gate before RMSNorm" in out
     assert "queries" not in meanings["model.head_dim"]
     assert "groups that share B and C" in out
     # of the file that the chosen one starts from
