@@ -22,7 +22,7 @@ from .call import (
     describe_backward,
     rows_of,
 )
-from .options import Options, make_options
+from .options import DTYPES, Options, make_options
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
@@ -112,6 +112,7 @@ def run_backward(
 
 
 NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those for options that were not given
+SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
 HOOKS = "hooks of saved tensors must bring back what was saved"
 
 
@@ -149,15 +150,17 @@ class LayerNormFn(torch.autograd.Function):
 
 def _save(ctx, x, weight, bias, z, mean, rstd, options: Options) -> None:
     """Keep what :func:`_backward` needs."""
-    ctx.options, ctx.x_dtype = options, x.dtype
-    ctx.save_for_backward(x, weight, bias, z, mean, rstd)
+    saved = (x, weight, bias, z, mean, rstd)
+    ctx.options, ctx.dtypes = options, [t is not None and t.dtype for t in saved]
+    ctx.save_for_backward(*saved)
 
 
 def _backward(ctx, dy, *_):
     """The gradients of `x, weight, bias, z`, and None for each option."""
     saved = ctx.saved_tensors
-    if saved[0].dtype != ctx.x_dtype:
-        raise RuntimeError(f"{HOOKS}, got x as {saved[0].dtype} and not as {ctx.x_dtype}")
+    for name, t, dtype in zip(SAVED, saved, ctx.dtypes, strict=True):
+        if t is not None and t.dtype != dtype:
+            raise RuntimeError(f"{HOOKS}, got {name} as {t.dtype} and not as {dtype}")
     if torch.is_grad_enabled():  # create_graph=True: the gradients refuse to be differentiated
         grads = _OnceDifferentiable.apply(dy, *saved, *ctx.options)
     elif needs_operator(dy, *saved) or not _has_memory(dy):
@@ -271,9 +274,16 @@ def _check_shapes(x, weight, bias, z, out, group_size) -> None:
         if t is not None:
             torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
             torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
-    torch._check(width % (group_size or 1) == 0, lambda: f"group_size must divide {width}")
-    for name, t in (("z", z), ("out", out), ("weight", weight), ("bias", bias)):
-        if t is not None and t.device != x.device:
+    torch._check(width > 0, lambda: "x must have at least one channel in its last dimension")
+    fits = group_size is None or (group_size > 0 and width % group_size == 0)
+    torch._check(fits, lambda: f"group_size must divide {width}, got {group_size}")
+    given = {"x": x, "z": z, "out": out, "weight": weight, "bias": bias}
+    for name, t in given.items():
+        if t is None:
+            continue
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device != x.device:
             raise ValueError(
                 f"{name} must be on the device of x, got {t.device} and {x.device}; "
                 f"move it with {name}.to('{x.device}')"

@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
     group_size: int
     n_groups: int
-    norm_before_gate: bool  # also without a gate
+    norm_before_gate: bool  # True without a gate
     is_rms_norm: bool
     activation: str
     zero_centered: bool
@@ -55,7 +55,7 @@ class Call(NamedTuple):
     group_size: int
     n_groups: int
     options: Options
-    norm_before_gate: bool  # also without a gate
+    norm_before_gate: bool  # True without a gate
     out_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: torch.device
@@ -88,6 +88,10 @@ def _meta(name: str, t: Tensor | None) -> tuple | None:
         return t.shape, t.stride(), t.dtype, t.device
     except AttributeError:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}") from None
+    except RuntimeError:  # it has no strides
+        raise TypeError(
+            f"{name} must be dense, got layout {t.layout}; use {name}.to_dense()"
+        ) from None
 
 
 def describe(
@@ -164,8 +168,8 @@ def _remembered(x, weight, bias, z, out, options: Options) -> Call:
 
 
 def _of_any_rows(meta: tuple | None) -> tuple | None:
-    """The same for any number of rows. Serving meets new ones all the time, and no rule depends
-    on it, so one check is remembered for all of them."""
+    """The same for any number of rows above one. Serving meets new ones all the time, and no rule
+    but that of `_long` depends on how many there are, so one check is remembered for all."""
     if meta is None or len(meta[0]) < 2 or meta[0][0] <= 2:
         return meta
     shape, *rest = meta

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autograd import LayerNormFn, needs_operator, run_backward, run_forward
+from .call import check_tensors
 from .options import make_options
 
 NORM_PATHS = ("training", "inference")
@@ -161,6 +162,11 @@ def rms_norm_gated(
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
     if needs_operator(x, weight, bias, z, out):
+        if not torch.compiler.is_compiling():  # the operator's own errors name no remedy
+            options = make_options(*options)
+            check_tensors(x=x, weight=weight, bias=bias, z=z, out=out)
+        if out is not None and out_dtype not in (None, out.dtype):
+            raise TypeError(f"out must have out_dtype, got {out.dtype} and {out_dtype}")
         if out is None:
             out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
         torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)

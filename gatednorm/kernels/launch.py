@@ -30,6 +30,8 @@ class Launcher:
     Args:
         kernel: a `triton.jit` function of tensors, then numbers, then constants.
         constants: by name, in any order.
+        device: where it runs.
+        num_warps, maxnreg: of the tile, see tiles.py.
         early: set it up while the kernel before it still runs, where the device can do that.
     """
 
@@ -80,10 +82,8 @@ class Launcher:
 
 def _hooked(runtime=knobs.runtime) -> bool:
     """Whether somebody, a profiler say, wants to be called at every launch."""
-    enter, leave = (
-        runtime.launch_enter_hook,
-        runtime.launch_exit_hook,
-    )  # before Triton 3.5: functions
+    # From Triton 3.5 on these are objects with `calls`, before it a function or None.
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
@@ -104,7 +104,7 @@ def _constants(kind: Kind) -> dict[str, Any]:
         "LONG": kind.long,
         "IS_RMS": kind.is_rms_norm,
         "NORM_BEFORE_GATE": kind.norm_before_gate,
-        "SIGMOID": kind.activation == "sigmoid",
+        "SIGMOID": {"silu": False, "sigmoid": True}[kind.activation],
         "WEIGHT_OFFSET": float(kind.zero_centered),
         "ROUND_NORM": rounds(round_norm, x_dtype),
         "ROUND_WEIGHT": rounds(round_weight, after_weight),

@@ -100,7 +100,8 @@ HOPPER_BACKWARD = (
     Rule(WIDEST, 16, {**WIDE, "maxnreg": None, "ahead": True}, norm_before_gate=False),
 )
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
-# vendor, takes Hopper's, as far as its memory and its warps allow (`fit`).
+# vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of
+# a table must reach WIDEST.
 TABLES = {9: (HOPPER_FORWARD, HOPPER_BACKWARD)}
 DEFAULT = TABLES[9]
 

@@ -126,6 +126,7 @@ BROUGHT_BACK = {
     "fewer_rows": ("x", r"\(3, 16\)", lambda t: t[:3]),
     "half": ("x", "torch.float16 and not as torch.float32", torch.Tensor.half),
     "double": ("x", "torch.float64 and not as torch.float32", torch.Tensor.double),
+    "weight_as_half": ("weight", "torch.float16", lambda t: t.half()),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How a compiled kernel is kept and started, and which tile a call gets."""
 
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -214,7 +215,9 @@ def test_no_more_threads_than_an_amd_gpu_has(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_every_width_has_a_tile_that_covers_it(bias, norm_before_gate):
     for n in [*range(1, 1200), *range(1200, 20_000, 61), 2**20]:
-        for choose in (tiles.forward_tile, tiles.backward_tile):
-            tile = choose(n, bias, norm_before_gate)
+        for choose, architecture in itertools.product(
+            (tiles.forward_tile, tiles.backward_tile), tiles.TABLES
+        ):
+            tile = choose(n, bias, norm_before_gate, architecture)
             assert (tile.block_a + tile.block_b) * tile.chunks >= n
             assert tile == choose(n, bias, norm_before_gate, 8), "the stated default"

@@ -201,6 +201,26 @@ def test_meta_tensors_and_others_are_refused(path, function, name):
         torch.compile(function, fullgraph=True, backend="eager")(x, **other)
 
 
+BAD_META = {
+    "no_channels": ({"x": torch.empty(2, 0, device="meta")}, "at least one channel"),
+    "integers": ({"x": torch.empty(2, 8, device="meta", dtype=torch.int32)}, "must be float32"),
+    "group_of_none": ({"group_size": 0}, "group_size must divide 8, got 0"),
+    "negative_group": ({"group_size": -4}, "group_size must divide 8, got -4"),
+    "activation": ({"activation": "relu"}, "activation must be one of"),
+    "out_dtype": ({"out_dtype": torch.int8}, "out_dtype must be float32"),
+    "weight": ({"weight": [1.0]}, "weight must be a torch.Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("function", [gatednorm.rmsnorm_fn, gatednorm.rms_norm_gated])
+@pytest.mark.parametrize("case", BAD_META)
+def test_the_rules_hold_for_meta_tensors_too(case, function):
+    changed, rule = BAD_META[case]
+    arguments = {"x": torch.empty(2, 8, device="meta"), **changed}
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=rule):
+        function(**arguments)
+
+
 @pytest.mark.parametrize("norm_path", gatednorm.NORM_PATHS)
 def test_a_module_refuses_a_meta_tensor(path, norm_path):
     norm = gatednorm.LayerNorm(16, device=path.device, path=norm_path).requires_grad_(False)
