@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,21 +13,32 @@ from benchmarks.providers import CASES, PROVIDERS, ROWS, WIDTHS, Case
 from benchmarks.report import commit, version
 
 
+@dataclass
 class Sheet:
-    """Rows of the CSV, each with what is needed to read it alone; those of a new run after the
-    `earlier` ones. Of what was timed twice, the last counts."""
+    """Rows of the CSV, each with what is needed to read it alone, `common`, and the providers that
+    are not installed. Of what was timed twice, the last counts."""
 
-    def __init__(self, earlier: list[dict] | None = None) -> None:
-        self.missing: set[str] = set()  # providers that are not installed
-        self.rows = list(earlier or [])
-        self.common = {
-            "run": 1 + max((int(row["run"]) for row in self.rows), default=0),
+    rows: list[dict]
+    common: dict
+    missing: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of_new_run(cls, earlier: list[dict]) -> "Sheet":
+        common = {
+            "run": 1 + max((int(row["run"]) for row in earlier), default=0),
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": version("triton"),
         }
+        return cls(earlier, common)
+
+    @classmethod
+    def read(cls, path: Path) -> "Sheet":
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return cls(rows, rows[0])
 
     def add(
         self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
@@ -45,21 +57,6 @@ class Sheet:
             for r in self.rows
             if r["case"] == case.name and r["quantity"] == quantity
         }
-
-    @classmethod
-    def read(cls, path: Path) -> "Sheet":
-        sheet = cls.__new__(cls)
-        with path.open(newline="") as file:
-            sheet.rows = list(csv.DictReader(file))
-        sheet.common = sheet.rows[0]
-        return sheet
-
-    def write(self, path: Path) -> None:
-        names = list(dict.fromkeys(k for r in self.rows for k in r))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 def gigabytes(case: Case, tensors: int) -> float:
