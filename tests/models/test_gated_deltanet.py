@@ -97,8 +97,8 @@ def test_negative_eigenvalues_double_beta():
     with torch.no_grad():
         for layer in (plain, doubled):
             layer.in_proj.weight[sum(layer.widths[:2]) :][: layer.num_v_heads] = 0
-        state = [torch.randn(shape) for shape in plain.state_shapes(1)]
-        state[0].zero_()
+        _, state = plain(x, output_state=True)
+        state = torch.zeros_like(state[0]), torch.randn_like(state[1])
         plain.A_log.fill_(-30)  # no decay: sigmoid(0) = 1/2 keeps half of what k reads, 1 erases it
         doubled.A_log.fill_(-30)
         token = torch.zeros(1, 1, 24)

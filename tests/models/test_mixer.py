@@ -118,8 +118,8 @@ def test_bad_state(mixer):
     _, (conv, scan) = layer(x, output_state=True)
     for state, message in (
         ((conv[:1], scan), "the convolution's state must have shape"),
-        ((conv, scan[:1]), "the scan's state must have shape"),
-        ((conv, scan.double()), "the scan's state must be torch.float32"),
+        ((conv, scan[:1]), "initial_state must have shape"),
+        ((conv, scan.double()), "initial_state must be torch.float32"),
         ((conv.double(), scan), "the convolution's state must be torch.float32"),
         ((conv.to("meta"), scan), "must be on the device of the input"),
     ):
