@@ -63,13 +63,13 @@ def about(device: str, *packages: str) -> dict[str, str]:
     }
 
 
-def show(rows: list[dict], title: str | None = None) -> None:
+def show(rows: list[dict], title: str | None = None, console: Console | None = None) -> None:
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    (console or Console()).print(table)
 
 
 def write(path: Path, rows: list[dict], run: dict[str, str] | None = None) -> None:

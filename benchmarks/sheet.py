@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks import report
 from benchmarks.providers import CASES, PROVIDERS, ROWS, WIDTHS, Case
 from benchmarks.report import commit, version
 
@@ -64,26 +64,20 @@ def gigabytes(case: Case, tensors: int) -> float:
 
 
 def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
-    columns = ["ceiling", "torch.add", "empty Function", *names]
-    seen = {r["provider"] for r in sheet.rows}
-    table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
-    table.add_column("case", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in (c for c in columns if c in seen):
-        table.add_column(name, justify="right", no_wrap=True)
+    seen, rows = {r["provider"] for r in sheet.rows}, []
+    columns = [n for n in ("ceiling", "torch.add", "empty Function", *names) if n in seen]
     for case in cases:
         for quantity in quantities:
             values = sheet.get(case, quantity)
-            if not values:
-                continue
             floor = values.get("ceiling", values.get("torch.add"))
-            cells = [
-                f"{values[n]:.1f} ({values[n] / floor:.2f})" if n in values and floor
-                else f"{values[n]:.1f}" if n in values else ""
-                for n in columns if n in seen
-            ]  # fmt: skip
-            table.add_row(case.name, quantity, *cells)
-    console.print(table)
+            cells = dict.fromkeys(columns, "")
+            for name in values.keys() & cells.keys():
+                ratio = f" ({values[name] / floor:.2f})" if floor else ""
+                cells[name] = f"{values[name]:.1f}{ratio}"
+            if values:
+                rows.append({"case": case.name, "": quantity, **cells})
+    title = "microseconds; in brackets the ratio to the ceiling, or to torch.add"
+    report.show(rows, title, console)
 
 
 def markdown(sheet: Sheet, names, console: Console) -> None:

@@ -145,8 +145,6 @@ BAD = {
     "hidden": ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
     "mlp": ({"mlp_ratio": -1}, "mlp_ratio must be at least 0"),
     "limits": ({"dt_limit": (1.0, 0.5)}, "dt_limit must be two numbers from 0"),
-    "heads": ({"head_dim": 7}, "head_dim must divide"),
-    "path": ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
 }
 
 
