@@ -3,9 +3,8 @@ to nothing. The best of several tile sizes on a shape is its ceiling."""
 
 import triton
 import triton.language as tl
-from triton.testing import do_bench
 
-__all__ = ["backward_ceiling", "do_bench", "forward_ceiling"]
+from benchmarks.timing import graph_time
 
 TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))  # elements, warps
 
@@ -32,28 +31,26 @@ def _read_three_write_two(
     tl.store(dz_ptr + i, x * dy + z, mask=i < n)
 
 
-def _best(kernel, tensors, z, time) -> float:
+def _best(kernel, tensors, z) -> float:
     n, z_stride, width = z.numel(), z.stride(0), z.shape[1]
     if z.is_contiguous():
         # Any rows will do, and up to 15 elements less: with a width of a power of two and a count
         # that Triton knows to be a multiple of 16, all loads are whole vectors.
         z_stride = width = TILES[0][0]
         n -= n % 16
-    times = []
-    for block, num_warps in TILES:
-        grid = (triton.cdiv(n, block),)
-        args = (*tensors, n, z_stride, width, block)
-        times.append(
-            time(lambda grid=grid, args=args, w=num_warps: kernel[grid](*args, num_warps=w))
-        )
-    return min(times)
+
+    def time(block: int, num_warps: int) -> float:
+        start = kernel[(triton.cdiv(n, block),)]
+        return graph_time(lambda: start(*tensors, n, z_stride, width, block, num_warps=num_warps))
+
+    return min(time(*tile) for tile in TILES)
 
 
-def forward_ceiling(x, z, y, time) -> float:
-    """Best time of reading `x`, `z` `[rows, D]` and writing `y`; `time` times a callable."""
-    return _best(_read_two_write_one, (x, z, y), z, time)
+def forward_ceiling(x, z, y) -> float:
+    """Best time, in microseconds, of reading `x`, `z` `[rows, D]` and writing `y`."""
+    return _best(_read_two_write_one, (x, z, y), z)
 
 
-def backward_ceiling(dy, x, z, dx, dz, time) -> float:
-    """Best time of reading `dy`, `x`, `z` `[rows, D]` and writing `dx`, `dz`."""
-    return _best(_read_three_write_two, (dy, x, z, dx, dz), z, time)
+def backward_ceiling(dy, x, z, dx, dz) -> float:
+    """Best time, in microseconds, of reading `dy`, `x`, `z` `[rows, D]` and writing `dx`, `dz`."""
+    return _best(_read_three_write_two, (dy, x, z, dx, dz), z)

@@ -13,26 +13,22 @@ Python. What the Python costs is in the wall times. All providers of a case run 
 the same tensors.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from rich.console import Console
 
+from benchmarks import report
 from benchmarks.ceiling_kernels import backward_ceiling, forward_ceiling
 from benchmarks.providers import CASES, DECODE, PROVIDERS, QUICK, ROWS, WIDTHS, Case
-from benchmarks.report import RESULTS, version
+from benchmarks.report import version
 from benchmarks.sheet import Sheet, gigabytes, markdown, plot, show
 from benchmarks.timing import (
     EmptyFunction,
     backward_time,
-    both_time,
     error,
     forward_time,
     gradients,
     graph_time,
     inputs,
-    median,
     peak,
     wall_time,
 )
@@ -70,9 +66,9 @@ def throughput(case: Case, names, sheet, console, backward: bool = True) -> None
     t = inputs(case)
     x, z, dy = (t[k].detach() for k in ("x", "z", "dy"))
     one, two = torch.empty_like(x), torch.empty_like(x)
-    ceilings = {"forward": (forward_ceiling(x, z, one, median), 3)}
+    ceilings = {"forward": (forward_ceiling(x, z, one), 3)}
     if backward:
-        ceilings["backward"] = (backward_ceiling(dy, x, z, one, two, median), 5)
+        ceilings["backward"] = (backward_ceiling(dy, x, z, one, two), 5)
     for quantity, (best, tensors) in ceilings.items():
         rate = {"gb_per_s": f"{gigabytes(case, tensors) / best * 1e6:.0f}"}
         sheet.add(case, "ceiling", quantity, best, "us", **rate)
@@ -82,7 +78,8 @@ def throughput(case: Case, names, sheet, console, backward: bool = True) -> None
         times = {"forward": forward_time(inference, t)}
         if backward and training is not None:
             times["backward"] = backward_time(training, t)
-            sheet.add(case, name, "both", both_time(training, t), "us")
+            both = graph_time(lambda: gradients(training, t))
+            sheet.add(case, name, "both", both, "us")
             sheet.add(case, name, "peak memory", peak(training, t), "MiB")
         for quantity, value in times.items():
             best, tensors = ceilings[quantity]
@@ -98,7 +95,8 @@ def decoding(case: Case, names, sheet, console) -> None:
     x, w, b, z = (None if t[k] is None else t[k].detach() for k in "xwbz")
     with torch.no_grad():
         sheet.add(case, "torch.add", "wall forward", wall_time(lambda: torch.add(x, z)), "us")
-        sheet.add(case, "torch.add", "graph forward", graph_time(lambda: torch.add(x, z)), "us")
+        graph = graph_time(lambda: torch.add(x, z), calls=100)
+        sheet.add(case, "torch.add", "graph forward", graph, "us")
     floor = wall_time(lambda: gradients(lambda x, w, b, z: EmptyFunction.apply(x, w, z), t), 300)
     sheet.add(case, "empty Function", "wall both", floor, "us")
 
@@ -106,7 +104,8 @@ def decoding(case: Case, names, sheet, console) -> None:
         training, inference = functions
         with torch.no_grad():
             sheet.add(case, name, "wall forward", wall_time(lambda: inference(x, w, b, z)), "us")
-            sheet.add(case, name, "graph forward", graph_time(lambda: inference(x, w, b, z)), "us")
+            graph = graph_time(lambda: inference(x, w, b, z), calls=100)
+            sheet.add(case, name, "graph forward", graph, "us")
         if training is not None:
             both = wall_time(lambda: gradients(training, t), calls=300)
             sheet.add(case, name, "wall both", both, "us")
@@ -115,7 +114,7 @@ def decoding(case: Case, names, sheet, console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.parser(__doc__)
     parser.add_argument("--only", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--skip", nargs="*", default=[], choices=list(PROVIDERS))
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first N cases")
@@ -124,7 +123,6 @@ def main() -> None:
         "--replot", action="store_true", help="plots and a Markdown table from the CSV; no GPU"
     )
     parser.add_argument("--append", action="store_true", help="keep the CSV's earlier runs")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.replot:
         sheet = Sheet.read(args.out / "gated_norm.csv")
@@ -134,10 +132,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
     names = [n for n in args.only if n not in args.skip]
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gated_norm.csv"
     earlier = Sheet.read(path).rows if args.append and path.exists() else []
-    console, sheet = Console(width=240), Sheet(earlier)
+    console, sheet = Console(width=240), Sheet.of_new_run(earlier)
     cases = CASES[: args.cases]
     for case in DECODE:
         console.print(case.name)
@@ -145,19 +142,18 @@ def main() -> None:
     for case in cases:
         console.print(case.name)
         throughput(case, names, sheet, console)
-        sheet.write(path)
+        report.write(path, sheet.rows)
     show(sheet, cases, ("forward", "backward", "both"), names, console)
     show(sheet, DECODE, ("wall forward", "graph forward", "wall both"), names, console)
     if not args.no_plots:
         quick = [n for n in names if n in QUICK]
         for case in WIDTHS:
             throughput(case, quick, sheet, console)
-            sheet.write(path)
+            report.write(path, sheet.rows)
         for case in ROWS:
             throughput(case, quick, sheet, console, backward=False)
         plot(sheet, quick, args.out)
-    sheet.write(path)
-    console.print(f"written: {path}")
+    report.write(path, sheet.rows)
 
 
 if __name__ == "__main__":

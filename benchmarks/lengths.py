@@ -7,14 +7,11 @@ its length. Decoding is one step after a prompt of that length; neither its time
 the state should. The fastest repeat counts.
 """
 
-import argparse
-import time
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks import report
+from benchmarks.timing import wall_times
 from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.language_model import LanguageModel
 
@@ -24,18 +21,6 @@ CONFIGS = {
 }
 
 LENGTHS = (1024, 4096, 16384)
-
-
-def seconds(function, repeats: int, device: str) -> float:
-    """Fastest wall time of a call, after one that does not count: noise only adds."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def measure(mixer: str, length: int, repeats: int, device: str) -> dict:
@@ -48,25 +33,25 @@ def measure(mixer: str, length: int, repeats: int, device: str) -> dict:
         logits, _ = model(tokens[:, :-1])
         F.cross_entropy(logits[0], tokens[0, 1:]).backward()
 
-    training = seconds(train, repeats, device)
+    training = min(wall_times({"": train}, repeats, device=device)[""])
     with torch.inference_mode():
         _, state = model(tokens[:, :-1], output_state=True)
-        decoding = seconds(lambda: model(tokens[:, -1:], state, True), 30, device)
+        step = {"": lambda: model(tokens[:, -1:], state, True)}
+        decoding = min(wall_times(step, 30, device=device)[""])
     return {
         "mixer": mixer,
         "tokens": length,
-        "training_ms": round(training * 1e3, 1),
-        "training_us_per_token": round(training / length * 1e6, 2),
-        "decode_ms_per_token": round(decoding * 1e3, 2),
+        "training_ms": round(training, 1),
+        "training_us_per_token": round(training / length * 1e3, 2),
+        "decode_ms_per_token": round(decoding, 2),
         "state_bytes": sum(t.untyped_storage().nbytes() for layer in state for t in layer),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.parser(__doc__, "lengths.csv")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "lengths.csv")
     args = parser.parse_args()
     rows = [measure(m, n, args.repeats, args.device) for m in CONFIGS for n in LENGTHS]
     report.show(rows)

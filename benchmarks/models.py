@@ -10,43 +10,35 @@ fails prints why, and the others go on.
 benchmarks/profiles.py says how the norms' share is found.
 """
 
-import argparse
 import statistics
 import time
 import traceback
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.profiles import (
-    NORM_KERNELS,
-    kernel_times,
-    label_norms,
-    norm_times,
-    record,
-    synchronize,
-)
+from benchmarks.profiles import kernel_times, label_norms, norm_times, record
+from benchmarks.scans import delta_inputs, ssd_inputs
+from benchmarks.timing import relative_error, synchronize, wall_times
 from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.generation import generate
 from models.language_model import LanguageModel
 from models.ssd import chunk_ssd
 
-UNTIED = {"vocab_size": 32000, "tie_embeddings": False}
+LARGE = {"hidden_size": 1024, "vocab_size": 32000, "tie_embeddings": False}
 MODELS = {
     "gated_deltanet": GatedDeltaNetConfig(
-        hidden_size=1024, num_layers=8, mlp_ratio=4.0, num_heads=6, head_dim=128, **UNTIED
+        num_layers=8, mlp_ratio=4.0, num_heads=6, head_dim=128, **LARGE
     ),
-    "mamba2": Mamba2Config(hidden_size=1024, num_layers=16, d_state=128, head_dim=64, **UNTIED),
+    "mamba2": Mamba2Config(num_layers=16, d_state=128, head_dim=64, **LARGE),
 }
 SMALL = {"hidden_size": 64, "num_layers": 2, "vocab_size": 128, "tie_embeddings": False}
 TINY = {
     "gated_deltanet": GatedDeltaNetConfig(mlp_ratio=4.0, num_heads=2, head_dim=16, **SMALL),
     "mamba2": Mamba2Config(d_state=16, head_dim=16, **SMALL),
 }
-PARTS = ("check", "train", "profile", "decode", "scans")
 
 
 class Setup:
@@ -55,6 +47,7 @@ class Setup:
     def __init__(self, args):
         self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
         self.batch, self.tokens = (2, 128) if self.tiny else (8, 2048)
+        self.configs = TINY if self.tiny else MODELS
         self.vocab = 128 if self.tiny else 32000
         self.rows, self.profiles = [], []
 
@@ -66,7 +59,7 @@ class Setup:
 
     def model(self, name: str) -> LanguageModel:
         torch.manual_seed(0)
-        model = LanguageModel((TINY if self.tiny else MODELS)[name])
+        model = LanguageModel(self.configs[name])
         return model.to(self.device, torch.bfloat16)
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,24 +73,21 @@ class Setup:
 
     def wall(self, function) -> float:
         """Median wall ms of a call that ends with the GPU idle, after three that do not count."""
-        times = []
-        for repeat in range(3 + self.repeats):
-            self.synchronize()
-            start = time.perf_counter()
-            function()
-            self.synchronize()
-            if repeat >= 3:
-                times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+        times = wall_times({"": function}, self.repeats, warm_up=3, device=self.device)
+        return statistics.median(times[""])
+
+    def profile(self, function) -> tuple[list, dict[str, tuple[float, float]], dict[str, float]]:
+        """The events of two calls, the kernels of one, and its GPU ms and launches in all."""
+        events = record(self.device, function, 2)
+        table = kernel_times(self.device, events, 2)
+        launches, ms = (sum(entry[i] for entry in table.values()) for i in (0, 1))
+        return events, table, {"gpu_ms": ms, "launches": launches}
 
 
 def loss_of(model, tokens, targets) -> torch.Tensor:
     """Mean cross entropy, in fp32 without an fp32 copy of the logits."""
     logits = model(tokens)[0].flatten(0, 1)
     return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets)
-
-
-# ---- parts ----
 
 
 def check(setup: Setup, name: str) -> None:
@@ -114,11 +104,9 @@ def check(setup: Setup, name: str) -> None:
 
     loss, grads = gradients(model)
     truth, expected = gradients(model.float())
-    error = ((grads - expected).norm() / expected.norm()).item()
-    finite = float(grads.isfinite().all())
-    setup.add(
-        "check", name, "ours", loss=loss, loss_fp32=truth, gradient_error=error, finite=finite
-    )
+    error, finite = relative_error(grads, expected), float(grads.isfinite().all())
+    place = ("check", name, "ours")
+    setup.add(*place, loss=loss, loss_fp32=truth, gradient_error=error, finite=finite)
 
 
 def train(setup: Setup, name: str) -> None:
@@ -140,10 +128,9 @@ def train(setup: Setup, name: str) -> None:
     with torch.no_grad():
         forward = setup.wall(lambda: loss_of(model, tokens, targets))
     setup.add("train", name, "ours", forward_wall_ms=forward)
-    table = kernel_times(setup.device, record(setup.device, call, 2), 2)
-    total, launches = (sum(entry[i] for entry in table.values()) for i in (1, 0))
-    setup.add("train", name, "ours", gpu_ms=total, launches=launches)
-    keep_profile(setup, "train", name, "ours", table, total)
+    _, table, totals = setup.profile(call)
+    setup.add("train", name, "ours", **totals)
+    keep_profile(setup, "train", name, "ours", table)
 
 
 def step_profile(setup: Setup, name: str) -> None:
@@ -162,32 +149,26 @@ def step_profile(setup: Setup, name: str) -> None:
                 optimizer.zero_grad(set_to_none=True)
 
             setup.add("step", name, norm, wall_ms=setup.wall(call))
-            events = record(setup.device, call, 2)
-            table = kernel_times(setup.device, events, 2)
-            total = sum(ms for _, ms in table.values())
+            events, table, totals = setup.profile(call)
             norms = norm_times(setup.device, events, 2)
-            gated, every = norms.get("norm.gated", 0.0), sum(norms.values())
-            named = sum(ms for kernel, (_, ms) in table.items() if kernel in NORM_KERNELS)
+            gated, every = norms["norm.gated"], sum(norms.values())
+            total = totals["gpu_ms"]
             setup.add("step", name, norm, gpu_ms=total, gated_norm_ms=gated, all_norms_ms=every)
-            setup.add("step", name, norm, all_norms_ms_by_kernel_name=named)
             setup.add("step", name, norm, gated_norm_percent=100 * gated / total)
             setup.add("step", name, norm, all_norms_percent=100 * every / total)
-            keep_profile(setup, "step", name, norm, table, total)
+            keep_profile(setup, "step", name, norm, table)
         finally:
             restore()
 
 
-def keep_profile(setup: Setup, part, model, norm, table, total, show=14, keep=40) -> None:
-    place = {"part": part, "model": model, "norm": norm}
-    ranked = sorted(table.items(), key=lambda item: -item[1][1])[:keep]
+def keep_profile(setup: Setup, part, model, norm, table) -> None:
+    """The 40 kernels that took most of the time; those of models_profile.csv."""
+    total = sum(ms for _, ms in table.values())
+    ranked = sorted(table.items(), key=lambda item: -item[1][1])[:40]
     for rank, (kernel, (calls, ms)) in enumerate(ranked, 1):
-        row = {"rank": rank, "calls": f"{calls:g}", "ms": f"{ms:.3f}"}
-        row |= {"percent": f"{100 * ms / total:.1f}", "kernel": kernel[:160]}
-        setup.profiles.append(place | row)
-        if rank <= show:
-            print(
-                f"   {ms:8.3f} ms {100 * ms / total:5.1f}% {calls:7g} x {kernel[:110]}", flush=True
-            )
+        place = {"part": part, "model": model, "norm": norm, "rank": rank}
+        row = {"calls": f"{calls:g}", "ms": f"{ms:.3f}", "percent": f"{100 * ms / total:.1f}"}
+        setup.profiles.append(place | row | {"kernel": kernel[:160]})
 
 
 def decode(setup: Setup, name: str) -> None:
@@ -230,26 +211,17 @@ def decode(setup: Setup, name: str) -> None:
 
 def scans(setup: Setup, name: str) -> None:
     """One layer's scan alone, forward plus backward, by chunk size."""
-    sizes = (TINY if setup.tiny else MODELS)[name]
-    batch, tokens, device = setup.batch, setup.tokens, setup.device
-
-    def randn(*shape, dtype=torch.bfloat16):
-        return torch.randn(batch, tokens, *shape, device=device).to(dtype).requires_grad_()
-
+    config, dim = setup.configs[name], setup.configs[name].head_dim
+    kind = {"dtype": torch.bfloat16, "device": setup.device}
     if name == "gated_deltanet":
-        heads, dim = sizes.num_heads, sizes.head_dim
-        q, k, v = randn(heads, dim), randn(heads, dim), randn(heads, 2 * dim)
-        k = F.normalize(k.detach().float(), dim=-1).bfloat16().requires_grad_()
-        g = (-0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
-        beta = torch.rand(batch, tokens, heads, device=device).requires_grad_()
-        inputs, function = [q, k, v, g, beta], chunk_gated_delta_rule
+        sizes = (config.num_heads, dim, 2 * dim)
+        inputs, function = (
+            delta_inputs(setup.batch, setup.tokens, *sizes, **kind),
+            chunk_gated_delta_rule,
+        )
     else:
-        dim, state = sizes.head_dim, sizes.d_state
-        heads = 2 * sizes.hidden_size // dim
-        x, b, c = randn(heads, dim), randn(1, state), randn(1, state)
-        dt = (0.1 * torch.rand(batch, tokens, heads, device=device)).requires_grad_()
-        a = (-torch.rand(heads, device=device)).requires_grad_()
-        inputs, function = [x, dt, a, b, c], chunk_ssd
+        sizes = (2 * config.hidden_size // dim, dim, config.d_state)
+        inputs, function = ssd_inputs(setup.batch, setup.tokens, *sizes, **kind)[:5], chunk_ssd
     for size in (32, 64, 128, 256)[: 2 if setup.tiny else 4]:
 
         def call(size=size):
@@ -257,40 +229,34 @@ def scans(setup: Setup, name: str) -> None:
             torch.autograd.grad(y, inputs, y.detach())
 
         setup.add("scans", name, f"chunk {size}", wall_ms=setup.wall(call))
-        table = kernel_times(setup.device, record(setup.device, call, 2), 2)
-        total = sum(ms for _, ms in table.values())
-        launches = sum(count for count, _ in table.values())
-        setup.add("scans", name, f"chunk {size}", gpu_ms=total, launches=launches)
+        setup.add("scans", name, f"chunk {size}", **setup.profile(call)[2])
 
 
-# ---- the run ----
+PARTS = {
+    "check": check,
+    "train": train,
+    "profile": step_profile,
+    "decode": decode,
+    "scans": scans,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the CSV files")
     args = parser.parse_args()
     setup, run = Setup(args), report.about(args.device)
     print(run, flush=True)
-    functions = {
-        "check": check,
-        "train": train,
-        "profile": step_profile,
-        "decode": decode,
-        "scans": scans,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         for name in args.models:
             start = time.perf_counter()
             print(f"{part} {name}", flush=True)
             try:
-                functions[part](setup, name)
+                PARTS[part](setup, name)
             except Exception:  # of whatever this part came across: it is shown, and the rest runs
                 traceback.print_exc()
             print(f"   ({time.perf_counter() - start:.1f} s)", flush=True)

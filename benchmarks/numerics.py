@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-import gatednorm
-from benchmarks.providers import EPS, PROVIDERS, Case
+from benchmarks.providers import EPS, PROVIDERS, Case, reference
 from benchmarks.report import version
+from benchmarks.timing import relative_error
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
@@ -25,16 +25,6 @@ CASES = (
     Case(1024, 2048, is_rms_norm=False, bias=True),
 )
 RESULTS = ("y", "dx", "dz", "dw")
-
-
-def reference(case: Case, upcast: bool):
-    def call(x, w, b, z):
-        return gatednorm.gated_norm_ref(
-            x, w, b, z, EPS, case.group_size, case.norm_before_gate, upcast,
-            is_rms_norm=case.is_rms_norm, activation=case.activation,
-        )  # fmt: skip
-
-    return call
 
 
 def transformers_class(case: Case):
@@ -108,10 +98,7 @@ def rows(case: Case, device: str) -> list[list[str]]:
     truth = results(reference(case, upcast=True), t, torch.float64)
 
     def relative(got) -> list[str]:
-        errors = [
-            f"{1e3 * ((a.double() - b).norm() / b.norm()).item():.2f}"
-            for a, b in zip(got, truth, strict=False)
-        ]
+        errors = [f"{1e3 * relative_error(a, b):.2f}" for a, b in zip(got, truth, strict=False)]
         return errors + ["-"] * (len(RESULTS) - len(errors))
 
     table = [["float64, rounded to bf16", *relative([v.bfloat16() for v in truth])]]

@@ -5,29 +5,18 @@ backward, all kernels of the autograd nodes that were made inside it, found by t
 numbers. That holds for one fused node and for the dozen of the plain expression alike.
 """
 
+import bisect
 import functools
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import gatednorm
+from benchmarks.timing import synchronize
 from models import gated_deltanet
 from models.language_model import LanguageModel
 
-NORM_KERNELS = {
-    "forward_kernel",
-    "forward_sums_kernel",
-    "backward_kernel",
-    "backward_sums_kernel",
-    "reduce_kernel",
-}
 ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def record(device: str, function, calls: int) -> list:
@@ -67,34 +56,22 @@ def norm_times(device: str, events: list, calls: int) -> dict[str, float]:
         return us / 1e3 / calls
 
     on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
-    times, label_of = {}, {}
-    ranges = sorted(
-        (e.time_range.start, e.time_range.end, e.thread, e.name)
-        for e in on_cpu
-        if e.name.startswith("norm.")
-    )
-    for event in on_cpu:
-        if event.name.startswith("norm."):
-            times[event.name] = times.get(event.name, 0.0) + ms(event)
-    # Which numbers belong to which range: walk both in the order of time.
-    inside = sorted(
-        (e for e in on_cpu if e.sequence_nr >= 0 and not e.name.startswith("norm.")),
-        key=lambda e: e.time_range.start,
-    )
-    position = 0
-    for start, end, thread, name in ranges:
-        while position < len(inside) and inside[position].time_range.start < start:
-            position += 1
-        while position < len(inside) and inside[position].time_range.start < end:
-            event = inside[position]
-            if event.thread == thread and "Backward" not in event.name:
-                label_of[event.sequence_nr] = name
-            position += 1
+    norms = [e for e in on_cpu if e.name.startswith("norm.")]
+    norms.sort(key=lambda e: e.time_range.start)
+    starts = [e.time_range.start for e in norms]
+    times, label_of = dict.fromkeys((e.name for e in norms), 0.0), {}
+    for event in norms:
+        times[event.name] += ms(event)
+    for event in on_cpu:  # which sequence numbers were given out inside which norm
+        before = bisect.bisect(starts, event.time_range.start)
+        if before and event.sequence_nr >= 0 and "Backward" not in event.name:
+            norm = norms[before - 1]
+            if event.time_range.start < norm.time_range.end and event.thread == norm.thread:
+                label_of[event.sequence_nr] = norm.name
     prefix = "autograd::engine::evaluate_function: "
     for event in on_cpu:
         if event.name.startswith(prefix) and event.sequence_nr in label_of:
-            name = label_of[event.sequence_nr]
-            times[name] += ms(event)
+            times[label_of[event.sequence_nr]] += ms(event)
     return times
 
 

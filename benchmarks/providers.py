@@ -132,22 +132,27 @@ def vllm(case: Case) -> Functions | None:
     return None, call
 
 
-def eager(case: Case) -> Functions:
+def reference(case: Case, upcast: bool = True) -> Callable:
+    """The equation in plain PyTorch; with `upcast` in fp32 inside."""
+
     def call(x, w, b, z):
         return gatednorm.gated_norm_ref(
-            x, w, b, z, EPS, case.group_size, case.norm_before_gate,
+            x, w, b, z, EPS, case.group_size, case.norm_before_gate, upcast,
             is_rms_norm=case.is_rms_norm, activation=case.activation,
         )  # fmt: skip
 
-    return call, call
+    return call
+
+
+def eager(case: Case) -> Functions:
+    return (reference(case),) * 2
 
 
 def compiled(case: Case) -> Functions:
     torch.compiler.reset()
     # The backward is timed alone, again and again over one graph.
     torch._functorch.config.donated_buffer = False
-    call = torch.compile(eager(case)[0], dynamic=False)
-    return call, call
+    return (torch.compile(reference(case), dynamic=False),) * 2
 
 
 PROVIDERS = {

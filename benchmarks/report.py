@@ -1,5 +1,6 @@
 """What every benchmark leaves: a table on the screen, and a CSV that says what made it."""
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -16,6 +17,13 @@ from rich.table import Table
 import gatednorm
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(doc: str, out: str = "") -> argparse.ArgumentParser:
+    """Described by the first line of `doc`; its `--out` is by default `out` under results/."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--out", type=Path, default=RESULTS / out, help="by default %(default)s")
+    return made
 
 
 def machine(device: str) -> str:
@@ -55,22 +63,24 @@ def about(device: str, *packages: str) -> dict[str, str]:
     }
 
 
-def show(rows: list[dict], title: str | None = None) -> None:
+def show(rows: list[dict], title: str | None = None, console: Console | None = None) -> None:
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    (console or Console()).print(table)
 
 
-def write(path: Path, rows: list[dict], run: dict[str, str]) -> None:
+def write(path: Path, rows: list[dict], run: dict[str, str] | None = None) -> None:
     """A CSV of `rows`, each with what is in `run`; nothing where there are none."""
     if not rows:
         return
+    rows = [row | (run or {}) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *run], lineterminator="\n")
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | run for row in rows)
+        writer.writerows(rows)
     print(f"written to {path}", flush=True)

@@ -25,13 +25,12 @@ WARM_UP, LOOK_EVERY = 20, 10  # steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.parser(__doc__, "scaling.csv")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", default=["fla", "mamba2"])
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
     parser.add_argument("--rows", type=int, default=8, help="of 2048 tokens, per process and step")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "scaling.csv")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="further key=value of train.py")
     args = parser.parse_intermixed_args()
@@ -53,7 +52,7 @@ def main() -> None:
                 f"{row['times_one_process']} times one  {row['gib']:.1f} GiB each",
                 flush=True,
             )
-            report.write(args.out, rows, {})  # what there is, should the next one fail
+            report.write(args.out, rows)  # what there is, should the next one fail
 
 
 def measure(model: str, count: int, args: argparse.Namespace) -> dict:

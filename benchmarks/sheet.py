@@ -2,31 +2,43 @@
 
 import csv
 import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks import report
 from benchmarks.providers import CASES, PROVIDERS, ROWS, WIDTHS, Case
 from benchmarks.report import commit, version
 
 
+@dataclass
 class Sheet:
-    """Rows of the CSV, each with what is needed to read it alone; those of a new run after the
-    `earlier` ones. Of what was timed twice, the last counts."""
+    """Rows of the CSV, each with what is needed to read it alone, `common`, and the providers that
+    are not installed. Of what was timed twice, the last counts."""
 
-    def __init__(self, earlier: list[dict] | None = None) -> None:
-        self.missing: set[str] = set()  # providers that are not installed
-        self.rows = list(earlier or [])
-        self.common = {
-            "run": 1 + max((int(row["run"]) for row in self.rows), default=0),
+    rows: list[dict]
+    common: dict
+    missing: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of_new_run(cls, earlier: list[dict]) -> "Sheet":
+        common = {
+            "run": 1 + max((int(row["run"]) for row in earlier), default=0),
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": version("triton"),
         }
+        return cls(earlier, common)
+
+    @classmethod
+    def read(cls, path: Path) -> "Sheet":
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return cls(rows, rows[0])
 
     def add(
         self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
@@ -46,47 +58,26 @@ class Sheet:
             if r["case"] == case.name and r["quantity"] == quantity
         }
 
-    @classmethod
-    def read(cls, path: Path) -> "Sheet":
-        sheet = cls.__new__(cls)
-        with path.open(newline="") as file:
-            sheet.rows = list(csv.DictReader(file))
-        sheet.common = sheet.rows[0]
-        return sheet
-
-    def write(self, path: Path) -> None:
-        names = list(dict.fromkeys(k for r in self.rows for k in r))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
 
 def gigabytes(case: Case, tensors: int) -> float:
     return tensors * case.rows * case.width * 2 / 1e9
 
 
 def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:
-    columns = ["ceiling", "torch.add", "empty Function", *names]
-    seen = {r["provider"] for r in sheet.rows}
-    table = Table(title="microseconds; in brackets the ratio to the ceiling, or to torch.add")
-    table.add_column("case", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in (c for c in columns if c in seen):
-        table.add_column(name, justify="right", no_wrap=True)
+    seen, rows = {r["provider"] for r in sheet.rows}, []
+    columns = [n for n in ("ceiling", "torch.add", "empty Function", *names) if n in seen]
     for case in cases:
         for quantity in quantities:
             values = sheet.get(case, quantity)
-            if not values:
-                continue
             floor = values.get("ceiling", values.get("torch.add"))
-            cells = [
-                f"{values[n]:.1f} ({values[n] / floor:.2f})" if n in values and floor
-                else f"{values[n]:.1f}" if n in values else ""
-                for n in columns if n in seen
-            ]  # fmt: skip
-            table.add_row(case.name, quantity, *cells)
-    console.print(table)
+            cells = dict.fromkeys(columns, "")
+            for name in values.keys() & cells.keys():
+                ratio = f" ({values[name] / floor:.2f})" if floor else ""
+                cells[name] = f"{values[name]:.1f}{ratio}"
+            if values:
+                rows.append({"case": case.name, "": quantity, **cells})
+    title = "microseconds; in brackets the ratio to the ceiling, or to torch.add"
+    report.show(rows, title, console)
 
 
 def markdown(sheet: Sheet, names, console: Console) -> None:

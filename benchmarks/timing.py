@@ -1,26 +1,50 @@
-"""How a gated norm is timed, and compared with float64 before it is."""
+"""How everything is timed, and how a gated norm is compared with float64 before it is."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
-import gatednorm
-from benchmarks.ceiling_kernels import do_bench
-from benchmarks.providers import EPS, Case
+from benchmarks.providers import Case, reference
 
 STREAM = torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
-def median(function) -> float:
-    """Microseconds on the GPU."""
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def wall_times(
+    functions: dict[str, Callable], rounds: int, *, warm_up: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Wall milliseconds of each call, by function. Every round calls all of them in turn, so that a
+    machine which is slow for a while is slow for all; `warm_up` rounds before do not count."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(-warm_up, rounds):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if number >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def graph_time(function, calls: int = 1) -> float:
+    """Microseconds of a call on the GPU: the median over replays of a CUDA graph of `calls`."""
+    from triton.testing import do_bench
+
     with torch.cuda.stream(STREAM):
         for _ in range(3):
             function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=STREAM):
-        function()
-    return do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3
+        for _ in range(calls):
+            function()
+    return do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3 / calls
 
 
 def inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -46,6 +70,11 @@ def gradients(function, t) -> list[torch.Tensor]:
     return torch.autograd.grad(function(t["x"], t["w"], t["b"], t["z"]), wanted, t["dy"])
 
 
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """In the 2-norm."""
+    return ((ours.double() - truth).norm() / truth.norm()).item()
+
+
 def error(case: Case, functions, t) -> float:
     """Largest relative error (2-norm) of the output and the gradients against float64."""
     training, inference = functions
@@ -53,40 +82,26 @@ def error(case: Case, functions, t) -> float:
     for k in "xwbz":
         if wide[k] is not None:
             wide[k].requires_grad_()
-
-    def reference(x, w, b, z):
-        return gatednorm.gated_norm_ref(
-            x, w, b, z, EPS, case.group_size, case.norm_before_gate,
-            is_rms_norm=case.is_rms_norm, activation=case.activation,
-        )  # fmt: skip
-
-    def distance(ours, truth):
-        return ((ours.double() - truth).norm() / truth.norm()).item()
-
+    norm = reference(case)
     with torch.no_grad():
-        args = [t[k] for k in "xwbz"]
-        worst = distance(inference(*args), reference(*(wide[k] for k in "xwbz")))
+        ours, truth = inference(*(t[k] for k in "xwbz")), norm(*(wide[k] for k in "xwbz"))
+    worst = [relative_error(ours, truth)]
     if training is not None:
-        truth = gradients(reference, wide)
-        worst = max([worst, *map(distance, gradients(training, t), truth)])
-    return worst
+        worst += map(relative_error, gradients(training, t), gradients(norm, wide))
+    return max(worst)
 
 
 def forward_time(inference, t) -> float:
     args = [t[k] for k in "xwbz"]
     with torch.no_grad():
-        return median(lambda: inference(*args))
+        return graph_time(lambda: inference(*args))
 
 
 def backward_time(training, t) -> float:
     wanted = [t[k] for k in "xwbz" if t[k] is not None]
     with torch.cuda.stream(STREAM):  # autograd runs the backward on the stream of the forward
         y = training(*(t[k] for k in "xwbz"))
-    return median(lambda: torch.autograd.grad(y, wanted, t["dy"], retain_graph=True))
-
-
-def both_time(training, t) -> float:
-    return median(lambda: gradients(training, t))
+    return graph_time(lambda: torch.autograd.grad(y, wanted, t["dy"], retain_graph=True))
 
 
 def peak(training, t) -> float:
@@ -111,20 +126,6 @@ def wall_time(function, calls: int = 1000) -> float:
         torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - start) / calls * 1e6)
     return best
-
-
-def graph_time(function, calls: int = 100) -> float:
-    """Microseconds per call inside a CUDA graph of `calls` calls."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return do_bench(graph.replay, warmup=5, rep=30, return_mode="median") * 1e3 / calls
 
 
 class EmptyFunction(torch.autograd.Function):

@@ -60,8 +60,25 @@ class GatedDeltaNet(Mixer):
         norm_path: str = "training",
     ):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        _check_sizes(hidden_size, num_heads, head_dim, expand_v, num_v_heads, conv_size, chunk_size)
+        check_positive(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_v_heads=num_v_heads,
+            conv_size=conv_size,
+            chunk_size=1 if chunk_size is None else chunk_size,
+        )
+        if num_v_heads % num_heads:
+            raise ValueError(
+                f"num_v_heads must be a multiple of num_heads, got {num_v_heads} and {num_heads}; "
+                f"use for example num_v_heads={num_heads * max(1, num_v_heads // num_heads)}"
+            )
         v_head_dim = round(head_dim * expand_v)
+        if v_head_dim < 1 or abs(head_dim * expand_v - v_head_dim) > 1e-6 * head_dim:
+            raise ValueError(
+                f"head_dim * expand_v must be a whole number from 1, got {head_dim} * {expand_v} = "
+                f"{head_dim * expand_v}; use for example expand_v=1 or expand_v=2"
+            )
         key_dim, value_dim = num_heads * head_dim, num_v_heads * v_head_dim
         super().__init__(
             hidden_size,
@@ -71,7 +88,7 @@ class GatedDeltaNet(Mixer):
             convolved=0,
             conv_size=conv_size,
             conv_bias=conv_bias,
-            state_shape=(num_v_heads, head_dim, v_head_dim),
+            heads=num_v_heads,
             norm=RMSNorm(
                 v_head_dim,
                 norm_eps,
@@ -105,25 +122,3 @@ class GatedDeltaNet(Mixer):
         o, state = scan(q, k, v, g, beta)
         z = z.unflatten(-1, (self.num_v_heads, self.v_head_dim)) if z.shape[-1] else None
         return self.norm(o, z).flatten(2), state
-
-
-def _check_sizes(hidden_size, num_heads, head_dim, expand_v, num_v_heads, conv_size, chunk_size):
-    check_positive(
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        num_v_heads=num_v_heads,
-        conv_size=conv_size,
-        chunk_size=1 if chunk_size is None else chunk_size,
-    )
-    if num_v_heads % num_heads:
-        raise ValueError(
-            f"num_v_heads must be a multiple of num_heads, got {num_v_heads} and {num_heads}; "
-            f"use for example num_v_heads={num_heads * max(1, num_v_heads // num_heads)}"
-        )
-    v_head_dim = round(head_dim * expand_v)
-    if v_head_dim < 1 or abs(head_dim * expand_v - v_head_dim) > 1e-6 * head_dim:
-        raise ValueError(
-            f"head_dim * expand_v must be a whole number from 1, got {head_dim} * {expand_v} = "
-            f"{head_dim * expand_v}; use for example expand_v=1 or expand_v=2"
-        )

@@ -163,19 +163,17 @@ class _Chooser:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens, and their log-probabilities where they are asked for."""
-        token = self._choose(logits)
+        scores = logits
+        if self.repetition_penalty != 1:
+            if self.seen is None:
+                self.seen = self._seen_in_prompts(logits)
+            scores = penalize(logits, self.seen, self.repetition_penalty)
+        token = sample(scores, *self.options)
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
         if not self.log_probs:
             return token, None
         return token, logits.float().log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        if self.repetition_penalty == 1:
-            return sample(logits, *self.options)
-        if self.seen is None:
-            self.seen = self._seen_in_prompts(logits)
-        token = sample(penalize(logits, self.seen, self.repetition_penalty), *self.options)
-        self.seen.scatter_(1, token[:, None], True)
-        return token
 
     def _seen_in_prompts(self, logits: Tensor) -> Tensor:
         seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -187,19 +185,16 @@ class _Chooser:
 
 
 def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph) -> Iterator[Tensor]:
-    if max_new_tokens == 0:
-        return
-    with _inference(model):
-        last, state = _prefill(model, tokens, cu_seqlens)
-        token, log_prob = choose(last)
-    yield (token, log_prob) if choose.log_probs else token
-    step = None
-    for _ in range(max_new_tokens - 1):
+    decoder = _GraphDecoder if cuda_graph and tokens.is_cuda else _EagerDecoder
+    step = token = None
+    for _ in range(max_new_tokens):
         with _inference(model):
-            if step is None:
-                graph = cuda_graph and tokens.is_cuda
-                step = _GraphDecoder(model, state) if graph else _EagerDecoder(model, state)
-            token, log_prob = choose(step(token))
+            if token is None:
+                logits, state = _prefill(model, tokens, cu_seqlens)
+            else:
+                step = decoder(model, state) if step is None else step
+                logits = step(token)
+            token, log_prob = choose(logits)
         yield (token, log_prob) if choose.log_probs else token
 
 

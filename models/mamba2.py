@@ -60,9 +60,31 @@ class Mamba2(Mixer):
         norm_path: str = "training",
     ):
         norm_groups = n_groups if norm_groups is None else norm_groups
-        inner = _check_sizes(
-            hidden_size, d_state, head_dim, expand, n_groups, conv_size, chunk_size, norm_groups
+        check_positive(
+            hidden_size=hidden_size,
+            d_state=d_state,
+            head_dim=head_dim,
+            n_groups=n_groups,
+            conv_size=conv_size,
+            chunk_size=1 if chunk_size is None else chunk_size,
+            norm_groups=norm_groups,
         )
+        inner = round(expand * hidden_size)
+        if inner < 1 or abs(inner - expand * hidden_size) > 1e-6 * hidden_size or inner % head_dim:
+            raise ValueError(
+                f"head_dim must divide expand * hidden_size, got head_dim={head_dim} and "
+                f"{expand} * {hidden_size} = {expand * hidden_size}; change one of them"
+            )
+        if (inner // head_dim) % n_groups:
+            raise ValueError(
+                f"n_groups must divide the heads, got n_groups={n_groups} and {inner // head_dim} "
+                "heads (expand * hidden_size / head_dim); use a divisor"
+            )
+        if inner % norm_groups:
+            raise ValueError(
+                f"norm_groups must divide expand * hidden_size, got norm_groups={norm_groups} and "
+                f"{inner}; use a divisor"
+            )
         heads = inner // head_dim
         super().__init__(
             hidden_size,
@@ -71,7 +93,7 @@ class Mamba2(Mixer):
             convolved=1,
             conv_size=conv_size,
             conv_bias=conv_bias,
-            state_shape=(heads, head_dim, d_state),
+            heads=heads,
             norm=RMSNorm(
                 inner, norm_eps, inner // norm_groups, norm_before_gate=False, path=norm_path
             ),
@@ -108,34 +130,3 @@ class Mamba2(Mixer):
             dt_limit=self.dt_limit,
         )
         return self.norm(y.flatten(2), z), state
-
-
-def _check_sizes(
-    hidden_size, d_state, head_dim, expand, n_groups, conv_size, chunk_size, norm_groups
-):
-    check_positive(
-        hidden_size=hidden_size,
-        d_state=d_state,
-        head_dim=head_dim,
-        n_groups=n_groups,
-        conv_size=conv_size,
-        chunk_size=1 if chunk_size is None else chunk_size,
-        norm_groups=norm_groups,
-    )
-    inner = round(expand * hidden_size)
-    if inner < 1 or abs(inner - expand * hidden_size) > 1e-6 * hidden_size or inner % head_dim:
-        raise ValueError(
-            f"head_dim must divide expand * hidden_size, got head_dim={head_dim} and {expand} * "
-            f"{hidden_size} = {expand * hidden_size}; change one of them"
-        )
-    if (inner // head_dim) % n_groups:
-        raise ValueError(
-            f"n_groups must divide the heads, got n_groups={n_groups} and {inner // head_dim} "
-            "heads (expand * hidden_size / head_dim); use a divisor"
-        )
-    if inner % norm_groups:
-        raise ValueError(
-            f"norm_groups must divide expand * hidden_size, got norm_groups={norm_groups} and "
-            f"{inner}; use a divisor"
-        )
-    return inner

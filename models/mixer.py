@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.chunks import check_state, state_dtype
 from models.short_conv import short_conv
 
 
@@ -47,7 +46,7 @@ class Mixer(nn.Module, ABC):
         widths: channels of the parts that the one input projection makes, in order.
         convolved: which of them the convolution reads.
         conv_size, conv_bias: W, and whether the convolution has a bias.
-        state_shape: of the scan's state, for one sequence; heads first.
+        heads: of the scan's state, each with a decay and a step size of its own.
         norm: the gated norm.
         bias: whether the two projections have a bias.
         decay_init, dt_init: ranges that decays, uniformly, and step sizes, log-uniformly, are
@@ -66,7 +65,7 @@ class Mixer(nn.Module, ABC):
         convolved: int,
         conv_size: int,
         conv_bias: bool,
-        state_shape: tuple[int, int, int],
+        heads: int,
         norm: RMSNorm,
         bias: bool = False,
         decay_init: tuple[float, float] = (1.0, 16.0),
@@ -74,9 +73,8 @@ class Mixer(nn.Module, ABC):
         chunk_size: int | None = None,
     ):
         super().__init__()
-        heads = state_shape[0]
         self.hidden_size, self.inner_size = hidden_size, inner_size
-        self.widths, self.convolved, self.state_shape = widths, convolved, state_shape
+        self.widths, self.convolved = widths, convolved
         self.decay_init, self.dt_init, self.chunk_size = decay_init, tuple(dt_init), chunk_size
         self.in_proj = PaddedLinear(hidden_size, sum(widths), bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(widths[convolved], conv_size))
@@ -98,11 +96,6 @@ class Mixer(nn.Module, ABC):
             step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
             self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
-    def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a state's two tensors: the convolution's and the scan's."""
-        channels, taps = self.conv_weight.shape
-        return (batch, taps - 1, channels), (batch, *self.state_shape)
-
     def forward(
         self,
         x: Tensor,
@@ -115,7 +108,7 @@ class Mixer(nn.Module, ABC):
         Args:
             x: [B, T, D]; one token with a state takes the recurrent step.
             state: what an earlier call returned for the tokens before these: the convolution's
-                last inputs [B, W - 1, E] and the scan's state [B, *state_shape], fp32; with
+                last inputs [B, W - 1, E] and the scan's state, fp32; with
                 ``cu_seqlens`` the number of sequences stands for B.
             output_state: whether to return the state after the last token.
             cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row.
@@ -127,7 +120,7 @@ class Mixer(nn.Module, ABC):
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # read twice: waits for a GPU once
         parts = list(self.in_proj(x).split(self.widths, dim=-1))
-        conv_state, scan_state = self._check_state(state, parts[self.convolved], cu_seqlens)
+        conv_state, scan_state = (None, None) if state is None else state
         parts[self.convolved], conv_state = short_conv(
             parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, cu_seqlens
         )
@@ -142,20 +135,6 @@ class Mixer(nn.Module, ABC):
         )
         y, scan_state = self.mix(scan, *parts)
         return self.out_proj(y), (conv_state, scan_state) if output_state else None
-
-    def _check_state(
-        self, state: tuple[Tensor, Tensor] | None, x: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The two tensors of a state, checked against x, which the convolution reads."""
-        if state is None:
-            return None, None
-        conv, scan = state
-        conv_shape, scan_shape = self.state_shapes(
-            len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
-        )
-        check_state(conv, conv_shape, x.dtype, x, "the convolution's state")
-        check_state(scan, scan_shape, state_dtype(x), x, "the scan's state")
-        return conv, scan
 
     @abstractmethod
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:

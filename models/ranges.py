@@ -3,9 +3,17 @@
 import difflib
 import json
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
 from typing import Any
+
+RULES = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
 
 
 def one_of(*choices: str, default: Any = MISSING) -> Any:
@@ -67,14 +75,8 @@ def nearest(word: str, choices: Iterable[Any], prefix: str = "") -> str:
 
 
 def _check_bounds(key: str, value: float, bounds: dict[str, float]) -> None:
-    holds = {
-        "at least": lambda bound: value >= bound,
-        "above": lambda bound: value > bound,
-        "at most": lambda bound: value <= bound,
-        "below": lambda bound: value < bound,
-    }
     finite = math.isfinite(value)
-    if not finite or not all(holds[word](bound) for word, bound in bounds.items()):
+    if not finite or not all(RULES[word](value, bound) for word, bound in bounds.items()):
         rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
         rule = rule if finite else f"finite and {rule}"
         raise ValueError(f"{key} must be {rule}, got {value}; use a value in that range")

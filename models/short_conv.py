@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
-from models.chunks import sequence_offsets
+from models.chunks import check_state, sequence_offsets
 
 
 class _TapSum(torch.autograd.Function):
@@ -82,8 +82,12 @@ def short_conv(
     Returns:
         y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
     Raises:
-        ValueError: for offsets that do not fit.
+        ValueError: for a state or offsets that do not fit.
     """
+    if state is not None:
+        sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
+        shape = (sequences, weight.shape[1] - 1, x.shape[2])
+        check_state(state, shape, x.dtype, x, "the convolution's state")
     if cu_seqlens is not None:
         return _packed_conv(x, weight, bias, state, cu_seqlens)
     return _convolve(x, weight, bias, state), _last(x, state, weight.shape[1] - 1)

@@ -205,9 +205,8 @@ class _Sizes:
         self.ratio = self.heads // self.groups
         self.grid = (self.batch * self.chunks, self.heads)
         self.shape = (self.heads, self.ratio, self.size, self.dim)
-        token = (
-            x.stride(2) if self.size > 1 else x.stride(1)
-        )  # that of a single element says nothing
+        # the stride of a single element says nothing
+        token = x.stride(2) if self.size > 1 else x.stride(1)
         self.strides = (x.stride(0), token, x.stride(3))
         self.tile = {
             "BC": triton.next_power_of_2(self.size),

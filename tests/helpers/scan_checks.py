@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache
 
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
@@ -67,3 +68,46 @@ def with_all(function, **fixed):
         return function(x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True, **fixed, **options)
 
     return scan
+
+
+def assert_equal_to_transformers(layer, theirs, copy, x):
+    """Outputs and the gradients of the input and of every parameter, with the same weights.
+
+    `copy(target, read)` calls `target(their, read(our))` for each parameter of theirs, with ours in
+    the same order of channels.
+    """
+    with torch.no_grad():
+        copy(lambda their, our: their.copy_(our), lambda parameter: parameter)
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    cotangent = torch.randn_like(x)
+    outputs = layer(x)[0], theirs(x)
+    dx, dx_expected = (torch.autograd.grad(y, x, cotangent, retain_graph=True) for y in outputs)
+    for y in outputs:
+        y.backward(cotangent)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, dx_expected, rtol=1e-4, atol=1e-5)
+
+    def compare(their, our):
+        scale = max(1.0, float(their.grad.abs().max()))
+        torch.testing.assert_close(our, their.grad, rtol=1e-4, atol=1e-5 * scale)
+
+    copy(compare, lambda parameter: parameter.grad)
+
+
+@torch.no_grad()
+def assert_states_equal_to_transformers(layer, theirs, copy):
+    """The state after a prompt and three steps, and the outputs of the steps."""
+    copy(lambda their, our: their.copy_(our), lambda parameter: parameter)
+    cache = DynamicCache(config=theirs.config)
+    x = torch.randn(2, 40, layer.hidden_size)
+    state, start = None, 0
+    for end in (37, 38, 39, 40):
+        expected = theirs(x[:, start:end], cache_params=cache)
+        y, state = layer(x[:, start:end], state, output_state=True)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        start = end
+    recurrent = cache.get_recurrent_state(0, state_idx=0)
+    torch.testing.assert_close(state[1], recurrent, rtol=1e-5, atol=1e-5)
+    conv = cache.get_conv_state(0, state_idx=0)
+    torch.testing.assert_close(state[0].mT, conv[..., -3:], rtol=1e-5, atol=1e-5)

@@ -48,13 +48,15 @@ def forward(model, text, *, pieces=(), cu_seqlens=None):
     return torch.cat(parts, 1), *(tensor for layer in state for tensor in layer)
 
 
-def check_every_route(mixer: str, values: dict) -> None:
+def check_every_route(mixer: str, values: dict, lengths=(5, 1, 0, 3), pieces=((2,), range(1, 5))):
+    """Packed sequences of these lengths, an empty one third, against one at a time; the first one
+    in pieces that end at these tokens, of which single ones are recurrent steps."""
     torch.manual_seed(0)
     try:
         model = LanguageModel(CONFIGS[mixer](**values)).double()
     except ValueError:  # sizes that do not fit each other
         reject()
-    parameters, lengths = list(model.parameters()), (5, 1, 0, 3)
+    parameters = list(model.parameters())
     texts = [torch.randint(0, values["vocab_size"], (1, n)) for n in lengths]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     packed = forward(model, torch.cat(texts, 1), cu_seqlens=offsets)
@@ -68,8 +70,8 @@ def check_every_route(mixer: str, values: dict) -> None:
         torch.testing.assert_close(tensor[[0, 1, 3]], torch.cat(rows))
     twice = [forward(model, torch.cat((t, t), 1))[0][:, t.shape[1] :] for t in full]
     torch.testing.assert_close(again, torch.cat(twice, 1))
-    for pieces in ((2,), range(1, 5)):
-        for ours, theirs in zip(forward(model, full[0], pieces=pieces), alone[0], strict=True):
+    for ends in pieces:
+        for ours, theirs in zip(forward(model, full[0], pieces=ends), alone[0], strict=True):
             torch.testing.assert_close(ours, theirs)
     losses = (logits.sin().sum() for logits in (packed[0], expected))
     for ours, theirs in zip(*(torch.autograd.grad(x, parameters) for x in losses), strict=True):
@@ -82,3 +84,16 @@ def check_every_route(mixer: str, values: dict) -> None:
 def test_every_value_runs_on_every_route(mixer, data):
     drawn = {field.name: values(field) for field in fields(CONFIGS[mixer])}
     check_every_route(mixer, data.draw(st.fixed_dictionaries(drawn)))
+
+
+LARGER = {
+    "gated_deltanet": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
+    "mamba2": {"d_state": 8, "head_dim": 8, "n_groups": 2, "dt_limit": (0.0, 0.08)},
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_sequences_of_several_chunks_on_every_route(mixer):
+    sizes = {"vocab_size": 32, "hidden_size": 24, "num_layers": 2, "mlp_ratio": 1.0}
+    pieces = ((70, *range(71, 80)), (1, 33), (3, 4, 5, 45))
+    check_every_route(mixer, sizes | LARGER[mixer], (80, 1, 0, 70), pieces)

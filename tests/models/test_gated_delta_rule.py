@@ -35,43 +35,27 @@ def naive(q, k, v, g, beta, scale, state):
     return o, torch.stack(finals).view_as(state)
 
 
-CASES = {
-    "T37-H2": {"batch": 2, "tokens": 37, "heads": 2, "value_heads": 2, "dim_k": 8, "dim_v": 6},
-    "T64-grouped": {"batch": 1, "tokens": 64, "heads": 2, "value_heads": 6, "dim_k": 4, "dim_v": 8},
-    "T1": {"batch": 2, "tokens": 1, "heads": 1, "value_heads": 2, "dim_k": 4, "dim_v": 4},
-    "T5-below_chunk": {
-        "batch": 1,
-        "tokens": 5,
-        "heads": 1,
-        "value_heads": 1,
-        "dim_k": 5,
-        "dim_v": 3,
-    },
+CASES = {  # batch, tokens, heads, value_heads, dim_k, dim_v
+    "T37-H2": (2, 37, 2, 2, 8, 6),
+    "T64-grouped": (1, 64, 2, 6, 4, 8),
+    "T1": (2, 1, 1, 2, 4, 4),
+    "T5-below_chunk": (1, 5, 1, 1, 5, 3),
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 12, 16, 32])
+@pytest.mark.parametrize("scale", [0.7, None], ids=["scale0.7", "scale_default"])
+@pytest.mark.parametrize("chunk_size", [1, 12, 16, 32, None], ids=lambda c: f"chunk{c}")
 @pytest.mark.parametrize("case", CASES)
-def test_chunked_equals_naive_loop(case, chunk_size):
-    inputs = make_delta(**CASES[case])
-    scale = 0.7
+def test_equals_naive_loop(case, chunk_size, scale):
+    """In chunks, and without a chunk size one step at a time."""
+    inputs = make_delta(*CASES[case])
+    function = recurrent_gated_delta_rule if chunk_size is None else chunk_gated_delta_rule
 
     def loop(*args, initial_state, output_final_state):
-        return naive(*args, scale, initial_state)
+        return naive(*args, scale or args[0].shape[-1] ** -0.5, initial_state)
 
-    expected = results(loop, inputs)
-    actual = results(chunk_gated_delta_rule, inputs, chunk_size=chunk_size, scale=scale)
-    assert_close(actual, expected, 1e-12)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_recurrent_equals_naive_loop(case):
-    inputs = make_delta(**CASES[case])
-
-    def loop(*args, initial_state, output_final_state):
-        return naive(*args, args[0].shape[-1] ** -0.5, initial_state)
-
-    assert_close(results(recurrent_gated_delta_rule, inputs), results(loop, inputs), 1e-12)
+    actual = results(function, inputs, chunk_size=chunk_size, scale=scale)
+    assert_close(actual, results(loop, inputs), 1e-12)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

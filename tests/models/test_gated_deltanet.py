@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from models.gated_deltanet import GatedDeltaNet
-from small_models import small_model
+from scan_checks import assert_equal_to_transformers, assert_states_equal_to_transformers
+from small_models import learn, small_model
 
 
 def make(num_heads=2, num_v_heads=4, head_dim=16, expand_v=0.5, seed=0, **options):
@@ -25,7 +24,7 @@ def make(num_heads=2, num_v_heads=4, head_dim=16, expand_v=0.5, seed=0, **option
 
 
 def transformers_layer(layer):
-    """Qwen3-Next's layer with the weights of ours, and what undoes the reordering.
+    """Qwen3-Next's layer, and how to copy or compare weights, which it has in another order.
 
     Its projections hold, for each key head in turn, q, k, the v and the gates of that head's value
     heads; and b and a likewise.
@@ -61,78 +60,33 @@ def transformers_layer(layer):
         target(theirs.A_log, read(layer.A_log))
         target(theirs.dt_bias, read(layer.dt_bias))
 
-    with torch.no_grad():
-        copy(lambda their, our: their.copy_(our), lambda parameter: parameter)
-    return theirs, config, copy
-
-
-def assert_equal_to_qwen3_next(layer, x):
-    """Outputs and the gradients of the input and of every parameter, with the same weights."""
-    theirs, _, copy = transformers_layer(layer)
-    layer.zero_grad()
-    x = x.detach().requires_grad_()
-    cotangent = torch.randn_like(x)
-    y, _ = layer(x)
-    (dx,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
-    y.backward(cotangent)
-    expected = theirs(x)
-    (dx_expected,) = torch.autograd.grad(expected, x, cotangent, retain_graph=True)
-    expected.backward(cotangent)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dx, dx_expected, rtol=1e-4, atol=1e-5)
-
-    def compare(their, our):
-        scale = max(1.0, float(their.grad.abs().max()))
-        torch.testing.assert_close(our, their.grad, rtol=1e-4, atol=1e-5 * scale)
-
-    copy(compare, lambda parameter: parameter.grad)
+    theirs.config = config
+    return theirs, copy
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 130])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 6)], ids=["H2", "H2-HV6"])
 def test_equals_qwen3_next(heads, tokens):
     layer = make(*heads)
-    assert_equal_to_qwen3_next(layer, torch.randn(2, tokens, 24))
+    assert_equal_to_transformers(layer, *transformers_layer(layer), torch.randn(2, tokens, 24))
 
 
 def test_equals_qwen3_next_after_200_steps_of_training():
     """Every layer of a model that has learned something, on the inputs that it meets there."""
     model = small_model("gated_deltanet", vocab_size=8, num_v_heads=4, expand_v=1.5, num_layers=4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(200):
-        text = torch.randint(0, 8, (4, 40))
-        for t in range(2, 40):
-            text[:, t] = (3 * text[:, t - 1] + text[:, t - 2] + 1) % 8
-        loss = F.cross_entropy(model(text)[0][:, 1:-1].flatten(0, 1), text[:, 2:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert float(loss.detach()) < 0.5  # of log(8) = 2.08
+    loss, text = learn(model, 200)
+    assert loss < 0.5
     inputs = []
     for block in model.blocks:
         block.mixer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(text)
     for block, x in zip(model.blocks, list(inputs), strict=True):
-        assert_equal_to_qwen3_next(block.mixer, x)
+        assert_equal_to_transformers(block.mixer, *transformers_layer(block.mixer), x)
 
 
 def test_state_equals_qwen3_next():
-    """The state after a prompt and three steps, and the outputs of the steps."""
     layer = make()
-    theirs, config, _ = transformers_layer(layer)
-    cache = DynamicCache(config=config)
-    x = torch.randn(2, 40, 24)
-    state, start = None, 0
-    with torch.no_grad():
-        for end in (37, 38, 39, 40):
-            expected = theirs(x[:, start:end], cache_params=cache)
-            y, state = layer(x[:, start:end], state, output_state=True)
-            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-            start = end
-    recurrent = cache.get_recurrent_state(0, state_idx=0)
-    torch.testing.assert_close(state[1], recurrent, rtol=1e-5, atol=1e-5)
-    conv = cache.get_conv_state(0, state_idx=0)
-    torch.testing.assert_close(state[0].mT, conv[..., -3:], rtol=1e-5, atol=1e-5)
+    assert_states_equal_to_transformers(layer, *transformers_layer(layer))
 
 
 def test_negative_eigenvalues_double_beta():
@@ -143,8 +97,8 @@ def test_negative_eigenvalues_double_beta():
     with torch.no_grad():
         for layer in (plain, doubled):
             layer.in_proj.weight[sum(layer.widths[:2]) :][: layer.num_v_heads] = 0
-        state = [torch.randn(shape) for shape in plain.state_shapes(1)]
-        state[0].zero_()
+        _, state = plain(x, output_state=True)
+        state = torch.zeros_like(state[0]), torch.randn_like(state[1])
         plain.A_log.fill_(-30)  # no decay: sigmoid(0) = 1/2 keeps half of what k reads, 1 erases it
         doubled.A_log.fill_(-30)
         token = torch.zeros(1, 1, 24)
@@ -152,21 +106,3 @@ def test_negative_eigenvalues_double_beta():
         _, (_, after) = doubled(token, state, output_state=True)
         _, (_, half) = plain(token, state, output_state=True)
         torch.testing.assert_close(half - state[1], (after - state[1]) / 2, rtol=1e-4, atol=1e-6)
-
-
-BAD = {
-    "value_heads": ({"num_heads": 2, "num_v_heads": 3}, "multiple of num_heads, got 3 and 2"),
-    "expand_v": ({"head_dim": 5, "expand_v": 1.5}, "must be a whole number from 1, got 5"),
-    "expand_v_0": ({"expand_v": 1e-9}, "must be a whole number from 1, got 16"),
-    "heads_0": ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
-    "chunk_0": ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
-    "conv_0": ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
-    "path": ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_sizes(case):
-    options, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        make(**options)

@@ -73,12 +73,6 @@ def test_seed(model):
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
 
 
-def test_norm_paths_write_the_same_text(model):
-    first = collect(model, prompt(5), 30, seed=7)
-    model.set_norm_path("inference")
-    assert torch.equal(collect(model, prompt(5), 30, seed=7), first)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_left_as_it_was(model, training):
     model.train(training)

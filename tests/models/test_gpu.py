@@ -11,6 +11,7 @@ from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delt
 from models.generation import generate
 from models.language_model import state_to
 from models.ssd import chunk_ssd, recurrent_ssd
+from scan_checks import make_delta, make_ssd
 from small_models import small_model
 
 pytestmark = [
@@ -24,42 +25,20 @@ MIXERS = {
 
 
 def delta_inputs(batch, tokens, heads, dim_k, dim_v):
-    g = torch.Generator("cuda").manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(batch, tokens, *shape, generator=g, device="cuda")
-
-    decay = -0.1 * torch.rand(batch, tokens, heads, generator=g, device="cuda")
-    beta = torch.rand(batch, tokens, heads, generator=g, device="cuda")
-    k = F.normalize(randn(heads, dim_k), dim=-1)
-    tensors = [t.bfloat16() for t in (randn(heads, dim_k), k, randn(heads, dim_v))]
-    return [*tensors, decay, beta]
+    q, k, v, g, beta, _ = make_delta(batch, tokens, heads, heads, dim_k, dim_v, torch.float32)
+    return [t.cuda() for t in (q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.1 * g, beta)]
 
 
 def ssd_inputs(batch, tokens, heads, dim, state):
-    g = torch.Generator("cuda").manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(batch, tokens, *shape, generator=g, device="cuda").bfloat16()
-
-    dt = 0.1 * torch.rand(batch, tokens, heads, generator=g, device="cuda")
-    a = -torch.rand(heads, generator=g, device="cuda")
-    return [randn(heads, dim), dt, a, randn(1, state), randn(1, state)]
+    x, dt, a, b, c, *_ = make_ssd(batch, tokens, heads, 1, dim, state, torch.float32)
+    steps = 0.1 * torch.rand_like(dt)
+    return [t.cuda() for t in (x.bfloat16(), steps, a / 4, b.bfloat16(), c.bfloat16())]
 
 
+DELTA = (chunk_gated_delta_rule, recurrent_gated_delta_rule, delta_inputs)
 SCANS = {
-    "delta-H6-K128-V256": (
-        chunk_gated_delta_rule,
-        recurrent_gated_delta_rule,
-        delta_inputs,
-        (2, 700, 6, 128, 256),
-    ),
-    "delta-H2-K64-V64": (
-        chunk_gated_delta_rule,
-        recurrent_gated_delta_rule,
-        delta_inputs,
-        (2, 700, 2, 64, 64),
-    ),
+    "delta-H6-K128-V256": (*DELTA, (2, 700, 6, 128, 256)),
+    "delta-H2-K64-V64": (*DELTA, (2, 700, 2, 64, 64)),
     "ssd-H32-P64-S128": (chunk_ssd, recurrent_ssd, ssd_inputs, (2, 700, 32, 64, 128)),
 }
 

@@ -7,7 +7,7 @@ from models import chunks, kernels, short_conv
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
 from paths import GPU, TRITON
-from scan_checks import assert_close, results
+from scan_checks import assert_close, make_delta, results
 
 pytestmark = [
     pytest.mark.skipif(not TRITON, reason="needs triton"),
@@ -23,18 +23,10 @@ def kernels_everywhere(monkeypatch):
     monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1 << 40)
 
 
-def inputs(batch, tokens, heads, dim_k, dim_v, sequences=None):
-    g = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(batch, tokens, heads, dim_k, generator=g) for _ in range(2))
-    tensors = (
-        q,
-        torch.nn.functional.normalize(k, dim=-1),
-        torch.randn(batch, tokens, heads, dim_v, generator=g),
-        -torch.rand(batch, tokens, heads, generator=g),
-        torch.rand(batch, tokens, heads, generator=g),
-        torch.randn(sequences or batch, heads, dim_k, dim_v, generator=g),
-    )
-    return [x.to(DEVICE).requires_grad_() for x in tensors]
+def inputs(*shape, sequences=None):
+    batch, tokens, heads, dim_k, dim_v = shape
+    made = make_delta(batch, tokens, heads, heads, dim_k, dim_v, torch.float32, sequences)
+    return [x.detach().to(DEVICE).requires_grad_() for x in made]
 
 
 CASES = {

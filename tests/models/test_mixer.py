@@ -118,13 +118,41 @@ def test_bad_state(mixer):
     _, (conv, scan) = layer(x, output_state=True)
     for state, message in (
         ((conv[:1], scan), "the convolution's state must have shape"),
-        ((conv, scan[:1]), "the scan's state must have shape"),
-        ((conv, scan.double()), "the scan's state must be torch.float32"),
+        ((conv, scan[:1]), "initial_state must have shape"),
+        ((conv, scan.double()), "initial_state must be torch.float32"),
         ((conv.double(), scan), "the convolution's state must be torch.float32"),
         ((conv.to("meta"), scan), "must be on the device of the input"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(x, state)
+
+
+BAD = [
+    ("gated_deltanet", {"num_v_heads": 3}, "multiple of num_heads, got 3 and 2"),
+    ("gated_deltanet", {"head_dim": 5, "expand_v": 1.5}, "must be a whole number from 1, got 5"),
+    ("gated_deltanet", {"expand_v": 1e-9}, "must be a whole number from 1, got 16"),
+    ("gated_deltanet", {"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+    ("mamba2", {"head_dim": 7}, "head_dim must divide expand"),
+    ("mamba2", {"n_groups": 3}, "n_groups must divide the heads, got n_groups=3 and 4"),
+    ("mamba2", {"norm_groups": 5}, "norm_groups must divide"),
+    ("mamba2", {"expand": 0.3, "head_dim": 1}, "head_dim must divide expand"),
+    ("mamba2", {"d_state": 0}, "d_state must be a positive integer, got 0"),
+    *(
+        (mixer, options, message)
+        for mixer in MIXERS
+        for options, message in (
+            ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
+            ({"conv_size": 0}, "conv_size must be a positive integer, got 0"),
+            ({"norm_path": "fast"}, "path must be one of training, inference, got 'fast'"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("mixer", "options", "message"), BAD)
+def test_bad_sizes(mixer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_mixer(mixer, **options)
 
 
 WITHOUT_TRITON = """

@@ -29,18 +29,11 @@ def naive(x, dt, A, B, C, D, dt_bias, initial_state, dt_limit):
     return y, torch.stack(finals).view_as(initial_state)
 
 
-CASES = {
-    "T37-H4-G2": {"batch": 2, "tokens": 37, "heads": 4, "groups": 2, "dim": 8, "size": 6},
-    "T64-H3-G1": {"batch": 1, "tokens": 64, "heads": 3, "groups": 1, "dim": 4, "size": 8},
-    "T1": {"batch": 2, "tokens": 1, "heads": 2, "groups": 2, "dim": 4, "size": 4},
-    "T5-below_chunk": {
-        "batch": 1,
-        "tokens": 5,
-        "heads": 1,
-        "groups": 1,
-        "dim": 5,
-        "size": 3,
-    },
+CASES = {  # batch, tokens, heads, groups, dim, size
+    "T37-H4-G2": (2, 37, 4, 2, 8, 6),
+    "T64-H3-G1": (1, 64, 3, 1, 4, 8),
+    "T1": (2, 1, 2, 2, 4, 4),
+    "T5-below_chunk": (1, 5, 1, 1, 5, 3),
 }
 LIMITS = {"no_limit": (0.0, float("inf")), "limit": (0.4, 0.9)}
 
@@ -49,7 +42,7 @@ LIMITS = {"no_limit": (0.0, float("inf")), "limit": (0.4, 0.9)}
 @pytest.mark.parametrize("scan", ["chunk1", "chunk12", "chunk16", "chunk64", "recurrent"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_naive_loop(case, scan, limit):
-    inputs = make_ssd(**CASES[case])
+    inputs = make_ssd(*CASES[case])
 
     def loop(*args, initial_state, output_final_state):
         return naive(*args, initial_state, LIMITS[limit])
@@ -81,20 +74,9 @@ def test_equals_transformers(limit):
     inputs = make_ssd(2, 150, 4, 2, 16, 32, dtype=torch.float32)
 
     def theirs(x, dt, A, B, C, D, dt_bias, initial_state, output_final_state):
-        return mamba2_chunk_scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            64,
-            D=D,
-            dt_bias=dt_bias,
-            initial_states=initial_state,
-            dt_softplus=True,
-            dt_limit=LIMITS[limit],
-            return_final_states=True,
-        )
+        options = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": LIMITS[limit]}
+        states = {"initial_states": initial_state, "return_final_states": True}
+        return mamba2_chunk_scan(x, dt, A, B, C, 64, D=D, **options, **states)
 
     ours = with_all(chunk_ssd, dt_limit=LIMITS[limit])
     assert_close(results(ours, inputs), results(theirs, inputs), 2e-6)
