@@ -5,7 +5,8 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 
 def one_of(*choices: str, default: Any = MISSING) -> Any:
@@ -28,12 +29,16 @@ def number(
 
 
 def check_ranges(config: Any) -> None:
-    """Raises ValueError for the first field of a dataclass that is out of its range."""
+    """Raises ValueError for the first field of a dataclass that is out of its range, or None where
+    its type does not allow that."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if value is not None and "choices" in f.metadata:
+        if value is None:
+            if NoneType not in get_args(f.type):
+                raise ValueError(f"{f.name} must have a value, got None; give one")
+        elif "choices" in f.metadata:
             check_choice(f.name, value, f.metadata["choices"])
-        elif value is not None and "bounds" in f.metadata:
+        elif "bounds" in f.metadata:
             _check_bounds(f.name, value, f.metadata["bounds"])
 
 

@@ -82,3 +82,24 @@ def check_every_route(mixer: str, values: dict) -> None:
 def test_every_value_runs_on_every_route(mixer, data):
     drawn = {field.name: values(field) for field in fields(CONFIGS[mixer])}
     check_every_route(mixer, data.draw(st.fixed_dictionaries(drawn)))
+
+
+@pytest.mark.parametrize("name", ["num_layers", "norm_eps", "tie_embeddings", "dt_limit"])
+def test_none_is_refused_where_the_type_has_none(name):
+    sizes = {"hidden_size": 8, "num_layers": 1, "d_state": 4, "head_dim": 4}
+    with pytest.raises(ValueError, match=f"{name} must have a value, got None"):
+        CONFIGS["mamba2"](**{**sizes, name: None})
+    assert CONFIGS["mamba2"](**sizes, norm_groups=None).norm_groups is None
+
+
+@pytest.mark.parametrize("limits", [0.5, "ab", (0.5,), (0.0, 0.1, 0.2), (0.1, 0.1), (-0.1, 0.1)])
+def test_limits_are_two_rising_numbers(limits):
+    with pytest.raises(ValueError, match="dt_limit must be two numbers from 0"):
+        CONFIGS["mamba2"](hidden_size=8, num_layers=1, d_state=4, head_dim=4, dt_limit=limits)
+
+
+def test_limits_are_a_tuple_however_they_were_given():
+    config = CONFIGS["mamba2"](
+        hidden_size=8, num_layers=1, d_state=4, head_dim=4, dt_limit=[0.0, 0.1]
+    )
+    assert config.dt_limit == config.mixer_args()["dt_limit"] == (0.0, 0.1)
