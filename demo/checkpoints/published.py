@@ -19,8 +19,14 @@ import torch
 from torch import Tensor
 
 from demo.checkpoints.hub import download
-from demo.checkpoints.tokenizer import FILE as TOKENIZER
-from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
+from demo.checkpoints.tokenizer import (
+    OPTIONS,
+    TOKENIZER,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_of,
+)
 from demo.checkpoints.weights import model_on_meta, read_pickle, read_safetensors
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
@@ -45,7 +51,7 @@ class Format(NamedTuple):
 
 def download_published(name: str) -> Path:
     """The local copy of a checkpoint on the Hugging Face hub, `owner/name`."""
-    about = (PUBLISHED_CONFIG, "tokenizer.json", "tokenizer_config.json")
+    about = (PUBLISHED_CONFIG, TOKENIZER, OPTIONS)
     folder = download(name, *about, "*.safetensors", f"*.{INDEX.partition('.')[2]}")
     if not (folder / WHOLE).exists() and not (folder / INDEX).exists():
         folder = download(name, *about, PICKLE)
