@@ -142,9 +142,9 @@ def _drop_output() -> None:
 
 
 def process_rank() -> int:
-    """Of this process among those that train together, of which the first speaks for all. RANK is
-    torchrun's; LOCAL_RANK is all that Lightning's own launcher sets."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    """Of this process among those that train together, of which the first speaks for all."""
+    by_torchrun = "LOCAL_WORLD_SIZE" in os.environ  # Lightning's own launcher sets LOCAL_RANK alone
+    return int(os.environ.get("RANK" if by_torchrun else "LOCAL_RANK", 0))
 
 
 def _say(name: str, error: ConfigError) -> None:
