@@ -28,6 +28,7 @@ from demo.checkpoints.tokenizer import (
     tokenizer_of,
 )
 from demo.checkpoints.weights import model_on_meta, read_pickle, read_safetensors
+from demo.config.errors import first_line
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
 
@@ -139,8 +140,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be read as JSON ({reason}); download it again") from error
+        raise ValueError(
+            f"{file} cannot be read as JSON ({first_line(error)}); download it again"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} must hold a JSON object, got {type(content).__name__}; download it again"
