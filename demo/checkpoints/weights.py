@@ -62,4 +62,14 @@ def model_on_meta(config: ModelConfig, tensors: float = math.inf) -> LanguageMod
         with torch.device("meta"):
             return LanguageModel(config)
     except (RuntimeError, ArithmeticError, TypeError) as error:
-        raise ValueError("it has sizes that no tensors can have; use smaller ones") from error
+        raise ValueError(
+            f"it has sizes that no tensors can have, such as {largest_sizes(config)}; use "
+            "smaller ones"
+        ) from error
+
+
+def largest_sizes(config: ModelConfig) -> str:
+    """The three largest: the one that was mistyped is among them."""
+    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
+    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    return ", ".join(f"model.{name}={sizes[name]}" for name in names)

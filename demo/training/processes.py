@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from demo.checkpoints.weights import model_on_meta
+from demo.checkpoints.weights import largest_sizes, model_on_meta
 from demo.config.command import process_rank
 from demo.config.errors import ConfigError, RunError, about
 from demo.config.schema import TrainConfig, TrainerConfig, model_name
@@ -133,7 +133,7 @@ def check_memory(config: TrainConfig, processes: Processes) -> None:
         raise ConfigError(
             f"model={model_name(model)} must fit in the memory of this host, "
             f"{memory / 2**30:,.1f} GiB, got {parameters:,} parameters, which need "
-            f"{needed / 2**30:,.1f} GiB; lower one of {_largest_sizes(model)}"
+            f"{needed / 2**30:,.1f} GiB; lower one of {largest_sizes(model)}"
         )
 
 
@@ -153,13 +153,6 @@ def host_memory() -> float:
     with suppress(OSError, ValueError):  # no container, or "max"
         limits.append(int(CONTAINER_LIMIT.read_text()))
     return min(limits)
-
-
-def _largest_sizes(config: ModelConfig) -> str:
-    """The three largest: the one that was mistyped is among them."""
-    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
-    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    return ", ".join(f"model.{name}={sizes[name]}" for name in names)
 
 
 @contextmanager
