@@ -1,6 +1,7 @@
 """Continue a text with a trained model: `python infer.py --help` says how."""
 
 import sys
+from pathlib import Path
 
 from demo.config.command import command
 from demo.config.errors import ConfigError
@@ -16,15 +17,8 @@ def main(config: InferConfig) -> None:
     import torch
 
     from demo.checkpoints.checkpoint import load
-    from demo.inference.bench import bench
-    from demo.inference.compare import compare
-    from demo.inference.printing import (
-        print_json,
-        print_measurement,
-        print_texts,
-        relative_path,
-        speed_line,
-    )
+    from demo.inference.measure import bench, compare
+    from demo.inference.printing import print_json, print_measurement, print_texts, speed_line
     from demo.inference.text_generation import Options, in_batches
 
     gpu = torch.cuda.is_available()
@@ -47,7 +41,9 @@ def main(config: InferConfig) -> None:
         else:
             results = print_texts(batches, len(prompts))
         said = [speed_line(results), f"norm path: {loaded.model.norm_path}"]
-    print(*said, f"checkpoint: {relative_path(loaded.folder)}", sep=" | ", file=sys.stderr)
+    folder, here = loaded.folder, Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    print(*said, f"checkpoint: {folder}", sep=" | ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> Summary:
     from demo.training.plots import compressors, plot_loss
     from demo.training.processes import check_devices, ends_in_a_line, find_processes
     from demo.training.resume import find_start, start_model
-    from demo.training.run import METRICS, PICTURE, Run
+    from demo.training.run import PICTURE, Run
     from demo.training.summary import Summary
     from demo.training.trainer import build_trainer, record
 
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> Summary:
     if rank == 0:
         text = config.data.name or config.data.source
         title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"
-        plot_loss(folder / METRICS, folder / PICTURE, title, compressors(data.val_text))
+        plot_loss(run.read_metrics(), folder / PICTURE, title, compressors(data.val_text))
     return summary
 
 

@@ -76,7 +76,6 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    from demo.checkpoints.checkpoint import build_model
     from demo.config.command import compose
     from demo.config.schema import model_name
     from demo.data.batches import TrainLoader
@@ -86,6 +85,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from demo.training.processes import find_processes
     from demo.training.run import Run
     from demo.training.trainer import build_trainer, record
+    from models.language_model import LanguageModel
 
     class Window(Callback):
         """The steps after the warm-up, until `seconds` are over."""
@@ -106,7 +106,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     data, optim = config.data, config.optim
     processes = find_processes(config)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, "training")
+    model = LanguageModel(config.model)
     text = np.random.default_rng(0).integers(0, 256, 4_000_000).astype(np.uint8)
     documents = Documents(text, np.array([0, text.size]))
     batches = TrainLoader(

@@ -7,7 +7,7 @@ Imports nothing heavy, so that a command can check its arguments at once.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from models.ranges import check_ranges, number, one_of
+from models.ranges import as_written, check_ranges, number, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,11 @@ class Mamba2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.dt_limit
-        if not 0 <= low < high:
+        limits = self.dt_limit
+        numbers = isinstance(limits, list | tuple) and len(limits) == 2
+        if not numbers or not 0 <= limits[0] < limits[1]:
             raise ValueError(
                 "dt_limit must be two numbers from 0, the second above the first, got "
-                f"{list(self.dt_limit)}; use for example [0,.inf]"
+                f"{as_written(limits)}; use for example [0,.inf]"
             )
+        object.__setattr__(self, "dt_limit", tuple(limits))  # a list, as YAML reads it

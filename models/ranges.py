@@ -6,7 +6,8 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 RULES = {
     "at least": operator.ge,
@@ -36,12 +37,16 @@ def number(
 
 
 def check_ranges(config: Any) -> None:
-    """Raises ValueError for the first field of a dataclass that is out of its range."""
+    """Raises ValueError for the first field of a dataclass that is out of its range, or None where
+    its type does not allow that."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if value is not None and "choices" in f.metadata:
+        if value is None:
+            if NoneType not in get_args(f.type):
+                raise ValueError(f"{f.name} must have a value, got None; give one")
+        elif "choices" in f.metadata:
             check_choice(f.name, value, f.metadata["choices"])
-        elif value is not None and "bounds" in f.metadata:
+        elif "bounds" in f.metadata:
             _check_bounds(f.name, value, f.metadata["bounds"])
 
 

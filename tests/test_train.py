@@ -19,12 +19,12 @@ from demo.data.corpus import load_corpus
 from demo.training.callbacks import Progress, Throughput
 from demo.training.module import learning_rate_factor
 from demo.training.plots import (
+    column,
     compressors,
     plot_comparison,
     plot_loss,
-    read_metric,
-    read_training,
     smooth,
+    training_losses,
 )
 from demo.training.run import Run
 from models.generation import generate
@@ -287,7 +287,8 @@ def test_the_compressors_are_those_of_the_shell():
 def test_the_picture_is_a_picture(tmp_path):
     rows = [f"{step},{8 / (1 + step)},{8.0 if step == 0 else ''}" for step in range(50)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,train_bpb,val_bpb", *rows]))
-    plot_loss(tmp_path / "metrics.csv", tmp_path / "loss.png", "a title", {"gzip": 2.0, "xz": 1.98})
+    metrics = Run(tmp_path).read_metrics()
+    plot_loss(metrics, tmp_path / "loss.png", "a title", {"gzip": 2.0, "xz": 1.98})
     data = (tmp_path / "loss.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -296,14 +297,14 @@ def test_the_picture_is_a_picture(tmp_path):
 
 
 def test_a_training_loss_stands_after_its_step_where_the_validation_does(tiny_run):
-    metrics = tiny_run.run / "metrics.csv"
-    steps, losses = read_training(metrics)
+    metrics = Run(tiny_run.run).read_metrics()
+    steps, losses = training_losses(metrics)
     assert steps.tolist() == [1, 2, 3]
     assert len(losses) == 3
-    assert read_metric(metrics, "val_bpb")[0].tolist() == [0, 3]
+    assert column(metrics, "val_bpb")[0].tolist() == [0, 3]
 
 
 @pytest.mark.filterwarnings("error")
 def test_long_overrides_leave_room_for_the_curves(tiny_run, tmp_path):
-    runs = {f"data.path={'long/' * 50}{n}": tiny_run.run / "metrics.csv" for n in range(2)}
+    runs = {f"data.path={'long/' * 50}{n}": Run(tiny_run.run).read_metrics() for n in range(2)}
     plot_comparison(runs, tmp_path / "comparison.png")

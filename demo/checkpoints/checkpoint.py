@@ -8,7 +8,7 @@ demo/checkpoints/published.py.
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,10 @@ def load(
     Raises:
         ConfigError: when it is not there, is damaged, or is of another model than `model`.
     """
-    try:
+    with about():
         check_choice("model", model or "fla", MODELS)
         check_choice("norm_path", norm_path, NORM_PATHS)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    folder = find_checkpoint(model, checkpoint, runs_dir)
+    folder = find_checkpoint(checkpoint, model, runs_dir)
     of_a_run = (folder / CONFIG).is_file()
     with about("checkpoint"):
         config = read_model_config(folder) if of_a_run else published_config(folder)
@@ -107,12 +105,6 @@ def load(
     return Loaded(language_model, tokenizer, folder, name)
 
 
-def build_model(config: ModelConfig, norm_path: str) -> LanguageModel:
-    """The language model that `config` describes. Raises ConfigError for sizes that do not fit."""
-    with about(f"model={model_name(config)}"):
-        return LanguageModel(config, norm_path=norm_path)
-
-
 def save_config(folder: Path, config: Any) -> None:
     """Write a dataclass of demo/config/schema.py as `config.yaml`."""
     values = dataclasses.asdict(config)
@@ -132,13 +124,12 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     write_atomically(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
-def find_checkpoint(model: str | None, checkpoint: str | Path | None, runs_dir: str | Path) -> Path:
+def find_checkpoint(checkpoint: str | Path | None, model: str | None, runs_dir: str | Path) -> Path:
     """The folder of the checkpoint that `load` reads, whose arguments these are; downloaded where
     it is on the hub. Raises ConfigError."""
     if checkpoint is None:
         model = model or "fla"
-        runs = sorted(Path(runs_dir).glob(f"*/{WEIGHTS}"), key=lambda file: -file.stat().st_mtime)
-        return next((run.parent for run in runs if is_run_of(run.parent, model)), SHIPPED / model)
+        return next(newest_runs(runs_dir, model, WEIGHTS), SHIPPED / model)
     path = Path(checkpoint)
     if "/" in path.as_posix() and is_hub_id(path.as_posix()) and not path.parent.is_dir():
         with about("checkpoint"):
@@ -165,8 +156,8 @@ def check_weights(file: Path, config: ModelConfig, shapes: Mapping[str, Sequence
     try:
         model = model_on_meta(config, len(shapes))
     except ValueError as error:
-        why = f"its model section is wrong: {error}"
-        raise ConfigError(damaged(file.parent / CONFIG, why)) from error
+        why = f"its model section is wrong: {error}".partition(";")[0]
+        raise damaged(file.parent / CONFIG, why) from error
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     given = {name: list(shape) for name, shape in shapes.items()}
     for name in (*expected, *given):
@@ -176,7 +167,7 @@ def check_weights(file: Path, config: ModelConfig, shapes: Mapping[str, Sequence
                 f"its tensors are not those of the {CONFIG} beside it: the shape of {name} must be "
                 f"{wanted}, got {got}"
             )
-            raise ConfigError(damaged(file, why))
+            raise damaged(file, why)
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -184,20 +175,24 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     weights, metadata = read_safetensors(file)
     check_weights(file, config, {name: tensor.shape for name, tensor in weights.items()})
     if metadata.get("crc32") != _checksum(weights):
-        raise ConfigError(damaged(file, "its checksum is wrong"))
+        raise damaged(file, "its checksum is wrong")
     return weights
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The `model` section of a checkpoint's config.yaml. Raises ConfigError."""
+    return read_config(folder, lambda values: model_config(values["model"]))
+
+
+def read_config(folder: Path, check: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `check` makes of the values in a checkpoint's config.yaml. Raises ConfigError."""
     try:
         values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        model = values.get("model") if isinstance(values, dict) else None
-        if not isinstance(model, dict):
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"it has no model section whose name is one of {', '.join(MODELS)}")
-        return model_config(model)
+        return check(values)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(damaged(folder / CONFIG, _reason(error))) from error
+        raise damaged(folder / CONFIG, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -215,6 +210,12 @@ def _reason(error: Exception) -> str:
     return f"it holds a value that cannot be read: {error}"  # a date of a 99th month, say
 
 
+def newest_runs(runs_dir: str | Path, model: str, name: str) -> Iterator[Path]:
+    """The folders of this model's runs, the one whose file `name` is newest first."""
+    files = sorted(Path(runs_dir).glob(f"*/{name}"), key=lambda file: -file.stat().st_mtime)
+    return (file.parent for file in files if is_run_of(file.parent, model))
+
+
 def is_run_of(folder: Path, model: str) -> bool:
     """Whether the folder holds a run of this model."""
     try:
@@ -223,9 +224,9 @@ def is_run_of(folder: Path, model: str) -> bool:
         return False
 
 
-def damaged(file: Path, why: str) -> str:
-    """The words of an error about a file that is not as train.py wrote it."""
-    return (
+def damaged(file: Path, why: str) -> ConfigError:
+    """The error for a file that is not as train.py wrote it."""
+    return ConfigError(
         f"checkpoint file {str(file)!r} must be whole and as train.py wrote it, but {why}; "
         "name another checkpoint, or train again"
     )

@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from demo.checkpoints.hub import download
-from demo.checkpoints.tokenizer import FILE as TOKENIZER
-from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
+from demo.checkpoints.tokenizer import (
+    OPTIONS,
+    TOKENIZER,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_of,
+)
 from demo.checkpoints.weights import model_on_meta, read_pickle, read_safetensors
+from demo.config.errors import first_line
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.language_model import LanguageModel
 
@@ -45,7 +52,7 @@ class Format(NamedTuple):
 
 def download_published(name: str) -> Path:
     """The local copy of a checkpoint on the Hugging Face hub, `owner/name`."""
-    about = (PUBLISHED_CONFIG, "tokenizer.json", "tokenizer_config.json")
+    about = (PUBLISHED_CONFIG, TOKENIZER, OPTIONS)
     folder = download(name, *about, "*.safetensors", f"*.{INDEX.partition('.')[2]}")
     if not (folder / WHOLE).exists() and not (folder / INDEX).exists():
         folder = download(name, *about, PICKLE)
@@ -133,8 +140,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be read as JSON ({reason}); download it again") from error
+        raise ValueError(
+            f"{file} cannot be read as JSON ({first_line(error)}); download it again"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} must hold a JSON object, got {type(content).__name__}; download it again"

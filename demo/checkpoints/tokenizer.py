@@ -10,7 +10,7 @@ from demo.checkpoints.atomic import write_atomically
 from demo.checkpoints.hub import download, is_hub_id
 from demo.config.errors import first_line
 
-FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 
 # What ends a document in published tokenizers, for one whose folder does not say.
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -83,7 +83,7 @@ class TextTokenizer:
         return TextStream(self.decode)
 
     def save(self, folder: Path) -> None:
-        texts = {FILE: self.tokenizer.to_str(pretty=True)}
+        texts = {TOKENIZER: self.tokenizer.to_str(pretty=True)}
         if self.eos is not None:
             options = {
                 "tokenizer_class": "PreTrainedTokenizerFast",  # transformers asks for one
@@ -133,13 +133,13 @@ def load_tokenizer(source: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(source)
     if path.is_dir():
-        path = path / FILE
+        path = path / TOKENIZER
     elif not path.exists() and is_hub_id(source):
-        path = download(source, FILE, OPTIONS) / FILE
+        path = download(source, TOKENIZER, OPTIONS) / TOKENIZER
     if not path.is_file():
         raise ValueError(
-            f"a tokenizer must be bytes, a {FILE}, a folder with one or a hub id, got {source!r}, "
-            "where there is no such file; name another one, or use bytes"
+            f"a tokenizer must be bytes, a {TOKENIZER}, a folder with one or a hub id, got "
+            f"{source!r}, where there is no such file; name another one, or use bytes"
         )
     return _read(path)
 
@@ -150,7 +150,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     Raises:
         ValueError: for a damaged file, and when a package is missing.
     """
-    file = folder / FILE
+    file = folder / TOKENIZER
     return _read(file) if file.is_file() else ByteTokenizer()
 
 

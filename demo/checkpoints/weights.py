@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, read without running code of the file, and the model that they
 should fit, made without allocating it."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def model_on_meta(config: ModelConfig, tensors: int) -> LanguageModel:
+def model_on_meta(config: ModelConfig, tensors: float = math.inf) -> LanguageModel:
     """The model of `config` on the meta device, where no size needs memory. Raises ValueError for
     sizes that do not fit each other, or that no model with this number of tensors can have."""
     try:
@@ -61,4 +62,14 @@ def model_on_meta(config: ModelConfig, tensors: int) -> LanguageModel:
         with torch.device("meta"):
             return LanguageModel(config)
     except (RuntimeError, ArithmeticError, TypeError) as error:
-        raise ValueError("it asks for sizes that no tensors can have") from error
+        raise ValueError(
+            f"it has sizes that no tensors can have, such as {largest_sizes(config)}; use "
+            "smaller ones"
+        ) from error
+
+
+def largest_sizes(config: ModelConfig) -> str:
+    """The three largest: the one that was mistyped is among them."""
+    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
+    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    return ", ".join(f"model.{name}={sizes[name]}" for name in names)

@@ -83,7 +83,7 @@ def _run(name: str, main: Callable[[Any], Any], compare: str | None) -> bool:
         except ConfigError as error:
             _say(name, error)
     # Only the first process says how it went: Lightning kills it where another one exits with 2.
-    if not _is_first():
+    if process_rank():
         return True
     if compare is not None and results:
         folder = Path(configs[0].runs_dir, f"compare_{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -122,7 +122,7 @@ def _told_apart(results: list[tuple[list[str], Any]]) -> list[tuple[str, Any]]:
 @contextmanager
 def _standard_output() -> Iterator[None]:
     """Raises ConfigError where standard output takes no more, on a full disk for example. Errors of
-    a run's files have the file's name, and a reader that left is a BrokenPipeError as ever."""
+    a run's files have the file's name, and a reader that left is still a BrokenPipeError."""
     try:
         yield
         sys.stdout.flush()
@@ -141,11 +141,12 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_first() -> bool:
-    """Whether this is the first of the processes that work together, which speaks for all."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+def process_rank() -> int:
+    """Of this process among those that train together, of which the first speaks for all."""
+    by_torchrun = "LOCAL_WORLD_SIZE" in os.environ  # Lightning's own launcher sets LOCAL_RANK alone
+    return int(os.environ.get("RANK" if by_torchrun else "LOCAL_RANK", 0))
 
 
 def _say(name: str, error: ConfigError) -> None:
-    if _is_first():
+    if process_rank() == 0:
         print(f"{name}.py: error: {' '.join(str(error).split())}", file=sys.stderr)

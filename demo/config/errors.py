@@ -28,6 +28,8 @@ def about(key: str = "") -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where the message is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The reason that the system gives, or the first line of an exception's message, or its type
+    where the message is empty."""
+    text = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

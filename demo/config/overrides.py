@@ -19,9 +19,9 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from demo.config.errors import ConfigError
+from demo.config.errors import ConfigError, about
 from demo.config.schema import MODELS, TEXT_KEYS, infer_config, train_config, unknown_key
-from models.ranges import as_written, nearest
+from models.ranges import as_written, check_choice
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 CHECKS = {"train": train_config, "infer": infer_config}
@@ -114,13 +114,13 @@ def _check_options(group: str, value: Any, options: list[str]) -> None:
     # Experiments are changes, which can be combined.
     several = group == "experiment" and isinstance(value, list)
     for option in value if several else [value]:
-        if option in options:
-            continue
-        hint = f"; choose one, and set values by their keys, as in {group}.<name>=<value>"
-        hint = nearest(option, options) if isinstance(option, str) else hint
-        raise ConfigError(
-            f"{group} must be one of {', '.join(options)}, got {as_written(option)}{hint}"
-        )
+        if not isinstance(option, str):
+            raise ConfigError(
+                f"{group} must be one of {', '.join(options)}, got {as_written(option)}; choose "
+                f"one, and set values by their keys, as in {group}.<name>=<value>"
+            )
+        with about():
+            check_choice(group, option, options)
 
 
 def _read(name: str, argument: str) -> tuple[str, Any]:

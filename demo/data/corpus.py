@@ -16,7 +16,7 @@ import numpy as np
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
-from demo.data.sources import as_bytes, read_source
+from demo.data.sources import as_bytes, find_files, open_hub, read_files
 
 if TYPE_CHECKING:
     import datasets
@@ -65,7 +65,10 @@ class Corpus:
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Find, read, split and tokenize the documents that `config` names. Raises ConfigError."""
     tokenizer = tokenizer or ByteTokenizer()
-    table = read_source(config)
+    if config.source == "hub":
+        table = open_hub(config)
+    else:
+        table = read_files(*find_files(config), config.column)
     texts = [as_bytes(text) for text in table["text"][:]]
     count, tail = len(texts), None
     if count == 1:

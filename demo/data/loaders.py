@@ -11,10 +11,12 @@ from demo.data.stream import StreamLoader, validation_corpus
 
 
 class Data(NamedTuple):
-    """Attributes:
-    train, validation: The batches of this process.
-    bytes_per_token: How much text a token stands for, in training and in validation.
-    val_text: All held-out text.
+    """What a run trains on.
+
+    Attributes:
+        train, validation: The batches of this process.
+        bytes_per_token: How much text a token stands for, in training and in validation.
+        val_text: All held-out text.
     """
 
     train: TrainLoader | StreamLoader

@@ -34,13 +34,6 @@ NOT_STDLIB = frozenset(
 )
 
 
-def read_source(config: DataConfig) -> "datasets.Dataset":
-    """The table of all documents that `config` names. Raises ConfigError."""
-    if config.source == "hub":
-        return open_hub(config)
-    return read_files(*find_files(config), config.column)
-
-
 def find_files(config: DataConfig) -> tuple[Path, list[str]]:
     """The folder to search, and the sorted paths of its documents relative to it."""
     if config.source == "stdlib":

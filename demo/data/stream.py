@@ -89,7 +89,7 @@ class StreamLoader(Loader):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ConfigError when `state`, of a run to resume, is of another stream. The first
         process, which prints errors, checks all of them."""
-        check_keys(state, {"position", "beginning", "shards", "processes"})
+        check_keys(state, ["beginning", "position", "processes", "shards"])
         count = len(state["processes"])
         check_same("the number of processes of a stream", count, self.world_size, f"use {count}")
         check_same("the number of files of the stream", state["shards"], self.stream.num_shards)

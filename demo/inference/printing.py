@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,17 +36,6 @@ def _rate(tokens: int, seconds: float) -> str:
     return f", {tokens / seconds:,.0f} tokens/s" if tokens and seconds else ""
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print at once."""
-    print(text, end=end, flush=True)
-
-
-def relative_path(path: Path) -> str:
-    """A path as it is seen from the current folder."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
 def print_texts(batches: Iterable[PromptBatch], prompts: int) -> Results:
     """Print each prompt and its continuation as it comes, under a header where there are several
     prompts."""
@@ -60,9 +48,9 @@ def print_texts(batches: Iterable[PromptBatch], prompts: int) -> Results:
             texts.append(("\n\n" if number else "") + header + result.prompt)
             number += 1
         for text in _in_order(batch, texts):
-            say(text, end="")
+            print(text, end="", flush=True)
         done.append(batch.results)
-    say("")
+    print(flush=True)
     if sys.stdout.isatty():
         print(file=sys.stderr)  # between the text and what is said about it
     return done
@@ -73,7 +61,7 @@ def print_json(batches: Iterable[PromptBatch]) -> Results:
     done = []
     for batch in batches:
         for result in batch.run():
-            say(json.dumps(asdict(result)))
+            print(json.dumps(asdict(result)), flush=True)
         done.append(batch.results)
     return done
 
@@ -81,7 +69,7 @@ def print_json(batches: Iterable[PromptBatch]) -> Results:
 def print_measurement(measured: Any, output: str) -> None:
     """Print a `Speed` or a `Comparison` as a table, or as one line of JSON."""
     if output == "json":
-        say(json.dumps(measured.record()))
+        print(json.dumps(measured.record()))
     else:
         Console().print(measured.table())
 

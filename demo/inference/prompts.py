@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from demo.config.errors import ConfigError
+from demo.config.errors import ConfigError, first_line
 from demo.config.schema import InferConfig
 
 
@@ -67,8 +67,7 @@ def _read(key: str, name: str) -> bytes:
             raise OSError(errno.EBADF, "standard input is closed")
         return sys.stdin.buffer.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{key} must be a file that can be read, got {name!r} ({reason}); give another path, "
-            "or - for standard input"
+            f"{key} must be a file that can be read, got {name!r} ({first_line(error)}); give "
+            "another path, or - for standard input"
         ) from error

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class PromptBatch:
         tokens = [
             torch.tensor(text.prompt, dtype=torch.int64, device=device) for text in self._texts
         ]
-        sampling = {f.name: getattr(options, f.name) for f in fields(options)}
+        sampling = asdict(options)
         del sampling["stop"]
         if options.seed is not None:
             sampling["seed"] = [options.seed] * len(tokens)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -15,11 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch.distributed.tensor import DTensor
-
-try:
-    import resource
-except ModuleNotFoundError:  # on Windows
-    resource = None
 
 from demo.config.errors import RunError
 from demo.training.run import LAST, Run
@@ -181,7 +177,7 @@ def all_finite(module: torch.nn.Module, processes: int) -> bool:
 class Progress(Callback):
     """A bar with the time left, the loss in bits per byte, tokens/s and the peak memory: of the
     GPU, or without one of the process. Where there is no terminal, a line with the same twice a
-    minute."""
+    minute. A validation, which is before or after the training, has a bar of its own."""
 
     LINE_EVERY, DRAW_EVERY = 30.0, 0.25  # seconds: reading the loss waits for a GPU
 
@@ -214,17 +210,14 @@ class Progress(Callback):
         self._stop()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._validates = self.bar is None  # and not in the middle of training
-        if self._validates:
-            self._draw(trainer, "Validation", sum(trainer.num_val_batches))
+        self._draw(trainer, "Validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.bar and self._validates:
+        if self.bar:
             self.bar.advance(self._task)
 
     def on_validation_end(self, *_: Any) -> None:
-        if self._validates:
-            self._stop()
+        self._stop()
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
@@ -255,17 +248,13 @@ class Progress(Callback):
             shown.append(f"loss {metrics['train_bpb']:.2f}")
         if "tokens_per_s" in metrics:
             shown.append(f"tok/s {metrics['tokens_per_s']:,.0f}")
-        if (peak := process_peak_memory(module.device)) is not None:
-            shown.append(f"GiB {peak / 2**30:.1f}")
+        shown.append(f"GiB {process_peak_memory(module.device) / 2**30:.1f}")
         return ", ".join(shown)
 
 
-def process_peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has had in use at once, of the device's memory; None where
-    the system does not say."""
+def process_peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had in use at once, of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    if resource is None:
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -110,7 +110,7 @@ class LitLanguageModel(L.LightningModule):
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=optim.learning_rate,
-            betas=tuple(optim.betas),
+            betas=optim.betas,
             # With 16-mixed a fused optimizer would get scaled gradients, which must not be clipped.
             fused=self.trainer.precision != "16-mixed",
         )

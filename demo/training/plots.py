@@ -2,7 +2,6 @@
 comparison.png of several runs."""
 
 import bz2
-import csv
 import gzip
 import lzma
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from demo.checkpoints.atomic import write_atomically
-from demo.config.errors import RunError, first_line
+from demo.checkpoints.atomic import must_fit, write_atomically
+from demo.training.run import Rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,18 +19,17 @@ INK, LIGHT, ACCENT, GREY = "#1f2a44", "#a9b8d8", "#d1495b", "#8a8f98"
 TICKS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10)  # bits per byte
 
 
-def read_metric(metrics: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps and values of one column of a metrics.csv, where it is not empty."""
-    with metrics.open(newline="", encoding="utf-8") as file:
-        rows = [(row["step"], row.get(name)) for row in csv.DictReader(file)]
-    points = np.array([(int(step), float(value)) for step, value in rows if value], dtype=float)
-    return (points[:, 0], points[:, 1]) if len(points) else (np.empty(0), np.empty(0))
+def column(metrics: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and values of a metric, where there is one."""
+    points = [(step, values[name]) for step, values in metrics if name in values]
+    steps, found = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, found
 
 
-def read_training(metrics: Path) -> tuple[np.ndarray, np.ndarray]:
+def training_losses(metrics: Rows) -> tuple[np.ndarray, np.ndarray]:
     """The training losses and how many steps there were with each: Lightning counts from 0, and
     writes a validation with the number of steps before it."""
-    steps, losses = read_metric(metrics, "train_bpb")
+    steps, losses = column(metrics, "train_bpb")
     return steps + 1, losses
 
 
@@ -57,10 +55,10 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
     return out
 
 
-def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, float]) -> None:
-    """Draw training and validation loss from `metrics` (a metrics.csv) to `target` (a png)."""
-    steps, losses = read_training(metrics)
-    val_steps, val_losses = read_metric(metrics, "val_bpb")
+def plot_loss(metrics: Rows, target: Path, title: str, yardsticks: dict[str, float]) -> None:
+    """Draw the training and validation loss of a run to `target`, a png."""
+    steps, losses = training_losses(metrics)
+    val_steps, val_losses = column(metrics, "val_bpb")
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes.plot(steps, losses, color=LIGHT, linewidth=0.7, label="training, each step")
     smoothed = smooth(losses, max(1.0, len(losses) / 60))
@@ -91,14 +89,14 @@ def plot_loss(metrics: Path, target: Path, title: str, yardsticks: dict[str, flo
     _write(figure, target)
 
 
-def plot_comparison(runs: dict[str, Path], target: Path) -> None:
-    """Draw the smoothed training loss and the last validation of several metrics.csv, by name."""
+def plot_comparison(runs: dict[str, Rows], target: Path) -> None:
+    """Draw the smoothed training loss and the last validation of several runs, by name."""
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
     colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
     lows, highs = [], []
     for (name, metrics), colour in zip(runs.items(), colours, strict=True):
-        steps, losses = read_training(metrics)
-        _, val_losses = read_metric(metrics, "val_bpb")
+        steps, losses = training_losses(metrics)
+        _, val_losses = column(metrics, "val_bpb")
         smoothed = smooth(losses, max(1.0, len(losses) / 40))
         axes.plot(100 * steps / steps[-1], smoothed, color=colour, linewidth=1.5)
         label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"
@@ -132,11 +130,7 @@ def _bits_axis(axes: plt.Axes, bottom: float, top: float, title: str) -> None:
 def _write(figure: plt.Figure, target: Path) -> None:
     """Write a picture whole or not at all. Raises RunError."""
     try:
-        write_atomically(target, lambda part: figure.savefig(part, format="png"))
-    except OSError as error:
-        raise RunError(
-            f"a picture must fit on the disk, got {first_line(error)!r} for {target}; free some "
-            "space: what it shows is whole"
-        ) from error
+        with must_fit(target, ": all but the picture is complete"):
+            write_atomically(target, lambda part: figure.savefig(part, format="png"))
     finally:
         plt.close(figure)

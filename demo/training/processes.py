@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from demo.checkpoints.checkpoint import build_model
-from demo.config.errors import ConfigError, RunError
+from demo.checkpoints.weights import largest_sizes, model_on_meta
+from demo.config.command import process_rank
+from demo.config.errors import ConfigError, RunError, about
 from demo.config.schema import TrainConfig, TrainerConfig, model_name
 from models.config import ModelConfig
 
@@ -49,10 +50,10 @@ def find_processes(config: TrainConfig) -> Processes:
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         hosts = int(os.environ["WORLD_SIZE"]) // devices
-        found = Processes(devices, hosts, int(os.environ["RANK"]))
+        found = Processes(devices, hosts, process_rank())
     else:
         _refuse_slurm()
-        found = Processes(config.trainer.devices, 1, int(os.environ.get("LOCAL_RANK", 0)))
+        found = Processes(config.trainer.devices, 1, process_rank())
     if found.count > 1 and config.trainer.strategy == "auto":
         raise ConfigError(
             f"trainer.strategy must be ddp or fsdp for several processes, got auto for "
@@ -132,20 +133,14 @@ def check_memory(config: TrainConfig, processes: Processes) -> None:
         raise ConfigError(
             f"model={model_name(model)} must fit in the memory of this host, "
             f"{memory / 2**30:,.1f} GiB, got {parameters:,} parameters, which need "
-            f"{needed / 2**30:,.1f} GiB; lower one of {_largest_sizes(model)}"
+            f"{needed / 2**30:,.1f} GiB; lower one of {largest_sizes(model)}"
         )
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Of the model that `config` describes, of which it builds one block. Raises ConfigError."""
-    try:
-        with torch.device("meta"):
-            model = build_model(replace(config, num_layers=1), "training")
-    except (RuntimeError, ArithmeticError, TypeError) as error:
-        raise ConfigError(
-            f"model={model_name(config)} must have sizes that a machine can count with, got "
-            f"larger ones; lower one of {_largest_sizes(config)}"
-        ) from error
+    with about(f"model={model_name(config)}"):
+        model = model_on_meta(replace(config, num_layers=1))
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     return model.num_parameters() + (config.num_layers - 1) * block
 
@@ -153,18 +148,11 @@ def count_parameters(config: ModelConfig) -> int:
 def host_memory() -> float:
     """Bytes that the processes of this host can have, infinite where the system does not say."""
     limits = [math.inf]
-    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+    with suppress(OSError, ValueError):  # not on every system
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):  # no container, or "max"
         limits.append(int(CONTAINER_LIMIT.read_text()))
     return min(limits)
-
-
-def _largest_sizes(config: ModelConfig) -> str:
-    """The three largest: the one that was mistyped is among them."""
-    sizes = {name: value for name, value in vars(config).items() if type(value) in (int, float)}
-    names = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    return ", ".join(f"model.{name}={sizes[name]}" for name in names)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demo.checkpoints.checkpoint import CONFIG, WEIGHTS, build_model, is_run_of, load
+from demo.checkpoints.checkpoint import CONFIG, WEIGHTS, load, newest_runs
 from demo.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
-from demo.config.command import compose
 from demo.config.errors import ConfigError, about
+from demo.config.overrides import compose
 from demo.config.schema import TrainConfig, model_name
 from demo.training.processes import Processes, check_memory
-from demo.training.run import AT_WORK, LAST, METRICS, Rows, Run
+from demo.training.run import AT_WORK, LAST, LOADER, METRICS, Rows, Run, part_of
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.ranges import as_written
@@ -76,25 +76,20 @@ def find_start(asked: TrainConfig) -> Start:
     if state is None:
         return Start(config, run)
     rows = run.read_metrics(state["global_step"])
-    (position,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    (position,) = part_of(state, LOADER)
     return Start(config, run, run.folder / LAST, rows, position)
 
 
 def _newest_stopped(asked: TrainConfig) -> Run | None:
-    files = [
-        file
-        for file in Path(asked.runs_dir).glob(f"*/{CONFIG}")
-        if not Run(file.parent).is_finished and is_run_of(file.parent, model_name(asked.model))
-    ]
-    files.sort(key=lambda file: -file.stat().st_mtime)
-    stopped = [Run(file.parent) for file in files]
     # Several processes must all find the same one, and only the first sees who is at work.
     alone = asked.trainer.devices == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    runs = map(Run, newest_runs(asked.runs_dir, model_name(asked.model), CONFIG))
+    stopped = (run for run in runs if not run.is_finished)
     return next((run for run in stopped if not (alone and run.is_at_work())), None)
 
 
 def _check_resumable(run: Run, runs_dir: str) -> None:
-    """Raises ConfigError for a folder that holds no run, or one that cannot be gone on with."""
+    """Raises ConfigError for a folder that holds no run, or one that cannot be resumed."""
     folder = run.folder
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -130,7 +125,7 @@ def _resumed_config(run: Run, asked: TrainConfig) -> TrainConfig:
 
 def start_model(start: Start, processes: Processes) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
     """The model and the tokenizer to train with, and the config with the sizes that they have. The
-    weights of a run that is gone on with come later, with the optimiser. Raises ConfigError."""
+    weights of a resumed run come later, with the optimiser. Raises ConfigError."""
     config = start.config
     if config.checkpoint is not None and start.checkpoint is None:
         return _model_of_checkpoint(config)
@@ -142,7 +137,7 @@ def start_model(start: Start, processes: Processes) -> tuple[TrainConfig, Langua
     vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_memory(config, processes)
-    return config, build_model(config.model, "training"), tokenizer
+    return config, LanguageModel(config.model), tokenizer
 
 
 def _model_of_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageModel, Tokenizer]:

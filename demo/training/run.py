@@ -1,42 +1,41 @@
 """A run is one folder: made, locked, written, read again after it was stopped, and finished.
 
 `config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
-`model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training goes on from);
+`model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training resumes from);
 `metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
 """
 
 import csv
+import fcntl
 import functools
 import io
 import itertools
-import os
+import math
 import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import yaml
 
-from demo.checkpoints.atomic import write_atomically
+from demo.checkpoints.atomic import must_fit, write_atomically
 from demo.checkpoints.checkpoint import (
     CONFIG,
     WEIGHTS,
     check_weights,
     damaged,
-    read_model_config,
+    read_config,
     save_config,
     save_weights,
 )
-from demo.checkpoints.tokenizer import FILE as TOKENIZER
-from demo.checkpoints.tokenizer import Tokenizer
-from demo.config.errors import ConfigError, RunError, first_line
+from demo.checkpoints.tokenizer import TOKENIZER, Tokenizer
+from demo.config.command import process_rank
+from demo.config.errors import ConfigError
 from demo.config.schema import TrainConfig, model_name, train_config
-from demo.training.lock import lock
 from models.config import ModelConfig
 
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
@@ -45,7 +44,7 @@ COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metric
 
 AT_WORK = "another process works on; wait for its end, or stop it"
 
-# What last.ckpt must hold for all of a run to go on, besides what every loader has of its own.
+# What last.ckpt must hold for a run to be resumed, besides what every loader has of its own.
 LOADER = "loops.fit_loop.state_dict.combined_loader"
 STATE = (
     *("global_step", "state_dict", "optimizer_states", "lr_schedulers", LOADER),
@@ -96,7 +95,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """What goes on with this run, as a shell takes it."""
+        """The shell command that resumes this run."""
         return f"python train.py resume={shlex.quote(str(self.folder))}"
 
     @property
@@ -113,9 +112,9 @@ class Run:
             yield
             return
         with (self.folder / CONFIG).open("rb") as file:
-            if not lock(file):
+            if not _lock(file):
                 raise self.not_stopped(AT_WORK)
-            with self._full_disk_in_a_line(METRICS):
+            with self._must_fit(METRICS):
                 text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
                 write_atomically(self.folder / METRICS, lambda part: part.write_text(text))
             yield
@@ -123,13 +122,13 @@ class Run:
     def is_at_work(self) -> bool:
         """Whether another process trains in this folder. Of several processes that work together
         only the first looks: it may have locked the folder by the time that the others would."""
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
+        if process_rank():
             return False
         with (self.folder / CONFIG).open("rb") as file:
-            return not lock(file)
+            return not _lock(file)
 
     def not_stopped(self, why: str) -> ConfigError:
-        """The error about a run that cannot be gone on with."""
+        """The error for a run that cannot be resumed."""
         return ConfigError(
             f"resume must name a run that was stopped, got {str(self.folder)!r}, which {why}"
         )
@@ -140,35 +139,23 @@ class Run:
         self, state: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
     ) -> None:
         """Write `state` as last.ckpt and `weights` for infer.py, each whole or not at all."""
-        with self._full_disk_in_a_line(LAST):
+        with self._must_fit(LAST):
             save_weights(self.folder, weights)
             write_atomically(self.folder / LAST, lambda part: torch.save(state, part))
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""
-        with self._full_disk_in_a_line(METRICS), (self.folder / METRICS).open("a") as file:
+        with self._must_fit(METRICS), (self.folder / METRICS).open("a") as file:
             file.write(_csv_row(step, values))
 
-    @contextmanager
-    def _full_disk_in_a_line(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # torch.save raises either
-            raise RunError(
-                f"what a run writes must fit on the disk, got {first_line(error)!r} for "
-                f"{self.folder / name}; free some space, then go on with: {self.resume_command}"
-            ) from error
+    def _must_fit(self, name: str) -> AbstractContextManager[None]:
+        return must_fit(self.folder / name, f", then go on with: {self.resume_command}")
 
     # ------------------------------------------------------------------------------------ reading
 
     def read_config(self) -> TrainConfig:
         """What the run was started with. Raises ConfigError."""
-        read_model_config(self.folder)  # says in words what is wrong with a file that is no config
-        file = self.folder / CONFIG
-        try:
-            return train_config(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except ConfigError as error:
-            raise ConfigError(damaged(file, first_line(error))) from error
+        return read_config(self.folder, train_config)
 
     def read_state(self, model: ModelConfig | None = None) -> dict[str, Any] | None:
         """What last.ckpt holds, its tensors not yet read; None where there is no last.ckpt. Raises
@@ -182,16 +169,15 @@ class Run:
                     raise zipfile.BadZipFile(name)
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except zipfile.BadZipFile as error:
-            why = "it is cut short, or a part of it has changed"
-            raise ConfigError(damaged(file, why)) from error
+            raise damaged(file, "it is cut short, or a part of it has changed") from error
         # No checksum covers the file's own tables: what zipfile, torch and pickle raise depends on
         # which byte of them is wrong.
         except Exception as error:
-            raise ConfigError(damaged(file, "it does not hold the state of a run")) from error
-        missing = next((name for name in STATE if not _part(state, name)), None)
+            raise damaged(file, "it does not hold the state of a run") from error
+        missing = next((name for name in STATE if not part_of(state, name)), None)
         if missing is not None:
             why = f"it has no {missing}, perhaps because another version of it wrote the file"
-            raise ConfigError(damaged(file, why))
+            raise damaged(file, why)
         if model is not None:
             weights = {name.removeprefix("model."): t for name, t in state["state_dict"].items()}
             if model.tie_embeddings:  # they are there twice
@@ -199,7 +185,7 @@ class Run:
             check_weights(file, model, {name: tensor.shape for name, tensor in weights.items()})
         return state
 
-    def read_metrics(self, before_step: int) -> Rows:
+    def read_metrics(self, before_step: float = math.inf) -> Rows:
         """The rows of metrics.csv that belong to the steps before `before_step`. Raises ConfigError
         when the file is damaged."""
         file = self.folder / METRICS
@@ -215,11 +201,23 @@ class Run:
             )
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             why = "it is not a table of numbers with the column step"
-            raise ConfigError(damaged(file, why)) from error
+            raise damaged(file, why) from error
 
 
-def _part(state: Any, name: str) -> Any:
-    """The value of a dotted key, or None."""
+def _lock(file: IO) -> bool:
+    """Lock an open file until it is closed or its process ends, however it ends. False where
+    another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems have no locks
+    return True
+
+
+def part_of(state: Any, name: str) -> Any:
+    """The value of a dotted key in nested dicts, or None."""
     return functools.reduce(
         lambda part, key: part.get(key) if isinstance(part, dict) else None, name.split("."), state
     )

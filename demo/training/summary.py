@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from demo.training.run import FILES, METRICS
+from demo.training.run import FILES, Run
 from models.language_model import LanguageModel
 
 
@@ -56,17 +56,15 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
     from demo.training.plots import plot_comparison  # matplotlib takes a second
 
     picture = folder / "comparison.png"
-    plot_comparison({name: summary.run / METRICS for name, summary in results}, picture)
+    plot_comparison({name: Run(summary.run).read_metrics() for name, summary in results}, picture)
     where = results[0][1].run.parent
     table = Table(
         title=f"Runs in {where}/, validation at the end in bits per byte", title_justify="left"
     )
     for column in ("overrides", "params", "tokens/s", "validation", "run"):
-        left = column in ("overrides", "run")
+        justify = "left" if column in ("overrides", "run") else "right"
         no_wrap = column == "run"  # to be copied
-        table.add_column(
-            column, justify="left" if left else "right", overflow="fold", no_wrap=no_wrap
-        )
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=no_wrap)
     for name, summary in sorted(results, key=lambda result: result[1].after):
         table.add_row(
             name.replace(" ", "\n"),

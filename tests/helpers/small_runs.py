@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import build_model, load, save_config, save_weights
+from demo.checkpoints.checkpoint import load, save_config, save_weights
 from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.command import compose
+from models.language_model import LanguageModel
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "model.head_dim=16"]
 FEW_STEPS = [  # of train.py, in seconds
@@ -115,7 +116,7 @@ def write_checkpoint(
     if tokenizer is not None:
         config.model = replace(config.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(seed)
-    language_model = build_model(config.model, "training").eval()
+    language_model = LanguageModel(config.model).eval()
     with torch.no_grad():
         language_model.embedding.weight.mul_(sharp)
     folder.mkdir(parents=True)

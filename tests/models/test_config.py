@@ -97,3 +97,24 @@ def test_sequences_of_several_chunks_on_every_route(mixer):
     sizes = {"vocab_size": 32, "hidden_size": 24, "num_layers": 2, "mlp_ratio": 1.0}
     pieces = ((70, *range(71, 80)), (1, 33), (3, 4, 5, 45))
     check_every_route(mixer, sizes | LARGER[mixer], (80, 1, 0, 70), pieces)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "norm_eps", "tie_embeddings", "dt_limit"])
+def test_none_is_refused_where_the_type_has_none(name):
+    sizes = {"hidden_size": 8, "num_layers": 1, "d_state": 4, "head_dim": 4}
+    with pytest.raises(ValueError, match=f"{name} must have a value, got None"):
+        CONFIGS["mamba2"](**{**sizes, name: None})
+    assert CONFIGS["mamba2"](**sizes, norm_groups=None).norm_groups is None
+
+
+@pytest.mark.parametrize("limits", [0.5, "ab", (0.5,), (0.0, 0.1, 0.2), (0.1, 0.1), (-0.1, 0.1)])
+def test_limits_are_two_rising_numbers(limits):
+    with pytest.raises(ValueError, match="dt_limit must be two numbers from 0"):
+        CONFIGS["mamba2"](hidden_size=8, num_layers=1, d_state=4, head_dim=4, dt_limit=limits)
+
+
+def test_limits_are_a_tuple_however_they_were_given():
+    config = CONFIGS["mamba2"](
+        hidden_size=8, num_layers=1, d_state=4, head_dim=4, dt_limit=[0.0, 0.1]
+    )
+    assert config.dt_limit == config.mixer_args()["dt_limit"] == (0.0, 0.1)

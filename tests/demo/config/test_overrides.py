@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import gatednorm
-from demo.checkpoints.checkpoint import build_model
 from demo.config import schema
 from demo.config.errors import ConfigError
 from demo.config.overrides import CONFIG_DIR, compose, compose_values, groups, jobs
 from demo.config.schema import MODELS, model_name, train_config
 from models.config import GatedDeltaNetConfig, Mamba2Config
+from models.language_model import LanguageModel
 
 OPTIONS = [(group, option) for group, options in groups("train").items() for option in options]
 NEEDED = {"text": ["data.path=notes/"], "hub": ["data.name=owner/name"]}
@@ -44,7 +44,7 @@ def test_every_size_fits_its_model(size):
     model, _, name = size.partition("_")
     config = compose("train", [f"model={model}", f"size={size}"])
     with torch.device("meta"):
-        parameters = build_model(config.model, "training").num_parameters()
+        parameters = LanguageModel(config.model).num_parameters()
     assert 0.9 < parameters / {"small": 0.5e6, "1m": 1.1e6, "170m": 170e6}[name] < 1.15
 
 

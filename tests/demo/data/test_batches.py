@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from demo.checkpoints.checkpoint import build_model
 from demo.config.errors import ConfigError
 from demo.data.batches import Packed, TrainLoader, ValidationLoader
 from demo.data.corpus import Documents, load_corpus
 from demo.training.module import LitLanguageModel
+from models.language_model import LanguageModel
 from text_sets import TEXTS, TINY, settings, write_table
 
 
@@ -115,7 +115,7 @@ def test_with_reset_state_a_document_in_a_row_is_as_if_it_stood_alone(model, tmp
     config = settings("data=text", f"model={model}", *TINY, path=tmp_path / "a.jsonl")
     documents = load_corpus(config.data).train
     torch.manual_seed(0)
-    language_model = build_model(config.model, "training")
+    language_model = LanguageModel(config.model)
     loader, plain = (loader_of(documents, 4, 150, 3, reset_state=reset) for reset in (True, False))
     checked = 0
     for packed, tokens in zip(loader, plain, strict=True):

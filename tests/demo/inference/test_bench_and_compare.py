@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from demo import generate, load
-from demo.inference import bench as bench_module
-from demo.inference.bench import Speed, bench, time_run
-from demo.inference.compare import compare
+from demo.inference import measure
+from demo.inference.measure import Speed, bench, compare, time_run
 from demo.inference.printing import print_measurement
 from gatednorm import RMSNorm
 from small_runs import write_checkpoint
@@ -53,7 +52,7 @@ def test_a_difference_is_seen(loaded, monkeypatch, capsys):
 
 def test_bench_is_the_median_of_runs_after_one_that_warms_up(loaded, monkeypatch):
     times = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 11.0)])
-    monkeypatch.setattr(bench_module, "time_run", lambda *_: next(times))
+    monkeypatch.setattr(measure, "time_run", lambda *_: next(times))
     speed = bench(loaded, b"abcd", 6, 3)
     assert speed == Speed("inference", 4, 6, 2.0, 4.0)
     assert speed.rates() == {"prefill": (4, 2.0), "decode": (4, 1.0)}
@@ -62,7 +61,7 @@ def test_bench_is_the_median_of_runs_after_one_that_warms_up(loaded, monkeypatch
 @pytest.mark.parametrize(("count", "decode"), [(5, 1.5), (2, 0), (1, 0)])
 def test_decoding_is_timed_from_the_second_token_on(count, decode, loaded, monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 5.5, 6.0, 6.5])
-    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     assert time_run(loaded.model, torch.tensor([1, 2]), count) == (1, decode)
 
 

@@ -92,7 +92,7 @@ UNREADABLE = {
         lambda run: of_another_version(
             run, "loops", "fit_loop", "state_dict", "combined_loader", 0, "text"
         ),
-        "got the parts position in the checkpoint, not position, text",
+        "position in the data must be as in the run that is resumed, position, got position, text",
     ),
 }
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from demo.checkpoints.checkpoint import build_model
 from demo.config.command import compose
 from demo.config.errors import ConfigError, RunError
 from demo.training import processes, trainer
@@ -18,6 +17,7 @@ from demo.training.processes import (
     count_parameters,
     host_memory,
 )
+from models.language_model import LanguageModel
 from small_runs import SIX_STEPS, train_in
 
 ALONE = Processes(1, 1, 0)
@@ -72,7 +72,7 @@ def test_fsdp_validates_outside_of_inference_mode(strategy, mode):
     """Over NCCL, what it gathers there is kept and autograd refuses it; Lightning turns the mode
     off by itself over gloo, so that no run on CPUs would tell."""
     config = compose("train", [f"trainer.strategy={strategy}", "trainer.accelerator=cpu"])
-    built, _ = trainer.build_trainer(config, ALONE, build_model(config.model, "training"))
+    built, _ = trainer.build_trainer(config, ALONE, LanguageModel(config.model))
     assert built.validate_loop.inference_mode is mode
 
 
@@ -93,7 +93,7 @@ def test_a_trainer_that_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path,
 @pytest.mark.parametrize("more", [[], ["model.mlp_ratio=4", "model.tie_embeddings=false"]])
 def test_parameters_are_counted_without_the_model(model, more):
     config = compose("train", [f"model={model}", "model.num_layers=3", *more]).model
-    assert count_parameters(config) == build_model(config, "training").num_parameters()
+    assert count_parameters(config) == LanguageModel(config).num_parameters()
 
 
 @pytest.mark.parametrize(

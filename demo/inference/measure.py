@@ -1,5 +1,8 @@
-"""`compare=true`: both norm paths on one prompt, their logits compared to the bit."""
+"""`bench=true`: tokens per second on one prompt; and `compare=true`: both norm paths on it, their
+logits compared to the bit."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -10,8 +13,47 @@ from torch import Tensor
 
 from demo.checkpoints.checkpoint import Loaded
 from demo.config.schema import NORM_PATHS
-from demo.inference.bench import Speed, encode, time_run
+from models.generation import generate
 from models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The median of several greedy runs.
+
+    Attributes:
+        norm_path: The path that was taken.
+        prompt_tokens, new_tokens: Of each run.
+        prefill_s: Seconds to the first new token.
+        decode_s: Seconds from the second new token to the last, since the step to the second
+            captures a CUDA graph on a GPU; 0 where there are no more than two.
+    """
+
+    norm_path: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+
+    def rates(self) -> dict[str, tuple[int, float]]:
+        """Tokens, and tokens per second, of the prefill, and of decoding where it was timed."""
+        parts = {"prefill": (self.prompt_tokens, self.prefill_s)}
+        if self.new_tokens > 2:
+            parts["decode"] = (self.new_tokens - 2, self.decode_s)
+        return {name: (tokens, tokens / seconds) for name, (tokens, seconds) in parts.items()}
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self) | {f"{name}_tokens_per_s": r for name, (_, r) in self.rates().items()}
+
+    def table(self) -> Table:
+        table = Table(title=f"Tokens/s, norm path {self.norm_path}", title_justify="left")
+        for column in ("", "tokens", "median"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, (tokens, rate) in self.rates().items():
+            label = "decode, from the 3rd on" if name == "decode" else name
+            table.add_row(label, f"{tokens:,}", f"{rate:,.0f}")
+        return table
 
 
 @dataclass(frozen=True)
@@ -64,21 +106,22 @@ class Comparison:
         return table
 
 
+def bench(loaded: Loaded, prompt: bytes, max_new_tokens: int, runs: int) -> Speed:
+    """Time `loaded.model` on its norm path: `runs` greedy runs, after one that is not counted."""
+    path = loaded.model.norm_path
+    return _time(loaded.model, _encode(loaded, prompt), max_new_tokens, runs, [path])[path]
+
+
 def compare(loaded: Loaded, prompt: bytes, max_new_tokens: int, runs: int) -> Comparison:
     """Run both norm paths; the model is left on the path that it was on."""
-    model, tokens = loaded.model, encode(loaded, prompt)
+    model, tokens = loaded.model, _encode(loaded, prompt)
     before = model.norm_path
     logits, new, peak = {}, {}, {}
-    seconds: dict[str, list] = {path: [] for path in NORM_PATHS}
     try:
         for path in NORM_PATHS:
             model.set_norm_path(path)
             logits[path], new[path], peak[path] = _greedy(model, tokens, max_new_tokens)
-            time_run(model, tokens, max_new_tokens)  # captures graphs, and is not counted
-        for _ in range(runs):  # in turn: a machine that is slow for a while is slow for both
-            for path in NORM_PATHS:
-                model.set_norm_path(path)
-                seconds[path].append(time_run(model, tokens, max_new_tokens))
+        speed = _time(model, tokens, max_new_tokens, runs, NORM_PATHS)
     finally:
         model.set_norm_path(before)
     equal = torch.eq(*new.values()).int().cumprod(0).sum().item()
@@ -90,12 +133,40 @@ def compare(loaded: Loaded, prompt: bytes, max_new_tokens: int, runs: int) -> Co
         other_bits=(one.view(bits) != other.view(bits)).sum().item(),
         logits=one.numel(),
         equal_tokens=equal,
-        speed={
-            path: Speed(path, len(tokens), max_new_tokens, *map(median, zip(*runs, strict=True)))
-            for path, runs in seconds.items()
-        },
+        speed=speed,
         peak_bytes=peak,
     )
+
+
+def _encode(loaded: Loaded, prompt: bytes) -> Tensor:
+    """The tokens [T] of a prompt, on the model's device."""
+    device = next(loaded.model.parameters()).device
+    return torch.tensor(loaded.tokenizer.encode(prompt), dtype=torch.int64, device=device)
+
+
+def _time(
+    model: LanguageModel, prompt: Tensor, count: int, runs: int, paths: Sequence[str]
+) -> dict[str, Speed]:
+    """The medians of `runs` runs on each norm path, after one that captures graphs. The model is
+    left on the last path."""
+    seconds: dict[str, list] = {path: [] for path in paths}
+    for _ in range(1 + runs):  # in turn: a machine that is slow for a while is slow for all
+        for path in paths:
+            model.set_norm_path(path)
+            seconds[path].append(time_run(model, prompt, count))
+    return {
+        path: Speed(path, len(prompt), count, *map(median, zip(*timed[1:], strict=True)))
+        for path, timed in seconds.items()
+    }
+
+
+def time_run(model: LanguageModel, prompt: Tensor, count: int) -> tuple[float, float]:
+    """Seconds to the first of `count` new tokens, and from the second to the last."""
+    times = [time.perf_counter()]
+    for token in generate(model, prompt, count, temperature=0):
+        token.cpu()  # waits for a GPU
+        times.append(time.perf_counter())
+    return times[1] - times[0], times[-1] - times[min(2, count)]
 
 
 def _greedy(model: LanguageModel, prompt: Tensor, count: int) -> tuple[Tensor, Tensor, int | None]:
