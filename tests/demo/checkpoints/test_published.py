@@ -68,7 +68,7 @@ def test_mamba2_equals_transformers(weights, trained, tmp_path):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_infer_goes_on_as_transformers_generate(trained, tmp_path, monkeypatch, capfd):
+def test_infer_goes_on_as_transformers_generate(trained, tmp_path):
     """Greedily, with the tokenizer of the folder, whose vocabulary the model's is larger than."""
     tokenizer = TextTokenizer(byte_level())
     theirs = copy.deepcopy(trained)
@@ -80,7 +80,7 @@ def test_infer_goes_on_as_transformers_generate(trained, tmp_path, monkeypatch, 
     (text,) = theirs.generate(prompt, **options)
     assert len(set(text[5:].tolist())) > 2  # a trained model's continuation, not one token
     arguments = [f"checkpoint={tmp_path}", "prompt=!##%#", "temperature=0", "max_new_tokens=40"]
-    code, out, err = run(["model=mamba2", *arguments], monkeypatch, capfd)
+    code, out, err = run("infer", "model=mamba2", *arguments)
     assert code == 0, err
     assert out == tokenizer.decode(text.tolist()) + "\n"
 
