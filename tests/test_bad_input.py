@@ -44,15 +44,13 @@ def test_the_same_folder_is_good_without_the_mistake():
     assert "runs/stopped/loss.png" in resumed.left
 
 
-COMMANDS = [
-    ("train", "modle=fla", b"there is no key 'modle'; did you mean model?"),
-    ("train", "model.num_heads=0", b"model.num_heads must be at least 1, got 0"),
-    ("infer", "prompt_file=-", b"the prompt must have at least one character"),
-    ("infer", "checkpoint=broken.ckpt", b"checkpoint must be a run folder"),
-]
-
-
-@pytest.mark.parametrize(("script", "argument", "says"), COMMANDS, ids=[c[1] for c in COMMANDS])
+@pytest.mark.parametrize(
+    ("script", "argument", "says"),
+    [
+        ("train", "modle=fla", b"there is no key 'modle'; did you mean model?"),
+        ("infer", "checkpoint=broken.ckpt", b"checkpoint must be a run folder"),
+    ],
+)
 def test_the_command_itself_says_the_same_line(script, argument, says, tmp_path):
     (tmp_path / "broken.ckpt").write_bytes(b"broken")
     file = Path(__file__).parent.parent / f"{script}.py"

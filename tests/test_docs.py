@@ -33,14 +33,14 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_runs(line, repository, monkeypatch, capfd):
+def test_a_command_runs(line, repository):
     given, pipe, command = line.rpartition(" | ")
     shell = ["bash", "-c"]
     stdin = subprocess.run([*shell, given], capture_output=True, check=True).stdout if pipe else b""
     words = subprocess.run([*shell, f"printf '%s\\0' {command}"], capture_output=True, check=True)
     python, script, *arguments = words.stdout.decode().split("\0")[:-1]
     assert (python, script) == ("python", "infer.py")
-    code, out, err = run(arguments, monkeypatch, capfd, stdin)
+    code, out, err = run("infer", *arguments, stdin=stdin)
     assert code == 0, err
     assert len(out) > 20
     assert err.strip().count("\n") == 0

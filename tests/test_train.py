@@ -14,7 +14,6 @@ import yaml
 import train
 from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
-from demo.config.errors import ConfigError
 from demo.data.corpus import load_corpus
 from demo.training.callbacks import Progress, Throughput
 from demo.training.module import learning_rate_factor
@@ -28,7 +27,7 @@ from demo.training.plots import (
 )
 from demo.training.run import Run
 from models.generation import generate
-from small_runs import SIX_STEPS, check_weights, curve, train_in
+from small_runs import SIX_STEPS, check_weights, curve, run, train_in
 
 TINY = [*SIX_STEPS, "optim.steps=3"]
 MODELS = Path(train.__file__).parent / "models"  # some text
@@ -105,63 +104,18 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
     assert len({Run.create(config).folder for _ in range(5)}) == 5
 
 
-def test_a_link_to_nowhere_is_no_folder_for_runs(tmp_path):
-    (tmp_path / "runs").symlink_to(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="runs_dir must be a folder that can be written to"):
-        Run.create(compose("train", [f"runs_dir={tmp_path / 'runs'}"]))
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
-def start(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """`python train.py <arguments>` in `folder`."""
-    command = [sys.executable, train.__file__, *arguments]
-    return subprocess.run(
-        command, cwd=folder, text=True, **{"capture_output": not options, **options}
-    )
-
-
 def test_the_command_trains_without_a_warning(tmp_path):
-    done = start(tmp_path, *TINY)
+    command = [sys.executable, train.__file__, *TINY]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "arn" not in done.stdout  # neither Warning nor warning
     for words in ("parameters", "tokens seen", "tokens/s", "validation before", "metrics.csv"):
         assert words in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert str(run.name) in done.stdout
-
-
-def test_the_command_refuses_the_inference_path_before_any_work(tmp_path):
-    done = start(tmp_path, "model=fla", "norm=inference")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "backward" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-FULL = Path("/dev/full")
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("arguments", [TINY, ["--help"], ["--cfg", "job"]], ids=["", "help", "cfg"])
-def test_an_output_that_takes_no_more_is_one_line(arguments, tmp_path):
-    with FULL.open("wb") as full:
-        done = start(tmp_path, *arguments, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("train.py: error: standard output must take the text, got an error (No ")
-    if arguments == TINY:  # there was no room for the table at the end alone
-        (run,) = tmp_path.glob("runs/*")
-        assert Run(run).is_finished
-
-
-def test_a_config_error_is_raised_before_there_is_a_folder(tmp_path):
-    config = compose("train", [*TINY, f"runs_dir={tmp_path / 'runs'}"])
-    config.data.path = "missing"
-    with pytest.raises(ConfigError):
-        train.train(config)
-    assert not (tmp_path / "runs").exists()
 
 
 def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
@@ -186,33 +140,27 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------- multiruns
 
 
-def sweep(folder: Path, monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
-    """The exit code, standard output and standard error of `python train.py <arguments>`."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    code = 0
-    try:
-        train.main()
-    except SystemExit as left:
-        code = left.code
-    return code, *capsys.readouterr()
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, monkeypatch, capsys):
-    code, _, err = sweep(tmp_path, monkeypatch, capsys, "-m", "seed=1,-2", *TINY)
+def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(here):
+    code, _, err = run("train", "-m", "seed=1,-2", *TINY)
     assert code
     assert "seed must be at least 0" in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
-    code, out, _ = sweep(tmp_path, monkeypatch, capsys, "-m", "seed=1,2", *TINY)
+    code, out, _ = run("train", "-m", "seed=1,2", *TINY)
     assert code == 0
     table = out[out.index("Runs") :]
     assert "seed=1" in table
     assert "seed=2" in table
     assert "optim.steps" not in table
-    (folder,) = tmp_path.glob("runs/compare_*")
+    (folder,) = here.glob("runs/compare_*")
     assert (folder / "comparison.png").stat().st_size > 10_000
-    assert len(list(tmp_path.glob("runs/*_fla"))) == 2
+    assert len(list(here.glob("runs/*_fla"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -231,24 +179,21 @@ def test_a_multirun_compares_its_runs_and_checks_all_of_them_first(tmp_path, mon
     ],
     ids=["loss", "text"],
 )  # fmt: skip
-def test_a_job_of_a_multirun_that_fails_stops_no_other(
-    arguments, says, runs, tmp_path, monkeypatch, capsys
-):
-    code, out, err = sweep(tmp_path, monkeypatch, capsys, *TINY, *arguments, "-m")
+def test_a_job_of_a_multirun_that_fails_stops_no_other(arguments, says, runs, here):
+    code, out, err = run("train", *TINY, *arguments, "-m")
     assert code == 2
     assert err.startswith(f"train.py: error: {says}")
     assert err.count("\n") == 1
     table = out[out.index("Runs in runs/") :]
     assert len(re.findall(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_fla", table)) == runs
-    assert next(tmp_path.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
+    assert next(here.glob("runs/compare_*/comparison.png")).stat().st_size > 10_000
 
 
-def test_a_multirun_without_a_result_leaves_no_folder(tmp_path, monkeypatch, capsys):
-    arguments = ["-m", "data=text", "data.path=missing,none"]
-    code, _, err = sweep(tmp_path, monkeypatch, capsys, *arguments)
+def test_a_multirun_without_a_result_leaves_no_folder(here):
+    code, _, err = run("train", "-m", "data=text", "data.path=missing,none")
     assert code == 2
     assert err.count("train.py: error: data.path must hold files") == 2
-    assert list(tmp_path.glob("runs/*")) == []
+    assert list(here.glob("runs/*")) == []
 
 
 # ------------------------------------------------------------------------------------------ parts

@@ -4,9 +4,7 @@
 
 import contextlib
 import functools
-import importlib
 import io
-import os
 import re
 import shutil
 import sys
@@ -20,7 +18,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT)]
 
 from mistakes import CASES, Bad  # noqa: E402
-from small_runs import SIX_STEPS, write_checkpoint  # noqa: E402
+from small_runs import SIX_STEPS, run, train_in, write_checkpoint  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,11 @@ class Answer:
 @functools.cache
 def good_runs() -> tempfile.TemporaryDirectory:
     """A folder with a checkpoint in `runs/small`, and a run that was stopped in `runs/stopped`."""
-    import train
-    from demo.config.command import compose
-
     made = tempfile.TemporaryDirectory()
     runs = Path(made.name, "runs")
     write_checkpoint(runs / "small", "mamba2")
-    config = compose("train", ["model=mamba2", *SIX_STEPS, f"runs_dir={runs}"])
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(config).run.rename(runs / "stopped")
+        train_in(runs, "model=mamba2", *SIX_STEPS).run.rename(runs / "stopped")
     (runs / "stopped/loss.png").unlink()
     return made
 
@@ -63,33 +57,19 @@ def files(folder: Path) -> dict[str, bytes]:
 @functools.cache
 def answer(case: Bad) -> Answer:
     """Run the command in this process, in a copy of the good runs."""
-    script = importlib.import_module(case.script)
-    here, arguments, stdin = Path.cwd(), sys.argv, sys.stdin
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    code = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         shutil.copytree(good_runs().name, folder, dirs_exist_ok=True)
         if case.change is not None:
             case.change(folder)
         before = files(folder)
-        os.chdir(folder)
-        sys.argv = [f"{case.script}.py", *case.arguments]
-        sys.stdin = io.TextIOWrapper(io.BytesIO(case.stdin))
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                script.main()
-        except SystemExit as left:
-            code = left.code
-        finally:
-            os.chdir(here)
-            sys.argv, sys.stdin = arguments, stdin
+        with contextlib.chdir(folder):
+            code, *streams = run(case.script, *case.arguments, stdin=case.stdin)
         after = files(folder)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     texts = []
-    for stream in (out, err):
-        stream.seek(0)
-        text = stream.read().replace(str(folder), "<folder>").replace(str(ROOT), "<repository>")
+    for text in streams:
+        text = text.replace(str(folder), "<folder>").replace(str(ROOT), "<repository>")
         # how much text the running Python's standard library holds
         text = re.sub(r"\d+ in \d+ of \d+ documents", "<n> in <n> of <n> documents", text)
         texts.append(re.sub(r"this host, [\d.]+ GiB", "this host, <n> GiB", text))

@@ -5,8 +5,10 @@ import importlib
 import io
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -127,15 +129,21 @@ def write_checkpoint(
     return language_model
 
 
-def run(
-    arguments: list[str], monkeypatch, capfd, stdin: bytes = b"", script: str = "infer"
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `python <script>.py ...`."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    code = 0
-    try:
-        importlib.import_module(script).main()
-    except SystemExit as left:
-        code = left.code
-    return code, *capfd.readouterr()
+def run(script: str, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `python <script>.py <arguments>`, which
+    runs in this process."""
+    main, code = importlib.import_module(script).main, 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", [f"{script}.py", *arguments]),
+        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+    ):
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+    for stream in (out, err):
+        stream.seek(0)
+    return code, out.read(), err.read()

@@ -13,9 +13,8 @@ from demo.checkpoints import checkpoint, weights
 from demo.checkpoints.checkpoint import CONFIG, SHIPPED, WEIGHTS, is_run_of, load
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from demo.config.errors import ConfigError
-from models.generation import generate
 from models.language_model import LanguageModel
-from published_models import FLA, fla_weights, mamba2, train, write, write_state_spaces
+from published_models import FLA, fla_weights, mamba2, write, write_state_spaces
 from small_runs import write_checkpoint
 from text_sets import byte_level
 
@@ -88,22 +87,6 @@ def test_a_published_model(published):
     torch.testing.assert_close(loaded.model(tokens)[0], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_published_model_with_its_tokenizer(tmp_path):
-    """The same text from ours and from transformers' generate, for a model that was trained."""
-    theirs = train(mamba2(time_step_limit=UNLIMITED).train(), 100)
-    tokenizer = TextTokenizer(byte_level())
-    theirs.resize_token_embeddings(tokenizer.vocab_size + 5)  # padded, as published models are
-    theirs.save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    loaded = load(tmp_path)
-    prompt = torch.tensor([loaded.tokenizer.encode(b"def f(x):")])
-    expected = theirs.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    tokens = torch.cat(list(generate(loaded.model, prompt, 20, temperature=0)))
-    text = tokenizer.tokenizer.decode(expected[0, prompt.shape[1] :].tolist())
-    assert loaded.tokenizer.decode(tokens.tolist()) == text
-
-
 def test_a_hub_id_is_downloaded(published, tmp_path, monkeypatch):
     """From a stand-in for the hub: the weights are asked for in safetensors first."""
     asked = []
@@ -128,13 +111,9 @@ def test_state_spaces_models_use_the_tokenizer_of_their_project(tmp_path, monkey
     assert load(tmp_path).tokenizer is tokenizers["EleutherAI/gpt-neox-20b"]
 
 
-def test_another_model_than_asked(published, run_folder, tmp_path):
+def test_another_model_than_asked(published, tmp_path):
     write(tmp_path, FLA, fla_weights())
-    for folder, asked, found in (
-        (published[0], "fla", "mamba2"),
-        (tmp_path, "mamba2", "fla"),
-        (run_folder, "fla", "mamba2"),
-    ):
+    for folder, asked, found in ((published[0], "fla", "mamba2"), (tmp_path, "mamba2", "fla")):
         with pytest.raises(ConfigError, match=rf"of model={asked}, got '.*' of model={found}"):
             load(folder, asked)
 
@@ -144,10 +123,7 @@ def test_another_model_than_asked(published, run_folder, tmp_path):
     [
         ({"model": "mamba"}, "model must be one of fla, mamba2, got 'mamba'"),
         ({"norm_path": "fast"}, "norm_path must be one of training, inference, got 'fast'"),
-        ({"checkpoint": "missing"}, "got 'missing', which does not exist; name"),
-        ({"checkpoint": "runs/missing"}, "got 'runs/missing', which does not exist; name"),
         ({"checkpoint": "a/b/c"}, "got 'a/b/c', which does not exist; name"),
-        ({"checkpoint": "weights.pt"}, r"got 'weights.pt', with no config\.yaml beside it; name"),
         ({"checkpoint": "runs"}, r"got 'runs', with no config\.yaml in it; name a folder"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -155,28 +131,18 @@ def test_another_model_than_asked(published, run_folder, tmp_path):
 def test_what_names_no_checkpoint(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "weights.pt").write_bytes(b"broken")
     with pytest.raises(ConfigError, match=message) as error:
         load(**arguments)
     assert "\n" not in str(error.value)
 
 
-NO_SECTION = "it has no model section whose name is one of fla, mamba2"
+# Beside the cases of tests/helpers/mistakes.py.
 WRONG_CONFIGS = {
-    "tag": ("model: !!python/name:os.mkdir x", "its line 1 is not YAML of plain values"),
-    "cut": ("seed: 1\nmodel: {name: fla", "its line 2 is not YAML of plain values"),
     "control": ("model: \0", "it is not YAML"),
-    "nested": ("[" * 5000, "it is not YAML"),
+    "nested": ("[" * 1000, "it is not YAML"),
     "date": ("2020-99-99", "it holds a value that cannot be read: month must be in 1..12"),
-    "empty": ("", NO_SECTION),
-    "other": ("model: {name: rwkv}", "model.name must be one of fla, mamba2, got 'rwkv'"),
+    "empty": ("", "it has no model section whose name is one of fla, mamba2"),
     "no name": ("model: {name: [fla]}", "model.name must be one of fla, mamba2, got ['fla']"),
-    "lacks": ("model: {name: fla}", "model.hidden_size must have a value, got none"),
-    "unknown": ("model: {name: fla, depth: 2}", "there is no key 'model.depth'"),
-    "word": (
-        "model: {name: fla, hidden_size: wide}",
-        "model.hidden_size must be a whole number",
-    ),
     "interpolated": (
         "model: {name: fla, hidden_size: '${x}'}",
         "model.hidden_size must be a whole",
@@ -208,8 +174,6 @@ OTHER_SIZES = {
     "d_state": (10**30, *ABSURD),
     "expand": (10**18, *ABSURD),
     "mlp_ratio": (1e300, *ABSURD),
-    "num_layers": (10**9, CONFIG, r"num_layers must be at most the number of tensors, \d+, got"),
-    "head_dim": (0, CONFIG, "model.head_dim must be at least 1, got 0"),
     "norm_groups": (7, CONFIG, "norm_groups must divide expand"),
 }
 

@@ -49,16 +49,6 @@ def tokenizer(kind):
     return ByteTokenizer() if kind == "bytes" else TextTokenizer(KINDS[kind]())
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("kind", ["bytes", "byte_level"])
-def test_round_trip(kind, text):
-    """Text that is UTF-8 survives; the rest comes back with U+FFFD in its place."""
-    subject = tokenizer(kind)
-    tokens = subject.encode(TEXTS[text])
-    assert subject.decode(tokens) == TEXTS[text].decode("utf-8", "replace")
-    assert all(0 <= token < subject.vocab_size for token in tokens)
-
-
 def test_bytes_are_the_tokens():
     assert ByteTokenizer().encode(b"\x00\xffa") == [0, 255, 97]
     assert (ByteTokenizer.vocab_size, ByteTokenizer.eos) == (256, None)
@@ -66,13 +56,17 @@ def test_bytes_are_the_tokens():
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["bytes", *KINDS])
-def test_stream_joins_to_the_text(kind, text):
+def test_a_text_comes_back_whole_and_in_pieces(kind, text):
+    """Text that is UTF-8 survives; the rest comes back with U+FFFD in its place."""
     subject = tokenizer(kind)
     tokens = subject.encode(TEXTS[text])
+    assert all(0 <= token < subject.vocab_size for token in tokens)
+    whole = TEXTS[text].decode("utf-8", "replace")
+    if kind != "sentencepiece":  # which drops spaces
+        assert subject.decode(tokens) == whole
     stream = subject.stream()
     pieces = [stream.push(token) for token in tokens]
     assert "".join(pieces) + stream.finish() == subject.decode(tokens)
-    whole = TEXTS[text].decode("utf-8", "replace")
     if "\ufffd" not in whole:
         assert not any("\ufffd" in piece for piece in pieces)  # no half character comes out
 
@@ -157,7 +151,6 @@ def test_transformers_reads_what_is_saved(tmp_path):
 BAD = {
     "no_file": ("gone/tokenizer.json/x", "'gone/tokenizer.json/x', where there is no such file"),
     "empty_folder": ("{folder}", "a folder with one or a hub id, got '{folder}'"),
-    "damaged": ("{folder}/bad.json", r"bad.json' must be a file of the tokenizers library"),
     "binary": ("{folder}/binary.json", r"binary.json' must be a file of the tokenizers library"),
 }
 
@@ -165,7 +158,6 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_source(case, tmp_path):
     source, message = (text.replace("{folder}", str(tmp_path)) for text in BAD[case])
-    (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(source)

@@ -11,14 +11,13 @@ import yaml
 from demo.config.command import command
 from demo.config.errors import ConfigError
 from demo.config.overrides import CONFIG_DIR, all_keys, compose_values
-from small_runs import run
+from small_runs import SIX_STEPS, run
 
 ROOT = CONFIG_DIR.parent
 
 
-def printed(script, arguments, monkeypatch, capsys, columns=100):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    code, out, err = run(arguments, monkeypatch, capsys, script=script)
+def printed(script, *arguments):
+    code, out, err = run(script, *arguments)
     assert (code, err) == (0, "")
     return out
 
@@ -30,9 +29,10 @@ def printed(script, arguments, monkeypatch, capsys, columns=100):
 )
 @pytest.mark.parametrize("columns", [72, 100])
 def test_help_has_every_value_as_it_is_written_on_the_command_line(
-    script, arguments, columns, monkeypatch, capsys
+    script, arguments, columns, monkeypatch
 ):
-    out = printed(script, [*arguments, "--help"], monkeypatch, capsys, columns)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = printed(script, *arguments, "--help")
     keys = all_keys(compose_values(script, arguments).values)
     sections = {key.rpartition(".")[0] for key in keys}
     for key in set(keys) - sections:
@@ -42,8 +42,9 @@ def test_help_has_every_value_as_it_is_written_on_the_command_line(
     assert max(map(len, values)) <= columns
 
 
-def test_help_explains_values_as_the_composed_files_do(monkeypatch, capsys):
-    out = printed("train", ["--help", "model=mamba2", "model.d_state=7"], monkeypatch, capsys)
+def test_help_explains_values_as_the_composed_files_do(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = printed("train", "--help", "model=mamba2", "model.d_state=7")
     meanings = {line.split(":")[0].strip(): line for line in out.splitlines() if ": " in line}
     assert "    model.d_state: 7 " in out
     assert "\n  Mamba2: gate before RMSNorm" in out
@@ -53,17 +54,17 @@ def test_help_explains_values_as_the_composed_files_do(monkeypatch, capsys):
     assert "largest norm of the gradient" in meanings["optim.gradient_clip"]
 
 
-def test_help_lists_the_groups_of_its_own_command(monkeypatch, capsys):
-    out = printed("infer", ["--help"], monkeypatch, capsys)
+def test_help_lists_the_groups_of_its_own_command():
+    out = printed("infer", "--help")
     assert "  norm: inference, training\n" in out
     assert "\n  which text\n    prompt: null " in out
     assert "optim:" not in out
 
 
-def test_cfg_prints_the_composed_config_of_each_job(monkeypatch, capsys):
-    out = printed("infer", ["--cfg", "job", "prompt=a: ${b}"], monkeypatch, capsys)
+def test_cfg_prints_the_composed_config_of_each_job():
+    out = printed("infer", "--cfg", "job", "prompt=a: ${b}")
     assert yaml.safe_load(out) == compose_values("infer", ["prompt=a: ${b}"]).values
-    out = printed("train", ["-c", "job", "-m", "seed=4,5"], monkeypatch, capsys)
+    out = printed("train", "-c", "job", "-m", "seed=4,5")
     assert [job["seed"] for job in yaml.safe_load_all(out)] == [4, 5]
 
 
@@ -120,6 +121,31 @@ def test_a_fault_of_ours_is_not_taken_for_the_users(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(ValueError, match="ours"):
         command("train")(main)()
+
+
+FULL = Path("/dev/full")
+WRITERS = {
+    "training": ("train", SIX_STEPS),
+    "help": ("train", ["--help"]),
+    "cfg": ("train", ["--cfg", "job"]),
+    "text": ("infer", ["model=mamba2", "max_new_tokens=3"]),
+    "bench": ("infer", ["model=mamba2", "max_new_tokens=3", "bench=true"]),
+}
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("case", WRITERS)
+def test_an_output_that_takes_no_more_is_one_line(case, tmp_path):
+    script, arguments = WRITERS[case]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
+    with FULL.open("wb") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    says = f"{script}.py: error: standard output must take the text, got an error (No "
+    assert line.startswith(says)
+    # There was no room for the table at the end alone.
+    assert len(list(tmp_path.glob("runs/*/loss.png"))) == (case == "training")
 
 
 def test_a_reader_may_leave():

@@ -110,6 +110,7 @@ def test_a_file_that_is_no_config_is_one_line(section, given, says):
         ),
         ("trainer.devices=true", "trainer.devices must be a whole number, got true"),
         ("model.num_heads=2.0", "model.num_heads must be a whole number, got 2.0"),
+        ("model.gate_activation=tanh", "model.gate_activation must be one of silu, sigmoid, got"),
         ("model.name=mamba", "model.name must be one of fla, mamba2, got 'mamba'; did you mean m"),
     ],
 )
@@ -167,6 +168,21 @@ def test_a_multirun_has_a_job_for_each_combination():
 )
 def test_a_prompt_is_taken_as_it_stands(given, taken):
     assert compose("infer", [f"prompt={given}"]).prompt == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("a b, c", ["a b, c"]),
+        ("\n\n", ["\n\n"]),
+        ('["\\n", "x y"]', ["\n", "x y"]),
+        ("'def '", ["def "]),
+        ("]", ["]"]),
+        ("[]", []),
+    ],
+)
+def test_stop_strings_are_taken_as_they_stand_or_as_json(given, taken):
+    assert compose("infer", [f"stop={given}"]).stop == taken
 
 
 @pytest.mark.parametrize("path", ["a (1).txt", "b,c", "d=e", "f[1]", "${g}", "null", "'null'"])

@@ -88,6 +88,9 @@ def test_a_loader_does_not_resume_on_another_text(change):
     loader_of(counting(300), 2, 9, 61).check_state(state)
     with pytest.raises(ConfigError, match=r"tokens must be as in .* resumed, 300 \(crc32 .*got"):
         loader_of(Documents(tokens, starts), 2, 9, 61).check_state(state)
+    del state["text"]
+    with pytest.raises(ConfigError, match="parts position in the checkpoint, not position, text"):
+        loader_of(counting(300), 2, 9, 61).check_state(state)
 
 
 def test_all_processes_read_the_same_text(monkeypatch):

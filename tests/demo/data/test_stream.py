@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
 from demo.config.errors import ConfigError, RunError
 from demo.data.batches import Packed
 from demo.data.loaders import load_data
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus
-from small_runs import train_until
+from small_runs import check_weights, train_until
 from text_sets import TEXTS, TINY, held_out, settings, write_table
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
@@ -178,9 +177,7 @@ def test_a_resumed_run_on_a_stream_ends_with_the_same_bits(run_on_stream, monkey
     train_until(7, run_on_stream("stopped"), monkeypatch)
     again = train.train(run_on_stream("stopped", "resume=auto"))
     assert again.after == whole.after
-    expected = load(whole.run).model.state_dict()
-    for name, tensor in load(again.run).model.state_dict().items():
-        assert torch.equal(tensor, expected[name])
+    check_weights(again.run, whole.run)
 
 
 def test_a_run_on_a_stream_is_not_resumed_on_another_one(hub, run_on_stream, monkeypatch):

@@ -5,19 +5,11 @@ import json
 import pytest
 import torch
 
-from demo import generate, load
+from demo import generate
 from demo.inference import measure
 from demo.inference.measure import Speed, bench, compare, time_run
 from demo.inference.printing import print_measurement
 from gatednorm import RMSNorm
-from small_runs import write_checkpoint
-
-
-@pytest.fixture(scope="module", params=["fla", "mamba2"])
-def loaded(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    write_checkpoint(folder, request.param, sharp=12)
-    return load(folder)
 
 
 def test_the_paths_are_the_same_to_the_bit_and_the_model_stays_on_its_own(loaded):

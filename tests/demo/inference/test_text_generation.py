@@ -1,7 +1,6 @@
 """From prompts to texts: what `demo.generate` and `demo.stream_text` promise."""
 
 import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +10,13 @@ import tokenizers
 import torch
 
 import demo
-from demo import Options, generate, load, stream_text
+from demo import Options, generate, stream_text
 from demo.checkpoints.checkpoint import Loaded
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from demo.config.command import compose
 from demo.inference import text_generation
-from small_runs import write_checkpoint
 
 PROMPTS = ["import ", "a", "def f(x, y=1):\n    return x", "caf\u00e9 \U0001f600"]
-
-
-@pytest.fixture(scope="module", params=["fla", "mamba2"])
-def loaded(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    write_checkpoint(folder, request.param, sharp=12)
-    return load(folder)
 
 
 @pytest.fixture
@@ -144,8 +135,6 @@ def test_a_batch_ends_with_the_last_of_its_texts(says):
         (["a", ""], {"batch_size": 2}, "a prompt must have at least one token"),
         ("a", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ("a", {"temperature": -1}, "temperature must be 0"),
-        ("a", {"top_k": 0}, "top_k must be at least 1"),
-        ("a", {"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ("a", {"stop": ["x", ""]}, "stop strings must have at least one character"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ],
@@ -183,7 +172,3 @@ def test_the_public_names_are_there_and_no_others():
 def test_the_way_in_imports_nothing_heavy():
     program = "import sys, demo; demo.ConfigError; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(demo.__file__).parents[1])
-
-
-def test_log_probabilities_are_finite(loaded):
-    assert all(math.isfinite(p) and p <= 0 for p in generate(loaded, "x", top_k=1).log_probs)

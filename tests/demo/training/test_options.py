@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import load
+from demo.checkpoints.checkpoint import build_model
 from demo.config.command import compose
 from demo.training.module import LitLanguageModel, prepare_blocks
 from small_runs import (
+    SMALL,
+    STOPPABLE,
     TWELVE_STEPS,
     check_curves,
     check_weights,
@@ -23,11 +25,6 @@ from small_runs import (
 )
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return train_in(tmp_path_factory.mktemp("plain"), *TWELVE_STEPS)
-
-
 @pytest.mark.parametrize(
     "option",
     [
@@ -36,10 +33,10 @@ def plain(tmp_path_factory):
         pytest.param("trainer.compile=true", marks=pytest.mark.slow),
     ],
 )
-def test_an_option_leaves_the_loss_curve_as_it_is(option, plain, tmp_path):
-    summary = train_in(tmp_path, *TWELVE_STEPS, option)
-    check_curves(summary.run, plain.run)
-    assert summary.tokens == plain.tokens
+def test_an_option_leaves_the_loss_curve_as_it_is(option, undisturbed, tmp_path):
+    summary = train_in(tmp_path, *STOPPABLE, option)
+    check_curves(summary.run, undisturbed.run)
+    assert summary.tokens == undisturbed.tokens
 
 
 @pytest.mark.slow
@@ -51,10 +48,10 @@ def test_compiled_blocks_take_documents_of_any_length(model, tmp_path):
     check_curves(train_in(tmp_path / "compiled", *options, "trainer.compile=true").run, plain.run)
 
 
-def test_mixed_precision_trains_nearly_the_same(plain, tmp_path):
-    summary = train_in(tmp_path, *TWELVE_STEPS, "trainer.precision=bf16-mixed")
-    assert curve(summary.run) == pytest.approx(curve(plain.run), abs=0.15)
-    assert curve(summary.run) != pytest.approx(curve(plain.run), abs=1e-5)
+def test_mixed_precision_trains_nearly_the_same(undisturbed, tmp_path):
+    summary = train_in(tmp_path, *STOPPABLE, "trainer.precision=bf16-mixed")
+    assert curve(summary.run) == pytest.approx(curve(undisturbed.run), abs=0.15)
+    assert curve(summary.run) != pytest.approx(curve(undisturbed.run), abs=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0, 0.01])
@@ -91,9 +88,10 @@ def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_pa
     check_weights(again.run, whole.run)
 
 
-def test_activation_checkpointing_computes_a_block_again(plain):
-    config = compose("train", [*TWELVE_STEPS, "trainer.activation_checkpointing=true"])
-    model = load(plain.run, norm_path="training").model
+@pytest.mark.parametrize("name", ["fla", "mamba2"])
+def test_activation_checkpointing_computes_a_block_again(name):
+    config = compose("train", [f"model={name}", *SMALL, "trainer.activation_checkpointing=true"])
+    model = build_model(config.model, "training")
     calls = []
     model.blocks[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
     prepare_blocks(model, config.trainer)

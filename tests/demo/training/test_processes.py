@@ -18,11 +18,6 @@ from small_runs import TWELVE_STEPS, check_curves, checkpoint_step, train_in
 SMALL = [*TWELVE_STEPS, "model=mamba2"]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return train_in(tmp_path_factory.mktemp("one"), *SMALL)
-
-
 LIGHTNING = []  # starts the second process itself
 # Standalone: any free port, so that tests on one machine do not meet.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -43,13 +38,13 @@ def launch(how: list[str], folder: Path, *overrides: str, script: str = train.__
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("how", [TORCHRUN, LIGHTNING], ids=["torchrun", "lightning"])
-def test_two_processes_have_the_loss_curve_of_one(how, strategy, alone, tmp_path):
+def test_two_processes_have_the_loss_curve_of_one(how, strategy, undisturbed, tmp_path):
     options = [f"trainer={strategy}", "trainer.devices=2", "runs_dir=a run (2)"]
     done = launch(how, tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation after") == 1
     (run,) = (tmp_path / "a run (2)").iterdir()
-    check_curves(run, alone.run)
+    check_curves(run, undisturbed.run)
 
 
 @pytest.mark.gpu
@@ -80,7 +75,7 @@ def test_a_multirun_in_two_processes_is_compared_once(how, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_machines_have_the_loss_curve_of_one_process(strategy, alone, tmp_path):
+def test_two_machines_have_the_loss_curve_of_one_process(strategy, undisturbed, tmp_path):
     """Each is an agent of torchrun in a folder of its own, as docs/training.md says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,7 +102,7 @@ def test_two_machines_have_the_loss_curve_of_one_process(strategy, alone, tmp_pa
     assert [out.count("validation after") for out, _ in texts] == [1, 0]
     (run,) = (tmp_path / "shared").iterdir()
     assert list((tmp_path / "host1").iterdir()) == []
-    check_curves(run, alone.run)
+    check_curves(run, undisturbed.run)
 
 
 PATCHED = f"""
@@ -140,7 +135,7 @@ def breaks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, breaks, tmp_path):
+def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(undisturbed, breaks, tmp_path):
     options = ["trainer=fsdp", "trainer.checkpoint_every=4"]
     for step, more in ((6, []), (10, ["resume=auto"])):
         done = launch(TORCHRUN, tmp_path, *options, *more, script=breaks, HOW="die", STEP=str(step))
@@ -149,7 +144,7 @@ def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(alone, breaks, t
         assert checkpoint_step(run) == step // 4 * 4, done.stderr
     one = ["trainer=cpu", "trainer.strategy=auto", "trainer.checkpoint_every=4", "resume=auto"]
     assert train_in(tmp_path / "runs", *SMALL, *one).run == run
-    check_curves(run, alone.run)
+    check_curves(run, undisturbed.run)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from small_runs import (
     check_weights,
     checkpoint_step,
     config_in,
+    run,
     train_in,
     train_until,
 )
@@ -82,17 +83,14 @@ def test_a_validation_that_is_not_a_number_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", ["optim.steps=1", "trainer.checkpoint_every=1"])
-def test_parameters_that_are_not_numbers_are_never_saved(more, tmp_path, monkeypatch, capsys):
-    arguments = [*SIX_STEPS, TOO_FAST, more, f"runs_dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    assert left.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_parameters_that_are_not_numbers_are_never_saved(more, tmp_path):
+    code, _, err = run("train", *SIX_STEPS, TOO_FAST, more, f"runs_dir={tmp_path}")
+    assert code == 2
+    (line,) = err.splitlines()
     says = "the parameters must be finite numbers, got others after step 1 (first at batch 0); "
     assert line.startswith(f"train.py: error: {says}")
-    (run,) = tmp_path.iterdir()
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.csv"]
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv"]
 
 
 def test_one_bad_parameter_is_enough():
