@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train
-from demo.checkpoints.checkpoint import build_model
 from demo.config.command import compose
 from demo.training.module import LitLanguageModel, prepare_blocks
+from models.language_model import LanguageModel
 from small_runs import (
     SMALL,
     STOPPABLE,
@@ -91,7 +91,7 @@ def test_an_accumulating_run_goes_on_to_the_same_bits(every, monkeypatch, tmp_pa
 @pytest.mark.parametrize("name", ["fla", "mamba2"])
 def test_activation_checkpointing_computes_a_block_again(name):
     config = compose("train", [f"model={name}", *SMALL, "trainer.activation_checkpointing=true"])
-    model = build_model(config.model, "training")
+    model = LanguageModel(config.model)
     calls = []
     model.blocks[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
     prepare_blocks(model, config.trainer)
