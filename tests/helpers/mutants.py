@@ -93,7 +93,7 @@ MUTANTS = {
     "gate order": ("_constants", "kind.norm_before_gate", "not kind.norm_before_gate"),
     "always RMS": ("_constants", "kind.is_rms_norm", "True"),
     "never zero-centred": ("_constants", "float(kind.zero_centered)", "0.0"),
-    "always silu": ("_constants", "kind.activation == 'sigmoid'", "False"),
+    "always silu": ("_constants", "{'silu': False, 'sigmoid': True}[any_activation]", "False"),
     "rounds in the dtype of x": ("_constants", "torch.promote_types(any_x, any_w)", "any_x"),
     "strides of y and x swapped": ("_describe", "any_strides = (any_x, any_z, any_y)", "any_strides = (any_y, any_z, any_x)"),
     "strides of dx and dz swapped": ("_describe_backward", "any_strides = (any_dy, any_x, any_z, any_dx, any_dz)", "any_strides = (any_dy, any_x, any_z, any_dz, any_dx)"),
