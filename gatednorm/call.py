@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .options import DTYPES, Options, channels_in_group
+from .overlap import check_no_overlap_within, check_overlap, steps_of
 
 DEVICES = ("cpu", "cuda", "xpu")
 MAX_OUTER_DIMS = 3
@@ -114,11 +115,11 @@ def describe(
     )  # fmt: skip
     call = _remembered(*metas, options)
     if out is not None:
-        _check_no_overlap_within("out", _Meta(*metas[-1]))
+        check_no_overlap_within("out", _Meta(*metas[-1]))
         for name, other in (("x", x), ("z", z)):
-            _check_overlap("out", out, name, other)
+            check_overlap("out", out, name, other)
         for name, other in (("weight", weight), ("bias", bias)):
-            _check_overlap("out", out, name, other, "which every row needs")
+            check_overlap("out", out, name, other, "which every row needs")
     return call
 
 
@@ -151,8 +152,8 @@ def describe_backward(
         for name, out in (("dx", dx), ("dz", dz)):
             for other_name, other in {**read, "rstd": rstd}.items():
                 why = f"which is read after {name} is written"
-                _check_overlap(name, out, other_name, other, why)
-        _check_overlap("dz", dz, "dx", dx, "which is written as well")
+                check_overlap(name, out, other_name, other, why)
+        check_overlap("dz", dz, "dx", dx, "which is written as well")
     return call
 
 
@@ -221,7 +222,7 @@ def _describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options: Opti
         _check_like_x(name, given, x)
         if given.dtype != like.dtype:
             raise TypeError(f"{name} must be {like.dtype} like its input, got {given.dtype}")
-        _check_no_overlap_within(name, given)
+        check_no_overlap_within(name, given)
     dense = dense_strides(x.shape)
     of_z = (None, None) if z is None else (z.stride, dense if dz is None else dz.stride)
     strides = (dy.stride, x.stride, of_z[0], dense if dx is None else dx.stride, of_z[1])
@@ -231,7 +232,7 @@ def _describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options: Opti
     wanted = (shape, call.compute_dtype, x.device)
     for name, stat in (("rstd", rstd), ("mean", mean))[: 1 if options.is_rms_norm else 2]:
         found = None if stat is None else (stat.shape, stat.dtype, stat.device)
-        if found != wanted or _steps(*stat[:2]) != _steps(shape, dense_strides(shape)):
+        if found != wanted or steps_of(*stat[:2]) != steps_of(shape, dense_strides(shape)):
             got = "None"
             if stat is not None:
                 got = f"{list(stat.shape)} in {stat.dtype} with strides {tuple(stat.stride)}"
@@ -394,61 +395,3 @@ def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
         )
     each = iter(zip(*merged, strict=True))
     return Rows(tuple(sizes[1:]), tuple(None if s is None else next(each) for s in strides))
-
-
-# ---- overlap: an output may be the same view as an input, or share no element with it ----
-
-
-def _check_no_overlap_within(name: str, meta: _Meta) -> None:
-    """Raises ValueError for an output in which two indices name one element."""
-    if _overlaps_itself(_steps(meta.shape, meta.stride)):
-        raise ValueError(
-            f"{name} must not overlap itself, got strides {tuple(meta.stride)} for shape "
-            f"{tuple(meta.shape)}; pass a tensor that was not expanded, or None for a new one"
-        )
-
-
-def _check_overlap(name: str, out: Tensor, other_name: str, other: Tensor, same: str = "") -> None:
-    """Raises ValueError for an output that may share an element with an input. The same view of it
-    is allowed unless `same` says why not."""
-    if out is None or other is None or not out.numel():
-        return
-    steps, begin, end = _place(out)
-    other_steps, other_begin, other_end = _place(other)
-    if end <= other_begin or other_end <= begin:
-        return
-    size, distance = out.element_size(), abs(begin - other_begin)
-    alike = steps == other_steps and size == other.element_size() and distance % size == 0
-    if alike and distance == 0:
-        if same:
-            raise ValueError(f"{name} must not be {other_name}, {same}; pass None for a new tensor")
-        return
-    # Columns of one buffer: both together are a tensor with one more dimension of size 2.
-    if not alike or _overlaps_itself([*steps, (distance // size, 2)]):
-        raise ValueError(
-            f"{name} overlaps {other_name} without being the same view of it, and would corrupt "
-            f"it; pass a slice that shares no element with {other_name}, or None for a new tensor"
-        )
-
-
-def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Strides and sizes; a dimension of size 1 may have any stride."""
-    return [(s, n) for n, s in zip(shape, strides, strict=True) if n > 1]
-
-
-def _overlaps_itself(steps: list[tuple[int, int]]) -> bool:
-    """Whether two indices may name one element. They cannot where each stride is longer than all
-    that the smaller ones reach."""
-    reach = 0
-    for stride, size in sorted(steps):
-        if stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
-
-
-def _place(t: Tensor) -> tuple[list[tuple[int, int]], int, int]:
-    """Strides and sizes, and the first and one-past-last byte that a tensor touches."""
-    steps, start = _steps(t.shape, t.stride()), t.data_ptr()
-    reach = sum((size - 1) * stride for stride, size in steps)
-    return steps, start, start + (reach + 1) * t.element_size()

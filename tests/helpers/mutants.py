@@ -103,8 +103,8 @@ MUTANTS = {
     "call: compiled code with and without statistics": ("forward", "_forward_launchers(call.kind, any_save)", "_forward_launchers(call.kind, True)"),
     "call: aligned as x is": ("_call", "math.gcd(16, *(any_step for any_steps in strides for any_step in any_steps))", "math.gcd(16, *strides[0])"),
     "call: the gate of another number of rows": ("_remembered", "meta[0] == any_shape", "True"),
-    "call: columns that meet": ("_check_overlap", "not any_alike or _overlaps_itself(any_steps)", "not any_alike"),
-    "call: other strides of one memory": ("_check_overlap", "not any_alike or any_met", "any_met"),
+    "call: columns that meet": ("check_overlap", "not any_alike or _overlaps_itself(any_steps)", "not any_alike"),
+    "call: other strides of one memory": ("check_overlap", "not any_alike or any_met", "any_met"),
     "call: 32 bits for any number of rows": ("_long", "any_count >= 2**31", "False"),
     # the CPU path
     "cpu: statistics of the wrong rows": ("_blocks", "slice(any_start + any_i, any_start + any_stop)", "slice(any_i, any_stop)"),
