@@ -143,3 +143,40 @@ def test_a_subclass_that_adds_an_attribute_to_the_weight_works():
 
     x, z = torch.randn(2, 3, 8)
     assert Sharded(8)(x, z).shape == x.shape
+
+
+# ---- beside flash-linear-attention's own code, where it is installed: `.ci/run` does so ----
+
+LAUNCHERS = {"layer_norm_gated_fwd", "layer_norm_gated_bwd"}  # not covered, as docs/adopt.md says
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    fused = pytest.importorskip("fla.modules.fused_norm_gate")
+    gated = pytest.importorskip("fla.modules.layernorm_gated")
+    return {name: getattr(m, name) for m in (fused, gated) for name in m.__all__}
+
+
+@pytest.mark.slow
+def test_every_name_of_flash_linear_attention_is_here_or_named_as_missing(theirs):
+    assert set(theirs) - LAUNCHERS == set(SIGNATURES["fla"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNATURES["fla"])
+def test_flash_linear_attention_agrees_with_the_table_and_with_forward(theirs, name):
+    mine, other = getattr(door("fla"), name), theirs[name]
+    assert without_types(inspect.signature(other)) == SIGNATURES["fla"][name]
+    if inspect.isclass(other):
+        got, want = (without_types(inspect.signature(c.forward)) for c in (mine, other))
+        assert got == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for peer, n in MODULES if peer == "fla"])
+def test_the_state_and_the_attributes_of_flash_linear_attention(theirs, name):
+    mine, other = getattr(door("fla"), name)(8), theirs[name](8)
+    assert list(mine.state_dict()) == list(other.state_dict())
+    mine.load_state_dict(other.state_dict())
+    attributes = {k: v for k, v in vars(other).items() if not k.startswith("_")}
+    assert attributes.items() <= {k: getattr(mine, k) for k in attributes}.items()
