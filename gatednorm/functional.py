@@ -11,7 +11,7 @@ from .options import make_options
 NORM_PATHS = ("training", "inference")
 
 
-def _refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError where the result would lack a derivative or a batch that is asked for."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -86,7 +86,7 @@ def layernorm_fn(
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
-    _refuse_transforms("layernorm_fn")
+    refuse_transforms("layernorm_fn")
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
@@ -147,7 +147,7 @@ def rms_norm_gated(
         RuntimeError: when an input requires a gradient while gradients are on: this function would
             cut the graph.
     """
-    _refuse_transforms("rms_norm_gated", x, weight, bias, z)
+    refuse_transforms("rms_norm_gated", x, weight, bias, z)
     if torch.is_grad_enabled():
         for name, t in (
             ("x", x), ("z", z), ("weight", weight), ("bias", bias), ("out", out)
@@ -198,7 +198,7 @@ def layernorm_forward(
     Returns:
         `y` `[..., D]`, `mean` (None for RMS) and `rstd`, `[rows, groups]` in fp32 (fp64 for fp64).
     """
-    _refuse_transforms("layernorm_forward", x, weight, bias, z)
+    refuse_transforms("layernorm_forward", x, weight, bias, z)
     _refuse_wrappers("layernorm_forward", x, weight, bias, z, out)
     options = make_options(
         eps, group_size, norm_before_gate, is_rms_norm,
@@ -239,10 +239,10 @@ def layernorm_backward(
     Raises:
         ValueError, TypeError: as in :func:`layernorm_fn`; also when `dx` or `dz` overlaps an input.
     """
-    _refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
+    refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
     _refuse_wrappers("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
     options = make_options(
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None
     )
     with torch.no_grad():
-        return run_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)
+        return run_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)[:4]

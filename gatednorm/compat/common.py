@@ -5,12 +5,11 @@ do, while :func:`gatednorm.layernorm_fn` refuses. What can be addressed is still
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import backward_op
 from ..call import check_tensors
 from ..functional import layernorm_backward, layernorm_fn, layernorm_forward, rms_norm_gated
+from ..linear import GatedNormLinearFn, check_projection
 from ..options import Options, make_options
 
 
@@ -171,13 +170,12 @@ def fused_gated_norm_linear(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`fused_gated_norm` with SiLU, then `y @ linear_weight^T + linear_bias`, in the dtype of
     autocast where that is on. `y` is not kept for the backward, which computes it again."""
-    if linear_weight is None:
-        raise TypeError("the projection's weight must be a torch.Tensor [N, D], got None; pass it")
     check_tensors(x=x, g=g)
+    check_projection(x, linear_weight, linear_bias)
     total, rounded = _add_residual(x, residual, residual_in_fp32)
     total, g = in_one_shape(total, g)
     options = Options(eps, is_rms_norm=is_rms_norm, out_dtype=x.dtype)
-    out = _NormLinear.apply(
+    out = GatedNormLinearFn.apply(
         total, addressable(weight), addressable(bias), g, linear_weight, linear_bias, options
     )
     out = out.view(*x.shape[:-1], linear_weight.shape[0])
@@ -196,33 +194,6 @@ def _add_residual(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Te
         )
     total = x.to(exact) + residual.to(exact)
     return total, total.to(residual.dtype)
-
-
-class _NormLinear(torch.autograd.Function):
-    """The norm and a projection, keeping `x`, `z` and the statistics, and not the norm's output."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
-        y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
-        device, dtype = x.device.type, y.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        ctx.options, ctx.dtype = options, dtype
-        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
-        ctx.save_for_backward(x, weight, bias, z, mean, rstd, linear_weight)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-        return F.linear(y.to(dtype), linear_weight.to(dtype), linear_bias)
-
-    @staticmethod
-    def backward(ctx, dout):
-        *norm, linear_weight = ctx.saved_tensors
-        x, weight, bias, z, *_ = norm
-        y = torch.ops.gatednorm.forward(x, weight, bias, z, *ctx.options)[0]
-        dy = (dout @ linear_weight.to(ctx.dtype)).to(y.dtype)
-        dout, y = dout.flatten(0, -2), y.flatten(0, -2)
-        dlinear = (dout.t() @ y.to(ctx.dtype)).to(linear_weight.dtype)
-        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
-        return *backward_op(dy, *norm, *ctx.options), dlinear, dbias, None
 
 
 # ---- the pair without autograd, with statistics as one vector, group after group

@@ -80,6 +80,9 @@ MUTANTS = {
     "dx without the gate": ("_finish", "any_du *= any_act", "pass"),
     "dw of values not rounded": ("backward_kernel", "tl.fma(any_g, any_rounded, dw_a)", "tl.fma(any_g, xhat_a, dw_a)"),
     "dz of values not rounded": ("_read", "affine(*any_others, ROUND_WEIGHT)", "affine(*any_others, None)"),
+    "output without the gate": ("_read", "y = h * any_act", "pass"),
+    "output: group of y": ("backward_kernel", "y_ptr += any_step", "pass"),
+    "output: second piece": ("backward_kernel", "_read(dy_ptr, any_dy, *any_others, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, *any_rest, y_ptr, dx_off)", "_read(dy_ptr, any_dy, *any_others, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, *any_rest, None, None)"),
     # sums over rows
     "dw of the last tile": ("backward_kernel", "dw_a = tl.fma(any_g, any_rounded, dw_a)", "dw_a = any_g * any_rounded"),
     "db of the last tile": ("backward_kernel", "db_b += any_g", "db_b = any_g"),
@@ -134,6 +137,8 @@ MUTANTS = {
     "cpu: dz without rstd": ("backward", "any_du *= any_rstd", "pass"),
     "cpu: dz of the gated value": ("backward", "torch.mul(du, any_x, out=any_xhat)", "torch.mul(du, any_xhat, out=any_xhat)"),
     "cpu: dx without the gate": ("backward", "_product_into(any_dx, any_du, act)", "_product_into(any_dx, any_du, act * 0 + 1)"),
+    "cpu: output without the gate": ("backward", "any_y.copy_((any_h * act).view(any_y.shape))", "any_y.copy_(any_h.view(any_y.shape))"),
+    "cpu: output of values not rounded": ("backward", "_affine(call, any_rounded, *any_others, None)", "_affine(call, xhat, *any_others, None)"),
     "cpu: no eps": ("forward", "any_square + any_options.eps", "any_square"),
     "cpu: sign of c1": ("backward", "any_sum.div_(-any_count)", "any_sum.div_(any_count)"),
     "cpu: sum in place of a mean": ("backward", "any_sum.div_(-any_count)", "any_sum.div_(-1)"),
