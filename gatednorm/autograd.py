@@ -25,6 +25,10 @@ from .call import (
 from .options import DTYPES, Options, make_options
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
+# `gatednorm`; another in a copy of the package that a kernel hub imports under a name of its own:
+# PyTorch takes each operator once.
+NAMESPACE = __package__.replace(".", "_")
+ops = getattr(torch.ops, NAMESPACE)
 
 
 @functools.cache
@@ -130,7 +134,7 @@ class LayerNormFn(torch.autograd.Function):
         options = make_options(*Options(*options))
         if needs_operator(x, weight, bias, z):
             check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
-            results = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+            results = ops.forward(x, weight, bias, z, *options)
         else:
             results = run_forward(x, weight, bias, z, None, options, save_stats=True)
         _save(ctx, x, weight, bias, z, *results[1:], options)
@@ -186,7 +190,7 @@ def _has_memory(t: Tensor) -> bool:
 def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
     if mean is None:
         mean = x.new_empty(0)
-    grads = torch.ops.gatednorm.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    grads = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
     return tuple(None if t is None else g for t, g in zip((x, weight, bias, z), grads, strict=True))
 
 
@@ -212,7 +216,7 @@ _OPTIONS = (
     "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
     "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
 )
-_library = torch.library.Library("gatednorm", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 _library.define(
@@ -318,7 +322,7 @@ for _name, _impl, _fake in (
 ):
     for _device in DEVICES:
         _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"gatednorm::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 def _save_op(ctx, inputs, output) -> None:
@@ -327,5 +331,5 @@ def _save_op(ctx, inputs, output) -> None:
 
 
 torch.library.register_autograd(
-    "gatednorm::forward", _backward, setup_context=_save_op, lib=_library
+    f"{NAMESPACE}::forward", _backward, setup_context=_save_op, lib=_library
 )
