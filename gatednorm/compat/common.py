@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import backward_op
+from ..autograd import backward_op, ops
 from ..call import check_tensors
 from ..functional import layernorm_backward, layernorm_fn, layernorm_forward, rms_norm_gated
 from ..options import Options, make_options
@@ -203,7 +203,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
-        y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+        y, mean, rstd = ops.forward(x, weight, bias, z, *options)
         device, dtype = x.device.type, y.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -217,7 +217,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, dout):
         *norm, linear_weight = ctx.saved_tensors
         x, weight, bias, z, *_ = norm
-        y = torch.ops.gatednorm.forward(x, weight, bias, z, *ctx.options)[0]
+        y = ops.forward(x, weight, bias, z, *ctx.options)[0]
         dy = (dout @ linear_weight.to(ctx.dtype)).to(y.dtype)
         dout, y = dout.flatten(0, -2), y.flatten(0, -2)
         dlinear = (dout.t() @ y.to(ctx.dtype)).to(linear_weight.dtype)
