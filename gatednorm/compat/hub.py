@@ -61,7 +61,8 @@ torch 2.8 and Triton 3.4, and runs on NVIDIA GPUs; `torch-cpu` is the same in pl
 ```python
 from transformers import AutoModelForCausalLM, KernelConfig
 
-kernels = KernelConfig({{"RMSNormGated": ("OWNER/{name}:RMSNormGated", {{"version": {version}}})}})
+ours = ("OWNER/{name}:RMSNormGated", {{"version": {version}, "trust_remote_code": True}})
+kernels = KernelConfig({{"RMSNormGated": ours}})
 model = AutoModelForCausalLM.from_pretrained(..., use_kernels=True, kernel_config=kernels)
 ```
 """

@@ -35,9 +35,8 @@ class GatedNorm(RMSNormGated):
         if not isinstance(x, DTensor):
             return norm(x, self.weight, gate)
         rows, whole = x.placements, self.weight.placements
-        sums = [
-            Partial() if ours.is_shard() else own for ours, own in zip(rows, whole, strict=True)
-        ]
+        # Each rank has the weight's gradient from its own rows alone.
+        sums = [Partial() if r.is_shard() else w for r, w in zip(rows, whole, strict=True)]
         return local_map(
             norm,
             out_placements=(rows,),
