@@ -3,6 +3,7 @@
 Training: `RMSNorm`, `LayerNorm`, `rmsnorm_fn`, `layernorm_fn`, `LayerNormFn`.
 Inference: `rms_norm_gated`.
 With the projection after it: `gated_norm_linear`, `GatedNormLinear`.
+Models and packages that exist: `patch`.
 For your own autograd Function: `layernorm_forward`, `layernorm_backward`.
 The equation in plain PyTorch: `rms_norm_ref`, `gated_norm_ref`.
 """
@@ -18,6 +19,7 @@ from .functional import (
 )
 from .linear import GatedNormLinear, gated_norm_linear
 from .modules import LayerNorm, RMSNorm
+from .patching import patch
 from .reference import gated_norm_ref, rms_norm_ref
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "layernorm_backward",
     "layernorm_fn",
     "layernorm_forward",
+    "patch",
     "rms_norm_gated",
     "rms_norm_ref",
     "rmsnorm_fn",

@@ -25,6 +25,10 @@ from .call import (
 from .options import DTYPES, Options, make_options
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
+# `gatednorm`; another in a copy of the package that a kernel hub imports under a name of its own:
+# PyTorch takes each operator once.
+NAMESPACE = __package__.replace(".", "_")
+ops = getattr(torch.ops, NAMESPACE)
 
 
 @functools.cache
@@ -147,7 +151,7 @@ def save_forward(ctx, x, weight, bias, z, options: Options, *others: Tensor | No
     """The forward's `y`; what :func:`gradients` needs is kept, and `others` after it."""
     if needs_operator(x, weight, bias, z):
         check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
-        y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+        y, mean, rstd = ops.forward(x, weight, bias, z, *options)
     else:
         y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
     _save(ctx, x, weight, bias, z, mean, rstd, options, *others)
@@ -196,7 +200,7 @@ def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor |
         return _OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options)
     if mean is None:
         mean = x.new_empty(0)
-    results = torch.ops.gatednorm.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
     there = (True, weight is not None, bias is not None, z is not None, options[-1])
     return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
@@ -223,7 +227,7 @@ _OPTIONS = (
     "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
     "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
 )
-_library = torch.library.Library("gatednorm", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 _library.define(
@@ -332,7 +336,7 @@ for _name, _impl, _fake in (
 ):
     for _device in DEVICES:
         _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"gatednorm::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 def _save_op(ctx, inputs, output) -> None:
@@ -341,5 +345,5 @@ def _save_op(ctx, inputs, output) -> None:
 
 
 torch.library.register_autograd(
-    "gatednorm::forward", _backward, setup_context=_save_op, lib=_library
+    f"{NAMESPACE}::forward", _backward, setup_context=_save_op, lib=_library
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, needs_operator, run_backward, run_forward
+from .autograd import LayerNormFn, needs_operator, ops, run_backward, run_forward
 from .call import check_tensors
 from .options import make_options
 
@@ -92,7 +92,7 @@ def layernorm_fn(
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.gatednorm.forward(x, weight, bias, z, *options)[0]
+        return ops.forward(x, weight, bias, z, *options)[0]
     return LayerNormFn.apply(x, weight, bias, z, *options)
 
 
@@ -169,7 +169,7 @@ def rms_norm_gated(
             raise TypeError(f"out must have out_dtype, got {out.dtype} and {out_dtype}")
         if out is None:
             out = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-        torch.ops.gatednorm.forward_out(x, weight, bias, z, out, *options)
+        ops.forward_out(x, weight, bias, z, out, *options)
         return out
     return run_forward(x, weight, bias, z, out, make_options(*options), save_stats=False)[0]
 
