@@ -137,7 +137,8 @@ def _affine(call: Call, xhat: Tensor, w, b, x: Tensor, weight, out: Tensor) -> T
     h = xhat
     if w is not None:
         h = torch.mul(h, w, out=out)
-        h = _round(call, h, 1, torch.promote_types(x.dtype, weight.dtype))
+        own = call.options.numerics == "torchtitan"
+        h = _round(call, h, 1, x.dtype if own else torch.promote_types(x.dtype, weight.dtype))
     return h if b is None else torch.add(h, b, out=out)
 
 

@@ -68,6 +68,7 @@ def layernorm_fn(
         numerics: where values are rounded to the input's dtype. `fp32`: at the store only.
             `mamba2`: also after the norm (Mamba2, Bamba, Zamba2, Nemotron-H, Granite 4).
             `qwen3_next`: after the norm and after the weight (Qwen3-Next, Qwen3.5, OLMo-hybrid).
+            `torchtitan`: after the weight (torchtitan's Qwen3.5).
             docs/numerics.md has every family with its options.
         out_dtype: dtype of the result, by default that of `x`, under autocast too.
 

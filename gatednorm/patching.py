@@ -9,7 +9,7 @@ classes and layers call are replaced, wherever a module has a name for them.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,7 +89,7 @@ def patch(target: nn.Module | str) -> "Patch":
 
     Each family keeps its own rounding; docs/adopt-transformers.md says what changes. In training,
     mamba_ssm's fused functions read a norm's weight and never call the module: for these patch the
-    package and not the model.
+    package and not the model. A package is patched in this process alone.
     """
     if isinstance(target, nn.Module):
         return _patch_model(target)
@@ -166,7 +166,7 @@ def _ours(original: type[nn.Module]) -> type[nn.Module] | None:
     else:
         return None
     own |= {"__module__": __name__, "__qualname__": name, "_original": original}
-    return type(original)(name, bases, own)
+    return type(name, bases, own)
 
 
 def _patch_model(model: nn.Module) -> Patch:
@@ -179,9 +179,9 @@ def _patch_model(model: nn.Module) -> Patch:
             continue
         if "forward" in vars(module):
             raise ValueError(
-                f"{path or 'the model'} ({cls.__name__}) has a forward of its own, from kernelize, "
-                "a hook of accelerate or other code, which would go on being called; patch the "
-                "model before that, or remove it"
+                f"{path or 'the model'} ({cls.__name__}) has a forward of its own, as kernelize "
+                "and accelerate's hooks leave, which would go on being called; patch the model "
+                "before them, or the package before the model is loaded"
             )
         swaps.append((module, cls, ours))
     if not swaps and not known:
@@ -218,11 +218,15 @@ def _check_installed(package: str) -> None:
         )
 
 
-def _bound_to(value: object) -> Iterator[tuple[ModuleType, str]]:
-    """Every module and name in it that is bound to this object."""
-    for module in {id(m): m for m in sys.modules.values() if isinstance(m, ModuleType)}.values():
-        for name in [name for name, bound in list(vars(module).items()) if bound is value]:
-            yield module, name
+def _bound_to(value: object) -> list[tuple[ModuleType, str]]:
+    """Every imported module, and name in it, that is bound to this object."""
+    modules = {id(m): m for m in list(sys.modules.values()) if isinstance(m, ModuleType)}
+    return [
+        (module, name)
+        for module in modules.values()
+        for name, bound in list(vars(module).items())
+        if bound is value
+    ]
 
 
 class _PackagePatch(Patch, MetaPathFinder):
@@ -238,21 +242,24 @@ class _PackagePatch(Patch, MetaPathFinder):
         self._copies: list[tuple[FunctionType, object]] = []
         for name in _FUNCTIONS[package]:
             if name in sys.modules:
-                self._patch_module(sys.modules[name])
+                self._patch_module(name)
         sys.meta_path.insert(0, self)
         _in_force[package] = self
 
-    def _patch_module(self, module: ModuleType) -> None:
-        for (path, name), family in FAMILIES.items():
-            if path == module.__name__ and (cls := getattr(module, name, None)) is not None:
-                self._set(cls, "forward", cls.forward, family.forward)
-        door, names = _FUNCTIONS[self._package][module.__name__]
+    def _patch_module(self, path: str) -> None:
+        module = sys.modules[path]
+        for name in [name for where, name in FAMILIES if where == path]:
+            cls = getattr(module, name, None)  # older releases share one class among families
+            if "forward" in vars(cls or object):
+                self._set(cls, "forward", cls.forward, FAMILIES[path, name].forward)
+        door, names = _FUNCTIONS[self._package][path]
         for name in names:
-            if not hasattr(module, name):
-                continue
-            old, new = getattr(module, name), _copy(getattr(_compat(door), name))
+            old = getattr(module, name, None)
+            if old is None or any(old is copy for copy, _ in self._copies):
+                continue  # not in this release; or a module that has an old name as well
+            new = _copy(getattr(_compat(door), name))
             self._copies.append((new, old))
-            for owner, bound in list(_bound_to(old)):
+            for owner, bound in _bound_to(old):
                 self._set(owner, bound, old, new)
 
     def undo(self) -> None:
@@ -261,7 +268,7 @@ class _PackagePatch(Patch, MetaPathFinder):
             sys.meta_path.remove(self)
         while self._copies:
             new, old = self._copies.pop()
-            for owner, name in list(_bound_to(new)):
+            for owner, name in _bound_to(new):
                 setattr(owner, name, old)
         super().undo()
 
@@ -270,8 +277,7 @@ class _PackagePatch(Patch, MetaPathFinder):
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)):
-                if spec.loader is not None:
-                    spec.loader = _ThenPatch(spec.loader, self._patch_module)
+                spec.loader = _ThenPatch(spec.loader, self._patch_module)
                 return spec
         return None
 
@@ -279,7 +285,7 @@ class _PackagePatch(Patch, MetaPathFinder):
 class _ThenPatch(Loader):
     """A module's own loader, and a call when it has run."""
 
-    def __init__(self, loader: Loader, patch_module: Callable[[ModuleType], None]):
+    def __init__(self, loader: Loader, patch_module: Callable[[str], None]):
         self._loader, self._patch_module = loader, patch_module
 
     def create_module(self, spec):
@@ -288,7 +294,7 @@ class _ThenPatch(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # as if we had not been here
         self._loader.exec_module(module)
-        self._patch_module(module)
+        self._patch_module(module.__name__)
 
 
 def _copy(function: FunctionType) -> FunctionType:

@@ -30,7 +30,7 @@ class GatedNorm(RMSNormGated):
         to `[..., D]` with the dtype and placements of `x`."""
 
         def norm(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-            return rmsnorm_fn(x, weight, None, gate, self.eps)
+            return rmsnorm_fn(x, weight, None, gate, self.eps, numerics="torchtitan")
 
         if not isinstance(x, DTensor):
             return norm(x, self.weight, gate)

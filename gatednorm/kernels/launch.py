@@ -94,7 +94,9 @@ def _constants(kind: Kind) -> dict[str, Any]:
         return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
 
     x_dtype, w_dtype = kind.dtypes[:2]
-    after_weight = x_dtype if w_dtype is None else torch.promote_types(x_dtype, w_dtype)
+    after_weight = x_dtype
+    if w_dtype is not None and kind.numerics != "torchtitan":
+        after_weight = torch.promote_types(x_dtype, w_dtype)
     round_norm, round_weight = ROUNDING[kind.numerics]
     return {
         "N": kind.group_size,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import gatednorm
 from gatednorm.compat import hub
 from installed import install, run
 
@@ -77,10 +78,15 @@ def test_compiled_in_one_graph(norm):
 
 
 def test_a_subclass_has_the_family_of_its_base():
-    base = type(module_of(*CLASSES["fp32-sigmoid"]))
-    norm = type("Mine", (base,), {})(96)
+    """One of somebody's own, and the one that a patched module has."""
+    norm = module_of(*CLASSES["fp32-sigmoid"])
+    mine = type("Mine", (type(norm),), {})(96)
+    mine.load_state_dict(norm.state_dict())
     x, z = inputs()
-    assert torch.equal(MethodType(LAYER.forward, norm)(x, z), norm(x, z))
+    want = norm(x, z)
+    assert torch.equal(MethodType(LAYER.forward, mine)(x, z), want)
+    with gatednorm.patch(norm):
+        assert torch.equal(MethodType(LAYER.forward, norm)(x, z), want)
 
 
 def test_an_unknown_class_is_named():

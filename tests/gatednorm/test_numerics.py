@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import gatednorm
 from gatednorm import gated_norm_ref
+from gatednorm.families import FAMILIES
 from norm_cases import (
     Case,
     Layout,
@@ -124,7 +125,7 @@ def test_backward_keeps_to_its_group(path, is_rms_norm, norm_before_gate):
     torch.testing.assert_close(got["dx"].double(), dx, rtol=1e-4, atol=1e-5 * float(dx.abs().max()))
 
 
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
     """flash-linear-attention#1071: a recompute kept the value from the wrong side of the gate. With
     gates near 0 the two sides differ by orders of magnitude."""
@@ -158,9 +159,11 @@ def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
     act, slope = z * s, s + z * s * (1 - s)
     u = x if case.norm_before_gate else x * act
     xhat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + case.eps)
-    if case.numerics != "fp32":
+    if case.numerics in ("mamba2", "qwen3_next"):
         xhat = xhat.to(case.dtype).float()
     h = xhat * w
+    if case.numerics == "torchtitan":
+        h = h.to(case.dtype).float()
     if case.numerics == "qwen3_next":
         h = h.to(torch.promote_types(case.dtype, inputs.weight.dtype)).float()
     g = dy * act if case.norm_before_gate else dy
@@ -172,7 +175,7 @@ def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_gate):
     """Results kept in fp32 show which values the backward multiplied: those that the forward
     rounded, and not those of another family, by at least a factor of ten."""
@@ -185,7 +188,7 @@ def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_
     got = through_autograd(case, inputs)
     truths = {
         name: gradients_of_rounded_values(replace(case, numerics=name), inputs)
-        for name in ("fp32", "mamba2", "qwen3_next")
+        for name in ("fp32", "mamba2", "qwen3_next", "torchtitan")
     }
     for name in ("dw", "dz"):
         if name not in truths[numerics] or got[name].dtype != torch.float32:
@@ -216,44 +219,26 @@ def test_extreme_values(path, norm_before_gate):
 
 # ---- rounding points of the model families ----
 
-FAMILIES = {
-    # transformers module and class: numerics, activation, gate after
-    "mamba2.Mamba": ("mamba2", "silu", False),
-    "bamba.Bamba": ("mamba2", "silu", False),
-    "zamba2.Zamba2": ("mamba2", "silu", False),
-    "nemotron_h.NemotronH": ("mamba2", "silu", False),
-    "granitemoehybrid.GraniteMoeHybrid": ("mamba2", "silu", False),
-    "qwen3_next.Qwen3Next": ("qwen3_next", "silu", True),
-    "qwen3_5.Qwen3_5": ("qwen3_next", "silu", True),
-    "qwen3_5_moe.Qwen3_5Moe": ("qwen3_next", "silu", True),
-    "olmo_hybrid.OlmoHybrid": ("qwen3_next", "silu", True),
-    "qwen4_exp.Qwen4ExpText": ("qwen3_next", "silu", True),
-    "kimi_linear.KimiLinear": ("fp32", "sigmoid", True),
-    "bailing_hybrid.BailingHybrid": ("fp32", "sigmoid", True),
-    "glm5_next.Glm5NextText": ("fp32", "sigmoid", True),
-    "falcon_h1.FalconH1": ("fp32", "silu", True),
-}
 
-
-def _installed() -> list[str]:
+def _installed() -> list:
     """The families that the installed transformers knows; `find_spec` imports no model file."""
     if importlib.util.find_spec("transformers") is None:
         return []
     return [
-        name for name in FAMILIES
-        if importlib.util.find_spec(f"transformers.models.{name.split('.')[0]}")
-    ]  # fmt: skip
+        pytest.param(*key, id=key[1].removesuffix("RMSNormGated"))
+        for key in FAMILIES
+        if importlib.util.find_spec(key[0].rpartition(".")[0])
+    ]
 
 
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32], ids=["w_bf16", "w_fp32"])
-@pytest.mark.parametrize("family", _installed())
-def test_reference_equals_the_family(family, w_dtype):
+@pytest.mark.parametrize(("where", "name"), _installed())
+def test_reference_equals_the_family(where, name, w_dtype):
     """The family's own PyTorch code on the CPU, bf16 activations: equal in every bit."""
-    module, prefix = family.split(".")
-    numerics, activation, after = FAMILIES[family]
-    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    numerics, activation, after, _ = FAMILIES[where, name]
+    module = importlib.import_module(where)
     # Before transformers 5.20 NemotronH took Zamba2's class; before 5.23 some had no groups.
-    norm = getattr(module, f"{prefix}RMSNormGated", None) or module.Zamba2RMSNormGated
+    norm = getattr(module, name, None) or module.Zamba2RMSNormGated
     group_size = 32 if "group_size" in inspect.signature(norm).parameters else None
     made = norm(96, **({"group_size": group_size} if group_size else {}))
     g = torch.Generator().manual_seed(0)
@@ -286,14 +271,14 @@ def test_the_table_of_families():
         for names, numerics, activation, after in rows
         for family in names.split(", ")
     }
-    tested = {name.split(".")[1]: options for name, options in FAMILIES.items()}
+    tested = {name.removesuffix("RMSNormGated"): f[:3] for (_, name), f in FAMILIES.items()}
     assert documented == tested
 
 
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
     """At least 99.99% of the elements equal the reference; the rest are one unit off, two or four
     where values are rounded on their way.
