@@ -15,7 +15,7 @@ from ..options import Options, make_options
 
 def addressable(t: Tensor | None) -> Tensor | None:
     """The tensor itself, or a contiguous copy where the kernels need one."""
-    if not isinstance(t, Tensor) or (0 < t.dim() <= 4 and t.stride(-1) == 1):
+    if not isinstance(t, Tensor) or t.is_contiguous() or (0 < t.dim() <= 4 and t.stride(-1) == 1):
         return t
     return t.contiguous()
 
@@ -66,7 +66,7 @@ def gated_norm(
         x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
         is_rms_norm=is_rms_norm, activation=activation, numerics=numerics, out_dtype=out_dtype,
     )  # fmt: skip
-    return y if y.shape == shape else y.view(shape)
+    return y if x.shape == shape else y.view(shape)
 
 
 def layernorm(
@@ -160,6 +160,8 @@ def fused_gated_norm(
         `y` in the shape and dtype of `x`; with `prenorm` also the sum, in the dtype of `residual`
         (without one: `x` itself, in fp32 with `residual_in_fp32`).
     """
+    if residual is None and not prenorm:
+        return gated_norm(x, weight, bias, g, eps, None, True, is_rms_norm, activation)
     total, rounded = _add_residual(x, residual, residual_in_fp32)
     y = gated_norm(total, weight, bias, g, eps, None, True, is_rms_norm, activation, x.dtype)
     return (y, rounded) if prenorm else y
