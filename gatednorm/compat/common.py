@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import check_tensors
-from ..functional import layernorm_backward, layernorm_fn, layernorm_forward, rms_norm_gated
+from ..functional import layernorm_backward, layernorm_fn, layernorm_forward
 from ..linear import GatedNormLinearFn, check_projection
 from ..options import Options, make_options
 
@@ -43,7 +43,7 @@ def gated_norm(
     out_dtype: torch.dtype | None = None,
     numerics: str = "fp32",
 ) -> Tensor:
-    """The gated norm with the peers' freedom of shapes; nothing is saved where gradients are off.
+    """The gated norm with the peers' freedom of shapes.
 
     Args:
         x: `[..., D]` with any strides.
@@ -61,8 +61,7 @@ def gated_norm(
     """
     shape = x.shape
     x, z = in_one_shape(x, z)
-    function = layernorm_fn if torch.is_grad_enabled() else rms_norm_gated
-    y = function(
+    y = layernorm_fn(
         x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
         is_rms_norm=is_rms_norm, activation=activation, numerics=numerics, out_dtype=out_dtype,
     )  # fmt: skip
