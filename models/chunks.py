@@ -130,7 +130,7 @@ class ChunkLayout:
         self.segments = tuple(-(-length // chunk_size) for length in lengths)
         self.chunks = sum(self.segments)
         self.slots = None
-        if len(lengths) > 1:
+        if any(length % chunk_size for length in lengths[:-1]):  # else all lie where they belong
             starts = torch.tensor((0, *self.segments)).cumsum(0)[:-1] * chunk_size
             shift = torch.repeat_interleave(
                 starts - torch.tensor(offsets[:-1]), torch.tensor(lengths)

@@ -259,7 +259,7 @@ def chunk_ssd(
     check_positive(chunk_size=chunk_size)
     heads, groups, size = x.shape[2], B.shape[2], B.shape[3]
     offsets, state = offsets_and_states(x, cu_seqlens, initial_state, (*x.shape[2:], size))
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     layout = ChunkLayout(x, chunk_size, offsets)
     # by group, the heads of a group as columns; packed sequences have B = 1, a batch counts as one
     state = state.view(-1, groups, heads // groups, x.shape[3], size).movedim(4, 2)
@@ -296,7 +296,7 @@ def recurrent_ssd(
     _check(x, dt, A, B, C, D, dt_bias, dt_limit)
     state_shape = (*x.shape[2:], B.shape[3])
     offsets, state = offsets_and_states(x, cu_seqlens, initial_state, state_shape)
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
     return y, state if output_final_state else None
 
@@ -320,7 +320,14 @@ def _steps(A, D, x, dt, B, C, state):
     return y.to(x.dtype), state
 
 
-def _step_size(dt, dt_bias, dt_softplus, dt_limit, acc):
+def step_size(
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    acc: torch.dtype,
+) -> Tensor:
+    """The step sizes in ``acc`` that a scan makes of its argument dt [B, T, H]."""
     dt = dt.to(acc)
     if dt_bias is not None:
         dt = dt + dt_bias.to(acc)
