@@ -21,20 +21,35 @@ from torch import Tensor
 
 from models.chunks import check_state, sequence_offsets
 
-CHUNK = 64  # a multiple of the scans' own chunks
+CHUNK = 32  # decoding takes as long as a chunk; more and smaller ones take training longer
 
 Layers = list[tuple[Tensor, ...]]
 Run = Callable[[Tensor, Layers | None, bool, Tensor | None], tuple[Tensor, Layers | None]]
 
 
+class _Rounded(torch.autograd.Function):
+    """`value`, with the gradient of `near`, which differs from it by rounding alone."""
+
+    @staticmethod
+    def forward(ctx, near, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def by_chunks(exact: bool, function: Callable, *tensors: Tensor | None) -> Tensor:
-    """``function(*tensors)``, which works row by row on tensors [B, T, ...] or None. In exact mode
+    """``function(*tensors)``, which works row by row on tensors [1, T, ...] or None. In exact mode
     on a CPU it gets one chunk at a time: PyTorch's vectorised functions round differently at the
-    end of a buffer, so that a row's bits depend on how many rows there are."""
-    if not exact or tensors[0].device.type != "cpu":
+    end of a buffer, so that a row's bits depend on how many rows there are. For the backward, all
+    chunks at once are faster."""
+    if not exact or tensors[0].device.type != "cpu" or tensors[0].shape[1] == CHUNK:
         return function(*tensors)
-    cut = (itertools.repeat(None) if t is None else t.split(CHUNK, dim=1) for t in tensors)
-    return torch.cat([function(*chunk) for chunk in zip(*cut, strict=False)], dim=1)
+    with torch.no_grad():
+        cut = (itertools.repeat(None) if t is None else t.split(CHUNK, dim=1) for t in tensors)
+        value = torch.cat([function(*chunk) for chunk in zip(*cut, strict=False)], dim=1)
+    return _Rounded.apply(function(*tensors), value) if torch.is_grad_enabled() else value
 
 
 def forward(

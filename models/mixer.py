@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
-from models.exact import by_chunks
+from models.exact import CHUNK, by_chunks
 from models.products import Linear
 from models.short_conv import short_conv
 
@@ -53,7 +53,7 @@ class Mixer(nn.Module, ABC):
         bias: whether the two projections have a bias.
         decay_init, dt_init: ranges that decays, uniformly, and step sizes, log-uniformly, are
             drawn from at first.
-        chunk_size: tokens per chunk of the scan; None for its default.
+        chunk_size: tokens per chunk of the scan, outside exact mode; None for its default.
     Attributes:
         exact: whether this is part of a model in exact mode; see `models.exact`.
     """
@@ -140,7 +140,7 @@ class Mixer(nn.Module, ABC):
             recurrent if one_step else chunked,
             initial_state=scan_state,
             output_final_state=output_state,
-            chunk_size=self.chunk_size,
+            chunk_size=CHUNK if self.exact else self.chunk_size,
             cu_seqlens=cu_seqlens,
         )
         y, scan_state = self.mix(scan, *parts)

@@ -35,13 +35,13 @@ def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Blocks of `CHUNK` rows, one call each: PyTorch's libraries choose how they add by a product's
     shape."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = len(x)
-    x = F.pad(x.to(acc), (0, 0, 0, -rows % CHUNK)).contiguous()
-    weight = weight.to(acc).T
-    y = x.new_empty(len(x), weight.shape[1])
-    for block, out in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        torch.mm(block, weight, out=out)
-    y = y[:rows]
+    wide, weight = x.to(acc), weight.to(acc).T
+    if len(x) % CHUNK:
+        wide = F.pad(wide, (0, 0, 0, -len(x) % CHUNK))
+    y = wide.new_empty(len(wide), weight.shape[1])
+    for start in range(0, len(wide), CHUNK):
+        torch.mm(wide[start : start + CHUNK], weight, out=y[start : start + CHUNK])
+    y = y[: len(x)]
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
@@ -62,4 +62,5 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-        return _Product.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, self.in_features).contiguous()
+        return _Product.apply(rows, weight, bias).view(*x.shape[:-1], self.out_features)
