@@ -1,4 +1,4 @@
-"""The exact mode: a token's bits are the same in the training forward, in a prefill of any split and
+"""The exact mode: a token has the same bits in the training forward, in a prefill of any split and
 in decoding, whatever else is in the batch.
 
 Three rules make it so. Every sequence is cut into chunks of `CHUNK` tokens that begin where it

@@ -73,9 +73,7 @@ class LanguageModel(nn.Module):
         ValueError: for sizes that do not fit each other.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, norm_path: str = "training", exact: bool = False
-    ):
+    def __init__(self, config: ModelConfig, *, norm_path: str = "training", exact: bool = False):
         super().__init__()
         self.config = config
         hidden_size, mlp_size, eps = config.hidden_size, config.mlp_size, config.norm_eps
@@ -140,15 +138,20 @@ class LanguageModel(nn.Module):
                 "add a batch dimension with tokens[None]"
             )
         if state is not None and len(state) != len(self.blocks) + self.exact:
-            other = len(state) == len(self.blocks) + (not self.exact)
-            whose = f"of exact={not self.exact}" if other else f"with {len(state)} entries"
+            if len(state) == len(self.blocks) + (not self.exact):
+                raise ValueError(
+                    f"state must be one of exact={self.exact}, got one of exact={not self.exact}; "
+                    "begin again with the prompt, or set the mode back"
+                )
             raise ValueError(
-                f"state must be of this model of {len(self.blocks)} layers with "
-                f"exact={self.exact}, got one {whose}; pass what this model returned in this mode"
+                f"state must have one entry per layer, got {len(state)} for {len(self.blocks)} "
+                "layers; pass what this model returned"
             )
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # read by every layer: waits for a GPU once
         if self.exact:
+            if state is None or tokens.shape[1] > 1:  # not in each step of decoding
+                self._check_linear_layers()
             return exact_mode.forward(self._run, tokens, state, output_state, cu_seqlens)
         return self._run(tokens, state, output_state, cu_seqlens)
 
@@ -184,6 +187,17 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.path = path
+
+    def _check_linear_layers(self) -> None:
+        """Raises ValueError for one that is not ours, such as an adapter around it."""
+        for name, module in self.named_modules():
+            ours = isinstance(module, Linear) and module.exact
+            if name.rpartition(".")[2] in ("in_proj", "out_proj", "head") and not ours:
+                raise ValueError(
+                    f"exact mode needs every linear layer to be a models.products.Linear in exact "
+                    f"mode, got {type(module).__name__} for {name}; merge the adapter into the "
+                    "weights, and set model.exact again"
+                )
 
     def num_parameters(self) -> int:
         """Parameters, a tied one counted once."""
