@@ -143,7 +143,8 @@ def _step(
     opened = opened.scatter(1, filled[:, None], tokens)
     offsets = CHUNK * torch.arange(count + 1, dtype=torch.int32)
     logits, ends = run(opened.view(1, -1), layers, True, offsets)
-    logits = logits.unflatten(1, (count, CHUNK))[0, torch.arange(count), filled]
+    rows = torch.arange(count, device=filled.device)
+    logits = logits.unflatten(1, (count, CHUNK))[0, rows, filled]
     full = filled == CHUNK - 1
     layers = [
         tuple(

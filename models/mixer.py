@@ -142,6 +142,7 @@ class Mixer(nn.Module, ABC):
             output_final_state=output_state,
             chunk_size=CHUNK if self.exact else self.chunk_size,
             cu_seqlens=cu_seqlens,
+            exact=self.exact,
         )
         y, scan_state = self.mix(scan, *parts)
         return self.out_proj(y), (conv_state, scan_state) if output_state else None
