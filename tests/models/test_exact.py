@@ -218,3 +218,34 @@ def test_an_unaligned_chunk_is_noticed(model, monkeypatch):
     logits, _ = in_pieces(model, tokens[:, 3 * half :], itertools.repeat(1), state)
     torch.testing.assert_close(logits, expected[:, 3 * half :], rtol=1e-3, atol=1e-3)
     assert same_bits(logits, expected[:, 3 * half :])[0] > 0
+
+
+# ---- token_log_probs ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("words", [1, 256, 1003, 32003])
+def test_token_log_probs(words, dtype):
+    """Values and gradients against float64; and a row alone, at any address, has its own bits."""
+    g = torch.Generator().manual_seed(words)
+    logits = (5 * torch.randn(3, 7, words, generator=g)).to(dtype).requires_grad_()
+    tokens = torch.randint(0, words, (3, 7), generator=g)
+    ours = token_log_probs(logits, tokens)
+    wide = logits.detach().double().requires_grad_()
+    truth = wide.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert (ours.shape, ours.dtype) == ((3, 7), torch.float32)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=2e-6)
+    cotangent = torch.randn(3, 7, generator=g)
+    (grad,) = torch.autograd.grad(ours, logits, cotangent)
+    (expected,) = torch.autograd.grad(truth, wide, cotangent.double())
+    # a probability is exp of numbers down to -50, which have 50 roundings of fp32 themselves
+    rounding = max(torch.finfo(dtype).eps, 50 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(grad.double(), expected, rtol=rounding, atol=1e-8)
+    for i, j in ((0, 0), (1, 3), (2, 6)):
+        shifted = torch.zeros(words + 3, dtype=dtype)[i : i + words].copy_(logits[i, j])
+        assert same_bits(token_log_probs(shifted, tokens[i, j]), ours[i, j])[0] == 0
+
+
+def test_token_log_probs_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"got \[2, 3\] and \[2, 4, 9\]; give one token"):
+        token_log_probs(torch.zeros(2, 4, 9), torch.zeros(2, 3, dtype=torch.int64))
