@@ -2,6 +2,7 @@
 
     python -m benchmarks.exactness                   # on a GPU: results/exactness.csv
     python -m benchmarks.exactness --device cpu      # the shipped models: results/exactness_cpu.csv
+    python -m benchmarks.exactness --draw            # the picture of the ratios in results/
 
 "gap": prompts are read in two pieces, and tokens drawn one by one, on a GPU through the CUDA graph;
 then one training forward over all of it. Every logit and every log-probability is compared by its
@@ -10,7 +11,9 @@ of decoding. Both modes take turns; on a GPU the medians count, on a CPU, which 
 fastest. On a GPU the models are those of benchmarks/models.py, in bf16 unless `--dtype` says so.
 """
 
+import csv
 import statistics
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +61,10 @@ def rollout(model: LanguageModel, prompts: torch.Tensor, count: int):
     return torch.stack(tokens, dim=1), torch.stack(kept, dim=1)
 
 
-def gap(model: LanguageModel, prompts: torch.Tensor, count: int) -> dict[str, float]:
-    """What a training forward gives otherwise."""
+def gap(
+    model: LanguageModel, prompts: torch.Tensor, count: int
+) -> tuple[dict[str, float], list[float]]:
+    """What a training forward gives otherwise, and the importance ratios of the first rollout."""
     tokens, logits = rollout(model, prompts, count)
     reported = token_log_probs(logits, tokens)
     different, changes = 0, []
@@ -71,7 +76,7 @@ def gap(model: LanguageModel, prompts: torch.Tensor, count: int) -> dict[str, fl
         different += int((expected.view(bits) != logits[part].view(bits)).sum())
         changes.append(token_log_probs(expected, tokens[part]) - reported[part])
     change = torch.cat(changes)
-    return {
+    found = {
         "logits_compared": logits.numel(),
         "logits_different": different,
         "tokens": tokens.numel(),
@@ -80,6 +85,25 @@ def gap(model: LanguageModel, prompts: torch.Tensor, count: int) -> dict[str, fl
         "ratio_least": change.exp().min().item(),
         "ratio_most": change.exp().max().item(),
     }
+    return found, change[0].exp().tolist()
+
+
+def draw(table: Path) -> None:
+    """The ratios in a CSV as a PNG beside it, a panel for each model."""
+    import matplotlib.pyplot as plt
+
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(10, 3.2), sharey=True, squeeze=False)
+    for name, panel in zip(names, panels[0], strict=True):
+        for mode in ("default", "exact"):
+            ratios = [float(r["ratio"]) for r in rows if (r["model"], r["mode"]) == (name, mode)]
+            panel.plot(ratios, ".", markersize=3, label=mode)
+        panel.set(title=f"{name}, {rows[0]['dtype']}, {rows[0]['device']}", xlabel="token")
+    panels[0][0].set_ylabel("importance ratio")
+    panels[0][0].legend()
+    figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 
 def times(model, tokens, prompts, steps, rounds, best) -> list[tuple[str, str, float]]:
@@ -126,12 +150,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["gap", "time"], choices=["gap", "time"])
     parser.add_argument("--rollouts", type=int, help="sequences of the gap")
     parser.add_argument("--new-tokens", type=int, help="of each of them")
+    parser.add_argument("--draw", action="store_true", help="the picture alone")
     args = parser.parse_args()
+    if args.draw:
+        return draw(args.out / "exactness_ratios.csv")
     gpu = args.device == "cuda"
     dtype = DTYPES[args.dtype] if gpu else torch.float32
     batch, tokens, prompt = (8, 2048, 512) if gpu else (4, 256, 64)
     rollouts, new = args.rollouts or (64 if gpu else 4), args.new_tokens or (352 if gpu else 100)
-    run, rows = report.about(args.device), []
+    run, rows, ratios = report.about(args.device), [], []
 
     def add(part, name, exact, quantity, value):
         mode = "exact" if exact else "default"
@@ -147,14 +174,19 @@ def main() -> None:
         if "gap" in args.parts:
             for exact in (False, True):
                 model.exact = exact
-                for quantity, value in gap(model, text[:, :prompt], new).items():
+                found, first = gap(model, text[:, :prompt], new)
+                for quantity, value in found.items():
                     add("gap", name, exact, quantity, value)
+                place = {key: rows[-1][key] for key in ("model", "dtype", "mode")}
+                ratios += [place | {"token": i, "ratio": f"{r:.8g}"} for i, r in enumerate(first)]
         if "time" in args.parts:
             sizes = (64, 7, statistics.median) if gpu else (10, 10, min)
             decoded = text[: batch if gpu else 1, :prompt]
             for quantity, exact, ms in times(model, text[:batch], decoded, *sizes):
                 add("time", name, exact, quantity, ms)
         report.write(args.out / f"exactness{'' if gpu else '_cpu'}.csv", rows, run)
+        if gpu:
+            report.write(args.out / "exactness_ratios.csv", ratios, run)
 
 
 if __name__ == "__main__":
