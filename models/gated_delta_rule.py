@@ -55,19 +55,17 @@ def unit_lower_inverse(a: Tensor, exact: bool = False) -> Tensor:
     Every intermediate is a block of the result, which keeps it accurate on correlated keys,
     where powers of ``a`` overflow. ``exact``: see ``chunk_gated_delta_rule``.
     """
-    product = kernels.find("product", a) if exact else None
-    if product is not None:
-        return product.unit_lower_inverse(a)
     size = a.shape[-1]
     if size > 8 and size % 2 == 0:
         half = size // 2
         blocks = torch.stack((a[:, :half, :half], a[:, half:, half:]), dim=1)
-        first, second = unit_lower_inverse(blocks.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        inverses = unit_lower_inverse(blocks.flatten(0, 1), exact)
+        first, second = inverses.unflatten(0, (-1, 2)).unbind(1)
         out = torch.zeros_like(a)
         out[:, :half, :half] = first
         out[:, half:, half:] = second
-        corner = torch.bmm(a[:, half:, :half], first)
-        out[:, half:, :half] = torch.bmm(second, corner).neg_()
+        corner = bmm(a[:, half:, :half], first, exact)
+        out[:, half:, :half] = bmm(second, corner, exact).neg_()
         return out
     index = torch.arange(size, device=a.device)
     out = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
@@ -75,7 +73,7 @@ def unit_lower_inverse(a: Tensor, exact: bool = False) -> Tensor:
     while width < size:
         row, column = index[:, None] // width, index[None, :] // width
         corner = a * ((row == column + 1) & (row % 2 == 1))
-        out = out - (corner if width == 1 else torch.bmm(torch.bmm(out, corner), out))
+        out = out - (corner if width == 1 else bmm(bmm(out, corner, exact), out, exact))
         width *= 2
     return out
 

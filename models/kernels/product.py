@@ -1,4 +1,4 @@
-"""Products, sums and inverses for the exact mode: one tile for every number of rows and matrices,
+"""Products and running sums for the exact mode: one tile for every number of rows and of matrices,
 and no sum that is split between programs, so that a row's bits follow from that row alone.
 
 Shape letters: X matrices, I rows, J summed channels, K columns, C chunk size, R rows of sums.
@@ -85,27 +85,4 @@ def running_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     size = x.shape[-1]
     rows = x.numel() // size
     _sums[(triton.cdiv(rows, 16),)](x, y, rows, size, BR=16, BC=triton.next_power_of_2(size))
-    return y
-
-
-@triton.jit
-def _inverse(a, y, C, BC: tl.constexpr):
-    """y = I + L for a strictly lower triangular a, where L = -a - a L: one row after the other."""
-    i, j = tl.arange(0, BC)[:, None], tl.arange(0, BC)[None, :]
-    place = tl.program_id(0).to(tl.int64) * C * C + i * C + j
-    ok = (i < C) & (j < C)
-    total = -tl.load(a + place, mask=ok & (j < i), other=0.0)
-    for r in range(1, C):
-        row = tl.sum(tl.where(i == r, total, 0.0), axis=0)
-        row += tl.sum(row[:, None] * total, axis=0)
-        total = tl.where(i == r, row[None, :], total)
-    tl.store(y + place, tl.where(i == j, 1.0, total), mask=ok)
-
-
-def unit_lower_inverse(a: Tensor) -> Tensor:
-    """``models.gated_delta_rule.unit_lower_inverse`` of a [X, C, C] fp32."""
-    a = a.contiguous()
-    y = torch.empty_like(a)
-    size = a.shape[-1]
-    _inverse[(len(a),)](a, y, size, BC=triton.next_power_of_2(size), num_warps=2)
     return y
