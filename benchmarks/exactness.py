@@ -2,13 +2,13 @@
 
     python -m benchmarks.exactness                   # on a GPU: results/exactness.csv
     python -m benchmarks.exactness --device cpu      # the shipped models: results/exactness_cpu.csv
-    python -m benchmarks.exactness --draw            # the picture of the ratios in results/
+    python -m benchmarks.exactness --draw benchmarks/results/exactness_ratios_cpu.csv  # a PNG
 
 "gap": prompts are read in two pieces, and tokens drawn one by one, on a GPU through the CUDA graph;
 then one training forward over all of it. Every logit and every log-probability is compared by its
 bits; an importance ratio is exp(training - generation). "time": forward plus backward, and a step
 of decoding. Both modes take turns; on a GPU the medians count, on a CPU, which others share, the
-fastest. On a GPU the models are those of benchmarks/models.py, in bf16 unless `--dtype` says so.
+fastest. On a GPU the models are those of benchmarks/models.py.
 """
 
 import csv
@@ -32,7 +32,8 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> LanguageModel:
     if device == "cpu":
         from demo import load
 
-        return load(model={"gated_deltanet": "fla"}.get(name, name), norm_path="training").model
+        shipped = {"gated_deltanet": "fla"}.get(name, name)
+        return load(model=shipped, norm_path="training").model.to(dtype)
     torch.manual_seed(0)
     return LanguageModel(MODELS[name]).to(device, dtype)
 
@@ -145,17 +146,17 @@ def times(model, tokens, prompts, steps, rounds, best) -> list[tuple[str, str, f
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--dtype", choices=DTYPES, help="by default bf16, on a CPU fp32")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--parts", nargs="+", default=["gap", "time"], choices=["gap", "time"])
     parser.add_argument("--rollouts", type=int, help="sequences of the gap")
     parser.add_argument("--new-tokens", type=int, help="of each of them")
-    parser.add_argument("--draw", action="store_true", help="the picture alone")
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="only the picture of these ratios")
     args = parser.parse_args()
     if args.draw:
-        return draw(args.out / "exactness_ratios.csv")
+        return draw(args.draw)
     gpu = args.device == "cuda"
-    dtype = DTYPES[args.dtype] if gpu else torch.float32
+    dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
     batch, tokens, prompt = (8, 2048, 512) if gpu else (4, 256, 64)
     rollouts, new = args.rollouts or (64 if gpu else 4), args.new_tokens or (352 if gpu else 100)
     run, rows, ratios = report.about(args.device), [], []
@@ -184,9 +185,10 @@ def main() -> None:
             decoded = text[: batch if gpu else 1, :prompt]
             for quantity, exact, ms in times(model, text[:batch], decoded, *sizes):
                 add("time", name, exact, quantity, ms)
-        report.write(args.out / f"exactness{'' if gpu else '_cpu'}.csv", rows, run)
-        if gpu:
-            report.write(args.out / "exactness_ratios.csv", ratios, run)
+        suffix = "" if gpu else "_cpu"
+        report.write(args.out / f"exactness{suffix}.csv", rows, run)
+        if ratios:
+            report.write(args.out / f"exactness_ratios{suffix}.csv", ratios, run)
 
 
 if __name__ == "__main__":
