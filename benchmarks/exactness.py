@@ -101,7 +101,7 @@ def draw(table: Path) -> None:
         for mode in ("default", "exact"):
             ratios = [float(r["ratio"]) for r in rows if (r["model"], r["mode"]) == (name, mode)]
             panel.plot(ratios, ".", markersize=3, label=mode)
-        panel.set(title=f"{name}, {rows[0]['dtype']}, {rows[0]['device']}", xlabel="token")
+        panel.set(title=f"{name}, {rows[0]['dtype']}", xlabel="token")
     panels[0][0].set_ylabel("importance ratio")
     panels[0][0].legend()
     figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
@@ -188,7 +188,8 @@ def main() -> None:
         suffix = "" if gpu else "_cpu"
         report.write(args.out / f"exactness{suffix}.csv", rows, run)
         if ratios:
-            report.write(args.out / f"exactness_ratios{suffix}.csv", ratios, run)
+            made_by = {"commit": run["commit"]}
+            report.write(args.out / f"exactness_ratios{suffix}.csv", ratios, made_by)
 
 
 if __name__ == "__main__":
