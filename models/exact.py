@@ -87,11 +87,14 @@ def _run_padded(
     run: Run, pieces: Sequence[Tensor], layers: Layers | None, output_state: bool
 ) -> tuple[list[Tensor], Layers | None]:
     """The logits [T, V] of each of some sequences of tokens [T], padded to whole chunks for `run`,
-    and the states after their last chunks."""
-    padded = [F.pad(piece, (0, -len(piece) % CHUNK)) for piece in pieces]
-    offsets = torch.tensor([0, *itertools.accumulate(map(len, padded))], dtype=torch.int32)
+    at least one, and the states after their last chunks."""
+    sizes = [max(1, -(-len(piece) // CHUNK)) * CHUNK for piece in pieces]
+    padded = [
+        F.pad(piece, (0, size - len(piece))) for piece, size in zip(pieces, sizes, strict=True)
+    ]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
     logits, layers = run(torch.cat(padded)[None], layers, output_state, offsets)
-    rows = logits[0].split([len(piece) for piece in padded])
+    rows = logits[0].split(sizes)
     return [row[: len(piece)] for row, piece in zip(rows, pieces, strict=True)], layers
 
 

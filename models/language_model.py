@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gatednorm import LayerNorm, RMSNorm
 from models import exact as exact_mode
+from models import kernels
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.exact import by_chunks
 from models.gated_deltanet import GatedDeltaNet
@@ -151,7 +152,7 @@ class LanguageModel(nn.Module):
             cu_seqlens = cu_seqlens.cpu()  # read by every layer: waits for a GPU once
         if self.exact:
             if state is None or tokens.shape[1] > 1:  # not in each step of decoding
-                self._check_linear_layers()
+                self._check_exact()
             return exact_mode.forward(self._run, tokens, state, output_state, cu_seqlens)
         return self._run(tokens, state, output_state, cu_seqlens)
 
@@ -188,13 +189,20 @@ class LanguageModel(nn.Module):
             if isinstance(module, LayerNorm):
                 module.path = path
 
-    def _check_linear_layers(self) -> None:
-        """Raises ValueError for one that is not ours, such as an adapter around it."""
+    def _check_exact(self) -> None:
+        """Raises ValueError for what exact mode cannot promise: a linear layer that is not ours,
+        such as an adapter around it, and a GPU whose products it cannot compute."""
+        weight = self.embedding.weight
+        if weight.is_cuda and not kernels.usable(weight):
+            raise ValueError(
+                f"exact mode on a GPU needs triton, and fp32, bf16 or fp16, got {weight.dtype}; "
+                "use the CPU, or another dtype"
+            )
         for name, module in self.named_modules():
             ours = isinstance(module, Linear) and module.exact
             if name.rpartition(".")[2] in ("in_proj", "out_proj", "head") and not ours:
                 raise ValueError(
-                    f"exact mode needs every linear layer to be a models.products.Linear in exact "
+                    "exact mode needs every linear layer to be a models.products.Linear in exact "
                     f"mode, got {type(module).__name__} for {name}; merge the adapter into the "
                     "weights, and set model.exact again"
                 )

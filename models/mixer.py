@@ -111,7 +111,7 @@ class Mixer(nn.Module, ABC):
         """One layer over some tokens.
 
         Args:
-            x: [B, T, D]; one token with a state takes the recurrent step.
+            x: [B, T, D]; one token with a state takes the recurrent step, outside exact mode.
             state: what an earlier call returned for the tokens before these: the convolution's
                 last inputs [B, W - 1, E] and the scan's state, fp32; with
                 ``cu_seqlens`` the number of sequences stands for B.

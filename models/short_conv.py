@@ -103,6 +103,10 @@ def short_conv(
 def _chunked_conv(x, weight, bias, state, cu_seqlens):
     """Chunks as a batch, each after the last inputs of the one before it, or the state."""
     before = weight.shape[1] - 1
+    if before > CHUNK:
+        raise ValueError(
+            f"conv_size must be at most {CHUNK + 1} in exact mode, got {before + 1}; leave the mode"
+        )
     offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
     segments = tuple((end - start) // CHUNK for start, end in itertools.pairwise(offsets))
     bounds = chunk_bounds(segments, x.device).long()

@@ -155,6 +155,27 @@ class Adapter(torch.nn.Module):
         return self.base(x)
 
 
+@pytest.mark.parametrize("taps", [1, 2])
+def test_short_convolutions_and_empty_sequences(taps):
+    model = exact_model("gated_deltanet", conv_size=taps)
+    tokens = random_tokens(1, 40)
+    expected, _ = model(tokens)
+    assert same_bits(in_pieces(model, tokens, itertools.repeat(1))[0], expected)[0] == 0
+    offsets = torch.tensor([0, 0, 40, 40])
+    assert same_bits(model(tokens, cu_seqlens=offsets)[0], expected)[0] == 0
+    with torch.inference_mode():
+        logits, state = model(tokens, output_state=True, cu_seqlens=offsets)
+        assert same_bits(logits, expected)[0] == 0
+        again, _ = model(tokens[:, :3].expand(3, -1), state)
+    assert same_bits(again[0], expected[0, :3])[0] == 0
+
+
+def test_a_convolution_longer_than_a_chunk_is_refused():
+    model = exact_model("mamba2", conv_size=CHUNK + 2)
+    with pytest.raises(ValueError, match="conv_size must be at most 33 in exact mode, got 34"):
+        model(random_tokens(1, 3))
+
+
 @pytest.mark.parametrize("name", ["blocks.1.mixer.out_proj", "head"])
 def test_an_adapter_is_refused_by_its_name(model, name):
     parent, _, child = name.rpartition(".")
