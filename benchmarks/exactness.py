@@ -7,12 +7,15 @@
 "gap": prompts are read in two pieces, and tokens drawn one by one, on a GPU through the CUDA graph;
 then one training forward over all of it. Every logit and every log-probability is compared by its
 bits; an importance ratio is exp(training - generation). "time": forward plus backward, and a step
-of decoding. Both modes take turns; on a GPU the medians count, on a CPU, which others share, the
-fastest. On a GPU the models are those of benchmarks/models.py.
+of decoding. Both modes take turns; on a GPU the medians of wall times count, on a CPU, which others
+may share, the least processor time, best with OMP_NUM_THREADS=1. On a GPU the models are those of
+benchmarks/models.py.
 """
 
 import csv
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.models import MODELS
-from benchmarks.timing import wall_times
+from benchmarks.timing import synchronize
 from models import generation, token_log_probs
 from models.language_model import LanguageModel
 
@@ -107,7 +110,22 @@ def draw(table: Path) -> None:
     figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 
-def times(model, tokens, prompts, steps, rounds, best) -> list[tuple[str, str, float]]:
+def in_turns(calls: dict[bool, Callable], rounds: int, device: str) -> dict[bool, float]:
+    """Milliseconds of each call, after two rounds that do not count."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    taken: dict[bool, list[float]] = {mode: [] for mode in calls}
+    for _ in range(2 + rounds):
+        for mode, call in calls.items():
+            synchronize(device)
+            start = clock()
+            call()
+            synchronize(device)
+            taken[mode].append((clock() - start) * 1e3)
+    best = statistics.median if device == "cuda" else min
+    return {mode: best(ms[2:]) for mode, ms in taken.items()}
+
+
+def times(model, tokens, prompts, steps, rounds) -> list[tuple[str, bool, float]]:
     """By mode: milliseconds of a forward and backward over tokens [B, T + 1], and of a step."""
 
     def train(exact):
@@ -138,8 +156,8 @@ def times(model, tokens, prompts, steps, rounds, best) -> list[tuple[str, str, f
                 calls[mode] = lambda mode=mode, step=step, token=token: decode(mode, step, token)
             else:
                 calls[mode] = lambda mode=mode: train(mode)
-        timed = wall_times(calls, rounds, warm_up=2, device=device)
-        found += [(what, mode, best(ms) / count) for mode, ms in timed.items()]
+        timed = in_turns(calls, rounds, device)
+        found += [(what, mode, ms / count) for mode, ms in timed.items()]
     return found
 
 
@@ -181,7 +199,7 @@ def main() -> None:
                 place = {key: rows[-1][key] for key in ("model", "dtype", "mode")}
                 ratios += [place | {"token": i, "ratio": f"{r:.8g}"} for i, r in enumerate(first)]
         if "time" in args.parts:
-            sizes = (64, 7, statistics.median) if gpu else (10, 10, min)
+            sizes = (64, 7) if gpu else (10, 8)
             decoded = text[: batch if gpu else 1, :prompt]
             for quantity, exact, ms in times(model, text[:batch], decoded, *sizes):
                 add("time", name, exact, quantity, ms)
