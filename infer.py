@@ -17,19 +17,18 @@ def main(config: InferConfig) -> None:
     import torch
 
     from demo.checkpoints.checkpoint import load
-    from demo.inference.measure import bench, compare
+    from demo.inference.measure import bench, compare, count_exact
     from demo.inference.printing import print_json, print_measurement, print_texts, speed_line
     from demo.inference.text_generation import Options, in_batches
 
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise ConfigError("device must be one that torch can use, got cuda; use device=cpu")
-    loaded = load(
-        config.checkpoint, config.model, norm_path=config.norm.path, runs_dir=config.runs_dir
-    )
+    options = {"norm_path": config.norm.path, "exact": config.exact, "runs_dir": config.runs_dir}
+    loaded = load(config.checkpoint, config.model, **options)
     loaded.model.to("cuda" if gpu and config.device != "cpu" else "cpu")
 
-    said = []
+    said, counted = [], []
     if config.compare or config.bench:
         measure = compare if config.compare else bench
         measured = measure(loaded, prompts[0], config.max_new_tokens, config.bench_runs)
@@ -41,9 +40,13 @@ def main(config: InferConfig) -> None:
         else:
             results = print_texts(batches, len(prompts))
         said = [speed_line(results), f"norm path: {loaded.model.norm_path}"]
+        if config.exact:
+            counted = [count_exact(loaded, prompts, [r for batch in results for r in batch])]
     folder, here = loaded.folder, Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     print(*said, f"checkpoint: {folder}", sep=" | ", file=sys.stderr)
+    for line in counted:
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

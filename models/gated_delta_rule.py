@@ -33,6 +33,7 @@ from models.chunks import (
     ChunkLayout,
     add_bmm,
     block_ranges,
+    bmm,
     bmm_acc,
     decay_dtype,
     decay_matrix,
@@ -41,28 +42,30 @@ from models.chunks import (
     empty_chunks,
     offsets_and_states,
     operand_dtype,
+    running_sum,
     sequence_ends,
 )
 from models.ranges import check_positive
 
 
-def unit_lower_inverse(a: Tensor) -> Tensor:
+def unit_lower_inverse(a: Tensor, exact: bool = False) -> Tensor:
     """``(I + a)^-1`` for strictly lower triangular ``a`` [X, C, C], by merging diagonal blocks.
 
     ``[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]``, doubling the blocks from 1 to C.
     Every intermediate is a block of the result, which keeps it accurate on correlated keys,
-    where powers of ``a`` overflow.
+    where powers of ``a`` overflow. ``exact``: see ``chunk_gated_delta_rule``.
     """
     size = a.shape[-1]
     if size > 8 and size % 2 == 0:
         half = size // 2
         blocks = torch.stack((a[:, :half, :half], a[:, half:, half:]), dim=1)
-        first, second = unit_lower_inverse(blocks.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        inverses = unit_lower_inverse(blocks.flatten(0, 1), exact)
+        first, second = inverses.unflatten(0, (-1, 2)).unbind(1)
         out = torch.zeros_like(a)
         out[:, :half, :half] = first
         out[:, half:, half:] = second
-        corner = torch.bmm(a[:, half:, :half], first)
-        out[:, half:, :half] = torch.bmm(second, corner).neg_()
+        corner = bmm(a[:, half:, :half], first, exact)
+        out[:, half:, :half] = bmm(second, corner, exact).neg_()
         return out
     index = torch.arange(size, device=a.device)
     out = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
@@ -70,7 +73,7 @@ def unit_lower_inverse(a: Tensor) -> Tensor:
     while width < size:
         row, column = index[:, None] // width, index[None, :] // width
         corner = a * ((row == column + 1) & (row % 2 == 1))
-        out = out - (corner if width == 1 else torch.bmm(torch.bmm(out, corner), out))
+        out = out - (corner if width == 1 else bmm(bmm(out, corner, exact), out, exact))
         width *= 2
     return out
 
@@ -93,26 +96,26 @@ class _BlockTerms(NamedTuple):
     k_out: Tensor  # [X, C, K], shrink k
 
 
-def _block_terms(q, k, v, g, beta, scale, acc, solve=None) -> _BlockTerms:
+def _block_terms(q, k, v, g, beta, scale, acc, solve=None, exact=False) -> _BlockTerms:
     """All that does not depend on the state. q, k, v, g, beta: blocks [n, B, HV, C, ...]."""
     operands = operand_dtype(q)
     size, dim_k, dim_v = q.shape[3], q.shape[4], v.shape[4]
     q, k, v = (x.to(operands).reshape(-1, size, x.shape[4]) for x in (q, k, v))
     beta = beta.to(acc).reshape(-1, size, 1)
-    total = g.cumsum(-1, dtype=decay_dtype(operands)).reshape(-1, size)
+    total = running_sum(g, decay_dtype(operands), exact).reshape(-1, size)
     pair, total = decay_matrix(total, acc), total[..., None]
     shrink = (total[:, -1:] - total).to(acc).exp_()
     grow = total.to(acc).exp()
     last = grow[:, -1:]
-    keys = bmm_acc(k, k.mT).mul_(pair)
-    attn = bmm_acc(q, k.mT).mul_(pair).mul_(scale).to(operands)
+    keys = bmm_acc(k, k.mT, exact).mul_(pair)
+    attn = bmm_acc(q, k.mT, exact).mul_(pair).mul_(scale).to(operands)
     if solve is None:
-        solve = unit_lower_inverse((keys * beta).tril_(-1)).to(operands)
+        solve = unit_lower_inverse((keys * beta).tril_(-1), exact).to(operands)
     rhs = q.new_empty(q.shape[0], size, dim_v + dim_k)
     torch.mul(v, beta, out=rhs[..., :dim_v])
     torch.mul(k, beta * grow, out=rhs[..., dim_v:])
-    u_w = torch.bmm(solve, rhs)
-    k_out = (k * shrink).to(operands)
+    u_w = bmm(solve, rhs, exact)
+    k_out = (k * shrink).to(operands).contiguous()  # a single chunk may be a view of the inputs
     return _BlockTerms(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, u_w, k_out)
 
 
@@ -125,7 +128,7 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial, scale, segments):
+    def forward(ctx, q, k, v, g, beta, initial, scale, segments, exact):
         dim_v, operands = v.shape[-1], operand_dtype(q)
         final, o = initial.clone(), empty_chunks(v)
         states = initial.new_empty(q.shape[0], *initial.shape[1:])
@@ -133,12 +136,16 @@ class _ChunkScan(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for lo, hi in block_ranges(v, 0):
                 block = (x[lo:hi] for x in (q, k, v, g, beta))
-                c = _block_terms(*block, scale, initial.dtype)
-                v_new = torch.empty_like(c.v)
+                c = _block_terms(*block, scale, initial.dtype, exact=exact)
+                v_new = torch.empty_like(c.v, memory_format=torch.contiguous_format)
                 _scan_states(c, dim_v, initial, segments, lo, hi, states, v_new, final)
                 start = states[lo:hi].flatten(0, 1).to(operands)
-                read = torch.bmm((c.q * (c.grow * scale)).to(operands), start)
-                o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
+                read = bmm((c.q * (c.grow * scale)).to(operands), start, exact)
+                if exact:
+                    read += bmm_acc(c.attn, v_new, exact)
+                else:
+                    read.baddbmm_(c.attn, v_new)
+                o[lo:hi] = read.view(o[lo:hi].shape)
                 kept += [c.solve, v_new]
         ctx.save_for_backward(q, k, v, g, beta, initial, states, *kept)
         ctx.scale, ctx.segments = scale, segments
@@ -167,7 +174,7 @@ class _ChunkScan(torch.autograd.Function):
                 values = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
                 for grad, value in zip(grads, values, strict=True):
                     grad[lo:hi] = value.view(grad[lo:hi].shape)
-        return (*grads, dinitial, None, None)
+        return (*grads, dinitial, None, None, None)
 
 
 def _scan_states(c: _BlockTerms, dim_v, initial, segments, lo, hi, states, v_new, final):
@@ -273,6 +280,7 @@ def chunk_gated_delta_rule(
     output_final_state: bool = False,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule, parallel over the tokens of a chunk.
 
@@ -288,6 +296,8 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the state after the last token of each sequence.
         chunk_size: tokens per chunk; None is 32 on a CPU and 64 elsewhere.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are; a
+            GPU is slower then.
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state like ``initial_state``, or None.
     Raises:
@@ -308,7 +318,7 @@ def chunk_gated_delta_rule(
     state = (state if offsets is not None else state.flatten(0, 1)[None]).contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v_chunks, g, beta = (layout.split(x) for x in (q, k, v, g, beta))
-    o, final = _ChunkScan.apply(q, k, v_chunks, g, beta, state, scale, layout.segments)
+    o, final = _ChunkScan.apply(q, k, v_chunks, g, beta, state, scale, layout.segments, exact)
     final = final.view(shape) if output_final_state else None
     return layout.join(o).to(v.dtype), final
 
@@ -325,11 +335,12 @@ def recurrent_gated_delta_rule(
     output_final_state: bool = False,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule, one token after the other: for decoding, and to check the other one.
 
-    Arguments, results and errors are those of ``chunk_gated_delta_rule``; ``chunk_size`` is
-    accepted and has no effect.
+    Arguments, results and errors are those of ``chunk_gated_delta_rule``; ``chunk_size`` and
+    ``exact`` are accepted and have no effect.
     """
     _check(q, k, v, g, beta)
     state_shape = (v.shape[2], q.shape[3], v.shape[3])

@@ -111,14 +111,17 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         qk, v = qkv.split([2 * self.num_heads * self.head_dim, self.inner_size], -1)
         qk = qk.unflatten(-1, (2 * self.num_heads, self.head_dim))
-        qk = rmsnorm_fn(qk, self.l2_scale, None, eps=L2_EPS / self.head_dim)
+        qk = self.by_rows(self._l2_norm, qk)
         q, k = qk.chunk(2, dim=2)
         v = v.unflatten(-1, (self.num_v_heads, self.v_head_dim))
-        beta = torch.sigmoid(b.float() if b.dtype.itemsize < 4 else b)
+        beta = self.by_rows(torch.sigmoid, b.float() if b.dtype.itemsize < 4 else b)
         if self.allow_neg_eigval:
             beta = 2 * beta
         acc = beta.dtype
-        g = -self.A_log.to(acc).exp() * F.softplus(a.to(acc) + self.dt_bias.to(acc))
+        g = -self.A_log.to(acc).exp() * self.by_rows(F.softplus, a.to(acc) + self.dt_bias.to(acc))
         o, state = scan(q, k, v, g, beta)
         z = z.unflatten(-1, (self.num_v_heads, self.v_head_dim)) if z.shape[-1] else None
-        return self.norm(o, z).flatten(2), state
+        return self.by_rows(self.norm, o, z).flatten(2), state
+
+    def _l2_norm(self, x: Tensor) -> Tensor:
+        return rmsnorm_fn(x, self.l2_scale, None, eps=L2_EPS / self.head_dim)

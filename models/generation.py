@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.language_model import LanguageModel, State
+from models.log_probs import token_log_probs
 
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # lower ones count as this one
 PREFILL_TOKENS = 1 << 14  # in one call; with 50,000 words their logits alone are 3 GB
@@ -95,7 +96,9 @@ def generate(
         seed: of a generator of its own; None for a random one. A list of B seeds gives each
             sequence its own generator: it then draws what it would draw alone.
         log_probs: yield pairs instead, of the tokens and their natural log-probabilities, [B]
-            fp32: those of the model itself, before penalty, temperature, top_k and top_p.
+            fp32: those of the model itself, before penalty, temperature, top_k and top_p. With
+            ``model.exact`` they are the bits of ``token_log_probs`` after one call of the model
+            over the prompt and the tokens, in training too.
         cuda_graph: on a GPU, capture a step once and replay it; the tokens are the same without.
     Raises:
         ValueError: at once for an empty prompt and for options out of range.
@@ -123,7 +126,7 @@ def generate(
     else:
         generator = _generator(tokens.device, seed)
     options = (temperature, top_k, top_p, generator)
-    choose = _Chooser(tokens, cu_seqlens, repetition_penalty, log_probs, options)
+    choose = _Chooser(tokens, cu_seqlens, repetition_penalty, log_probs, model.exact, options)
     return _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph)
 
 
@@ -155,8 +158,8 @@ def _generator(device: torch.device, seed: int | None) -> torch.Generator:
 class _Chooser:
     """Logits [B, V] to tokens [B], remembering which tokens each sequence has had."""
 
-    def __init__(self, tokens, cu_seqlens, repetition_penalty, log_probs, options):
-        self.tokens, self.cu_seqlens = tokens, cu_seqlens
+    def __init__(self, tokens, cu_seqlens, repetition_penalty, log_probs, exact, options):
+        self.tokens, self.cu_seqlens, self.exact = tokens, cu_seqlens, exact
         self.repetition_penalty, self.options = repetition_penalty, options
         self.log_probs = log_probs
         self.seen = None
@@ -173,6 +176,8 @@ class _Chooser:
             self.seen.scatter_(1, token[:, None], True)
         if not self.log_probs:
             return token, None
+        if self.exact:
+            return token, token_log_probs(logits, token)
         return token, logits.float().log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
 
     def _seen_in_prompts(self, logits: Tensor) -> Tensor:

@@ -8,30 +8,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import LayerNorm, RMSNorm
+from models import exact as exact_mode
+from models import kernels
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from models.exact import by_chunks
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
+from models.mixer import Mixer
+from models.products import Linear
 
 MIXERS = {GatedDeltaNetConfig: GatedDeltaNet, Mamba2Config: Mamba2}
 
-State = list[tuple[Tensor, Tensor]]
+State = list[tuple[Tensor, Tensor]]  # one pair a layer, and in exact mode one more
 
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``, [..., D] to [..., D]; arXiv 2002.05202."""
 
+    exact = False
+
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
-        self.in_proj = nn.Linear(hidden_size, 2 * inner_size, bias=False)
-        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.in_proj = Linear(hidden_size, 2 * inner_size, bias=False)
+        self.out_proj = Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(by_chunks(self.exact, F.silu, gate) * up)
 
 
 class Block(nn.Module):
     """``x + mixer(norm(x))``, and then, if there is an MLP, ``x + mlp(norm(x))``."""
+
+    exact = False
 
     def __init__(self, mixer: nn.Module, hidden_size: int, mlp_size: int, eps: float, path: str):
         super().__init__()
@@ -43,10 +52,11 @@ class Block(nn.Module):
             self.mlp = MLP(hidden_size, mlp_size)
 
     def forward(self, x, state, output_state, cu_seqlens):
-        update, state = self.mixer(self.mixer_norm(x), state, output_state, cu_seqlens)
+        normed = by_chunks(self.exact, self.mixer_norm, x)
+        update, state = self.mixer(normed, state, output_state, cu_seqlens)
         x = x + update
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            x = x + self.mlp(by_chunks(self.exact, self.mlp_norm, x))
         return x, state
 
 
@@ -56,11 +66,15 @@ class LanguageModel(nn.Module):
     Args:
         config: what the model is, kept as the attribute ``config``.
         norm_path: "training" (autograd) or "inference", of every norm.
+        exact: whether a token's logits are the same bits in every call that computes them, in
+            training, prefill and decoding; see `models.exact` and docs/exactness.md.
+    Attributes:
+        exact: the same, which may be set at any time; it is no part of the weights.
     Raises:
         ValueError: for sizes that do not fit each other.
     """
 
-    def __init__(self, config: ModelConfig, *, norm_path: str = "training"):
+    def __init__(self, config: ModelConfig, *, norm_path: str = "training", exact: bool = False):
         super().__init__()
         self.config = config
         hidden_size, mlp_size, eps = config.hidden_size, config.mlp_size, config.norm_eps
@@ -74,9 +88,10 @@ class LanguageModel(nn.Module):
             )
             self.blocks.append(Block(mixer, hidden_size, mlp_size, eps, norm_path))
         self.norm = RMSNorm(hidden_size, eps, norm_before_gate=True, path=norm_path)
-        self.head = nn.Linear(hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.exact = exact
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,34 +121,62 @@ class LanguageModel(nn.Module):
             tokens: [B, T] int64, below the vocabulary size.
             state: what an earlier call returned for the tokens before these.
             output_state: whether to return the state after the last token: one pair of tensors
-                per layer (the convolution's last inputs, the scan's state), of a size that does
-                not depend on the number of tokens.
+                per layer (the convolution's last inputs, the scan's state), and in exact mode one
+                pair more (the tokens since the last chunk ended, their number), of a size that
+                does not depend on the number of tokens.
             cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row
                 (B = 1); the state then has one row per sequence.
         Returns:
             logits [B, T, V], and the state or None.
         Raises:
-            ValueError: for tokens that are not [B, T] of at least one token, and for a state or
-                offsets that do not fit.
+            ValueError: for tokens that are not [B, T] of at least one token, for a state or
+                offsets that do not fit, or a state of the other mode, and in exact mode for a
+                linear layer that is not `models.products.Linear`.
         """
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(
                 f"tokens must be [B, T] with at least one token, got {list(tokens.shape)}; "
                 "add a batch dimension with tokens[None]"
             )
-        if state is not None and len(state) != len(self.blocks):
+        if state is not None and len(state) != len(self.blocks) + self.exact:
+            if len(state) == len(self.blocks) + (not self.exact):
+                raise ValueError(
+                    f"state must be one of exact={self.exact}, got one of exact={not self.exact}; "
+                    "begin again with the prompt, or set the mode back"
+                )
             raise ValueError(
                 f"state must have one entry per layer, got {len(state)} for {len(self.blocks)} "
                 "layers; pass what this model returned"
             )
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # read by every layer: waits for a GPU once
+        if self.exact:
+            if state is None or tokens.shape[1] > 1:  # not in each step of decoding
+                self._check_exact()
+            return exact_mode.forward(self._run, tokens, state, output_state, cu_seqlens)
+        return self._run(tokens, state, output_state, cu_seqlens)
+
+    def _run(self, tokens, state, output_state, cu_seqlens):
         x = self.embedding(tokens)
         states = []
         for index, block in enumerate(self.blocks):
             x, new = block(x, None if state is None else state[index], output_state, cu_seqlens)
             states.append(new)
-        return self.head(self.norm(x)), states if output_state else None
+        normed = by_chunks(self.exact, self.norm, x)
+        return self.head(normed), states if output_state else None
+
+    @property
+    def exact(self) -> bool:
+        return self._exact
+
+    @exact.setter
+    def exact(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"exact must be True or False, got {value!r}")
+        self._exact = value
+        for module in self.modules():
+            if isinstance(module, (Block, Linear, MLP, Mixer)):
+                module.exact = value
 
     @property
     def norm_path(self) -> str:
@@ -145,6 +188,24 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.path = path
+
+    def _check_exact(self) -> None:
+        """Raises ValueError for what exact mode cannot promise: a linear layer that is not ours,
+        such as an adapter around it, and a GPU whose products it cannot compute."""
+        weight = self.embedding.weight
+        if weight.is_cuda and not kernels.usable(weight):
+            raise ValueError(
+                f"exact mode on a GPU needs triton, and fp32, bf16 or fp16, got {weight.dtype}; "
+                "use the CPU, or another dtype"
+            )
+        for name, module in self.named_modules():
+            ours = isinstance(module, Linear) and module.exact
+            if name.rpartition(".")[2] in ("in_proj", "out_proj", "head") and not ours:
+                raise ValueError(
+                    "exact mode needs every linear layer to be a models.products.Linear in exact "
+                    f"mode, got {type(module).__name__} for {name}; merge the adapter into the "
+                    "weights, and set model.exact again"
+                )
 
     def num_parameters(self) -> int:
         """Parameters, a tied one counted once."""

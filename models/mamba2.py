@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D hidden size, E = expand * D, H heads, P head
 groups, S state size. The convolution has E + 2 G S channels; the scan's state is [B, H, P, S].
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from gatednorm import RMSNorm
 from models.chunks import state_dtype
 from models.mixer import Mixer
 from models.ranges import check_positive
-from models.ssd import chunk_ssd, recurrent_ssd
+from models.ssd import chunk_ssd, recurrent_ssd, step_size
 
 
 class Mamba2(Mixer):
@@ -118,15 +119,9 @@ class Mamba2(Mixer):
         inputs, b, c = xbc.split([self.inner_size, maps, maps], dim=-1)
         inputs = inputs.unflatten(-1, (self.num_heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
-        y, state = scan(
-            inputs,
-            dt,
-            -self.A_log.to(state_dtype(dt)).exp(),
-            b,
-            c,
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=self.dt_limit,
-        )
-        return self.norm(y.flatten(2), z), state
+        acc = state_dtype(dt)
+        steps = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        if self.exact:
+            dt, steps = self.by_rows(functools.partial(step_size, **steps, acc=acc), dt), {}
+        y, state = scan(inputs, dt, -self.A_log.to(acc).exp(), b, c, D=self.D, **steps)
+        return self.by_rows(self.norm, y.flatten(2), z), state

@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import RMSNorm
+from models.exact import CHUNK, by_chunks
+from models.products import Linear
 from models.short_conv import short_conv
 
 
-class PaddedLinear(nn.Linear):
-    """`nn.Linear` whose product on a GPU has rows padded to a multiple of 64 channels, 128 bytes in
+class PaddedLinear(Linear):
+    """`Linear` whose product on a GPU has rows padded to a multiple of 64 channels, 128 bytes in
     16 bits: Hopper's fast matrix kernels, and vector loads from slices of the result, need rows
     that begin at such addresses. For a few tokens, the copy of the weight costs more than it gains.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         rest = -self.out_features % 64
-        if rest == 0 or not pays_to_pad(x):
+        if self.exact or rest == 0 or not pays_to_pad(x):
             return super().forward(x)
         weight = F.pad(self.weight, (0, 0, 0, rest))
         bias = None if self.bias is None else F.pad(self.bias, (0, rest))
@@ -51,10 +53,13 @@ class Mixer(nn.Module, ABC):
         bias: whether the two projections have a bias.
         decay_init, dt_init: ranges that decays, uniformly, and step sizes, log-uniformly, are
             drawn from at first.
-        chunk_size: tokens per chunk of the scan; None for its default.
+        chunk_size: tokens per chunk of the scan, outside exact mode; None for its default.
+    Attributes:
+        exact: whether this is part of a model in exact mode; see `models.exact`.
     """
 
     SCANS: tuple[Callable, Callable]
+    exact = False
 
     def __init__(
         self,
@@ -82,7 +87,7 @@ class Mixer(nn.Module, ABC):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm = norm
-        self.out_proj = nn.Linear(inner_size, hidden_size, bias=bias)
+        self.out_proj = Linear(inner_size, hidden_size, bias=bias)
 
     def reset_parameters(self) -> None:
         """The initial values of the published models for convolution, decay and step size."""
@@ -106,7 +111,7 @@ class Mixer(nn.Module, ABC):
         """One layer over some tokens.
 
         Args:
-            x: [B, T, D]; one token with a state takes the recurrent step.
+            x: [B, T, D]; one token with a state takes the recurrent step, outside exact mode.
             state: what an earlier call returned for the tokens before these: the convolution's
                 last inputs [B, W - 1, E] and the scan's state, fp32; with
                 ``cu_seqlens`` the number of sequences stands for B.
@@ -122,19 +127,29 @@ class Mixer(nn.Module, ABC):
         parts = list(self.in_proj(x).split(self.widths, dim=-1))
         conv_state, scan_state = (None, None) if state is None else state
         parts[self.convolved], conv_state = short_conv(
-            parts[self.convolved], self.conv_weight, self.conv_bias, conv_state, cu_seqlens
+            parts[self.convolved],
+            self.conv_weight,
+            self.conv_bias,
+            conv_state,
+            cu_seqlens,
+            exact=self.exact,
         )
         chunked, recurrent = self.SCANS
-        one_step = x.shape[1] == 1 and state is not None and cu_seqlens is None
+        one_step = x.shape[1] == 1 and state is not None and not self.exact and cu_seqlens is None
         scan = functools.partial(
             recurrent if one_step else chunked,
             initial_state=scan_state,
             output_final_state=output_state,
-            chunk_size=self.chunk_size,
+            chunk_size=CHUNK if self.exact else self.chunk_size,
             cu_seqlens=cu_seqlens,
+            exact=self.exact,
         )
         y, scan_state = self.mix(scan, *parts)
         return self.out_proj(y), (conv_state, scan_state) if output_state else None
+
+    def by_rows(self, function: Callable, *tensors: Tensor | None) -> Tensor:
+        """``function(*tensors)``, which works row by row on tensors [B, T, ...]."""
+        return by_chunks(self.exact, function, *tensors)
 
     @abstractmethod
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:

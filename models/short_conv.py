@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels
-from models.chunks import check_state, sequence_offsets
+from models.chunks import check_state, chunk_bounds, sequence_offsets
+from models.exact import CHUNK, by_chunks
 
 
 class _TapSum(torch.autograd.Function):
@@ -69,6 +70,8 @@ def short_conv(
     bias: Tensor | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution over time, then SiLU.
 
@@ -79,6 +82,8 @@ def short_conv(
         state: [B, W - 1, D], the inputs before the first token, zeros if None; with
             ``cu_seqlens`` [sequences, W - 1, D].
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+        exact: one chunk at a time, see `models.exact`; no sequence is empty then, and the offsets
+            are multiples of its CHUNK.
     Returns:
         y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
     Raises:
@@ -88,9 +93,30 @@ def short_conv(
         sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
         shape = (sequences, weight.shape[1] - 1, x.shape[2])
         check_state(state, shape, x.dtype, x, "the convolution's state")
+    if exact:
+        return _chunked_conv(x, weight, bias, state, cu_seqlens)
     if cu_seqlens is not None:
         return _packed_conv(x, weight, bias, state, cu_seqlens)
     return _convolve(x, weight, bias, state), _last(x, state, weight.shape[1] - 1)
+
+
+def _chunked_conv(x, weight, bias, state, cu_seqlens):
+    """Chunks as a batch, each after the last inputs of the one before it, or the state."""
+    before = weight.shape[1] - 1
+    if before > CHUNK:
+        raise ValueError(
+            f"conv_size must be at most {CHUNK + 1} in exact mode, got {before + 1}; leave the mode"
+        )
+    offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+    segments = tuple((end - start) // CHUNK for start, end in itertools.pairwise(offsets))
+    bounds = chunk_bounds(segments, x.device).long()
+    chunks = x[0].unflatten(0, (-1, CHUNK))
+    ends = chunks[:, CHUNK - before :]
+    if state is None:
+        state = x.new_zeros(len(offsets) - 1, before, x.shape[2])
+    history = torch.cat((state[:1], ends[:-1])).index_copy(0, bounds[:-1], state)
+    y = _convolve(chunks, weight, bias, history, exact=True)
+    return y.flatten(0, 1)[None], ends.index_select(0, bounds[1:] - 1)
 
 
 @torch.compiler.disable  # reads the offsets, which differ from batch to batch, into Python
@@ -123,8 +149,11 @@ def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
     return torch.cat((state[:, tokens:], x), dim=1)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Tensor:
-    """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]."""
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, exact: bool = False
+) -> Tensor:
+    """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]; in exact mode a row of
+    the batch is a chunk."""
     if kernels.usable(x):
         return _KernelConv.apply(x, weight, bias, state)
     weight = weight.to(x.dtype)
@@ -135,4 +164,5 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
         return F.silu(total if bias is None else total + bias)
-    return F.silu(_TapSum.apply(padded, weight, bias))
+    total = _TapSum.apply(padded, weight, bias)
+    return by_chunks(exact, F.silu, total.flatten(0, 1)[None]).view_as(total)

@@ -99,11 +99,18 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, g, b, c, skip, initial, segments):
+    def forward(ctx, x, dt, g, b, c, skip, initial, segments, exact):
         ctx.segments, ctx.kernels = segments, _kernels(x)
+        if exact and ctx.kernels is None and x.is_cuda:
+            raise ValueError(
+                "exact mode on a GPU needs triton, 16 or 32 bits and heads of at most 8192 / "
+                f"chunk_size channels, got {x.dtype}, {x.shape[4]} and chunk_size={x.shape[2]}; "
+                "use the CPU"
+            )
         if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
-                y, final, states = ctx.kernels.forward(x, dt, g, b, c, skip, initial, segments)
+                parts = (x, dt, g, b, c, skip, initial, segments, exact)
+                y, final, states = ctx.kernels.forward(*parts)
             ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
             return y, final
         final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -130,7 +137,7 @@ class _ChunkScan(torch.autograd.Function):
         if ctx.kernels is not None:
             with torch.autocast(x.device.type, enabled=False):
                 parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)
-                return (*ctx.kernels.backward(*parts), None)
+                return (*ctx.kernels.backward(*parts), None, None)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
         dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
         dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
@@ -148,7 +155,7 @@ class _ChunkScan(torch.autograd.Function):
                     block[0].addcmul_(dout, skip[:, None])
                 for grad, value in zip(grads, block, strict=True):
                     grad[:, lo:hi] = value
-        return (*grads, dskip, dinitial, None)
+        return (*grads, dskip, dinitial, None, None)
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
@@ -232,6 +239,7 @@ def chunk_ssd(
     output_final_state: bool = False,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """SSD, parallel over the tokens of a chunk.
 
@@ -249,6 +257,8 @@ def chunk_ssd(
         output_final_state: whether to return the state after the last token of each sequence.
         chunk_size: tokens per chunk; None is 64.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are; a
+            GPU is slower then.
     Returns:
         y [B, T, H, P] in the dtype of x, and the final state like ``initial_state``, or None.
     Raises:
@@ -259,14 +269,14 @@ def chunk_ssd(
     check_positive(chunk_size=chunk_size)
     heads, groups, size = x.shape[2], B.shape[2], B.shape[3]
     offsets, state = offsets_and_states(x, cu_seqlens, initial_state, (*x.shape[2:], size))
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     layout = ChunkLayout(x, chunk_size, offsets)
     # by group, the heads of a group as columns; packed sequences have B = 1, a batch counts as one
     state = state.view(-1, groups, heads // groups, x.shape[3], size).movedim(4, 2)
     state = state[:, None] if offsets is not None else state[None]
     cut = [layout.cut(t) for t in (x, dt, dt * A.to(dt.dtype), B, C)]
     skip = None if D is None else D.to(dt.dtype)
-    y, final = _ChunkScan.apply(*cut, skip, state.contiguous(), layout.segments)
+    y, final = _ChunkScan.apply(*cut, skip, state.contiguous(), layout.segments, exact)
     if output_final_state:
         final = final.flatten(0, 1).movedim(2, 4).reshape(-1, heads, x.shape[3], size)
     return layout.uncut(y), final if output_final_state else None
@@ -287,16 +297,17 @@ def recurrent_ssd(
     output_final_state: bool = False,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """SSD, one token after the other: for decoding, and to check the other one.
 
-    Arguments, results and errors are those of ``chunk_ssd``; ``chunk_size`` is accepted and has
-    no effect.
+    Arguments, results and errors are those of ``chunk_ssd``; ``chunk_size`` and ``exact``
+    are accepted and have no effect.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit)
     state_shape = (*x.shape[2:], B.shape[3])
     offsets, state = offsets_and_states(x, cu_seqlens, initial_state, state_shape)
-    dt = _step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
     y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
     return y, state if output_final_state else None
 
@@ -320,7 +331,14 @@ def _steps(A, D, x, dt, B, C, state):
     return y.to(x.dtype), state
 
 
-def _step_size(dt, dt_bias, dt_softplus, dt_limit, acc):
+def step_size(
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    acc: torch.dtype,
+) -> Tensor:
+    """The step sizes in ``acc`` that a scan makes of its argument dt [B, T, H]."""
     dt = dt.to(acc)
     if dt_bias is not None:
         dt = dt + dt_bias.to(acc)

@@ -1,4 +1,4 @@
-"""The examples of docs/inference.md and docs/operator.md do what they say."""
+"""The examples of docs/inference.md, exactness.md and operator.md do what they say."""
 
 import re
 import subprocess
@@ -10,8 +10,9 @@ from demo import Options, Result
 from small_runs import run
 
 ROOT = Path(__file__).resolve().parent.parent
-INFERENCE, OPERATOR = (
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("inference.md", "operator.md")
+INFERENCE, EXACTNESS, OPERATOR = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("inference", "exactness", "operator")
 )
 
 
@@ -19,7 +20,13 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line for b in blocks(INFERENCE, "sh") for line in b.splitlines() if "<" not in line]
+COMMANDS = [
+    line
+    for page in (INFERENCE, EXACTNESS)
+    for block in blocks(page, "sh")
+    for line in block.splitlines()
+    if "<" not in line
+]
 
 
 @pytest.fixture
@@ -43,7 +50,10 @@ def test_a_command_runs(line, repository):
     code, out, err = run("infer", *arguments, stdin=stdin)
     assert code == 0, err
     assert len(out) > 20
-    assert err.strip().count("\n") == 0
+    counts = "exact=true" in line and "compare" not in line
+    assert err.strip().count("\n") == counts
+    if counts:
+        assert err.endswith("log-probabilities equal the training forward's, bit for bit\n")
     assert sorted(path.name for path in repository.iterdir()) == ["checkpoints", "train.py"]
 
 
@@ -59,6 +69,10 @@ def test_the_library_examples_run(repository, capsys):
     out = printed_by_examples(INFERENCE, capsys)
     assert "\n'def f(x):' -> '" in out
     assert "checkpoint must be a run folder" in out
+
+
+def test_the_example_of_exactness_runs(repository, capsys):
+    printed_by_examples(EXACTNESS, capsys)
 
 
 def test_the_operator_examples_run(capsys):

@@ -15,6 +15,7 @@ from demo import Result, generate, load
 from demo.checkpoints.checkpoint import SHIPPED, WEIGHTS
 from demo.checkpoints.tokenizer import TextTokenizer
 from demo.inference.printing import speed_line
+from models import token_log_probs
 from small_runs import run as run_script
 from small_runs import write_checkpoint
 from text_sets import byte_level
@@ -91,6 +92,30 @@ def test_the_norm_path_that_ran_is_named(path, run_folder):
     """That both write the same is in test_bench_and_compare.py."""
     _, err = run("model=mamba2", f"norm={path}", "max_new_tokens=1")
     assert f"norm path: {path}" in err
+
+
+@pytest.mark.parametrize("model", ["fla", "mamba2"])
+def test_exact_mode_counts_what_training_reproduces(model, tmp_path, monkeypatch):
+    """And the lines of JSON hold all bits of the log-probabilities."""
+    given = [b"import os", b"def f(x):\n" * 9]
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(json.dumps({"prompt": prompt.decode()}) for prompt in given)
+    Path("prompts.jsonl").write_text(lines)
+    arguments = (f"model={model}", "prompts_file=prompts.jsonl", "batch_size=2", "output=json")
+    arguments += ("max_new_tokens=40",)
+    out, err = run(*arguments, "exact=true")
+    words = "log-probabilities equal the training forward's, bit for bit"
+    assert err.splitlines()[-1] == f"80 of 80 {words}"
+    loaded = load(SHIPPED / model, norm_path="training", exact=True)
+    for prompt, line in zip(given, map(json.loads, out.splitlines()), strict=True):
+        tokens = torch.tensor([*loaded.tokenizer.encode(prompt), *line["tokens"]])
+        logits, _ = loaded.model(tokens[None, :-1])
+        expected = token_log_probs(logits[0, -40:], tokens[-40:])
+        assert torch.equal(torch.tensor(line["log_probs"]), expected)
+    assert words not in run(*arguments)[1]
+    table = ("compare=true", f"model={model}", "max_new_tokens=20", "bench_runs=1")
+    assert json.loads(run(*table, "exact=true", "output=json")[0])["equal_log_probs"] == 20
+    assert json.loads(run(*table, "output=json")[0])["equal_log_probs"] < 20
 
 
 @pytest.mark.parametrize("model", ["fla", "mamba2"])

@@ -62,6 +62,7 @@ def load(
     model: str | None = None,
     *,
     norm_path: str = "inference",
+    exact: bool = False,
     runs_dir: str | Path = "runs",
 ) -> Loaded:
     """A model with its weights and its tokenizer.
@@ -73,6 +74,7 @@ def load(
             ships where there is none.
         model: "fla", "mamba2", or None for whichever `checkpoint` holds (fla without one).
         norm_path: "inference" or "training".
+        exact: The attribute of `LanguageModel`: the same bits in training, prefill and decoding.
         runs_dir: Where train.py puts its runs.
     Raises:
         ConfigError: when it is not there, is damaged, or is of another model than `model`.
@@ -98,7 +100,7 @@ def load(
                 f"{config.vocab_size} tokens, got {tokenizer.vocab_size}; put the model's own "
                 "tokenizer.json there"
             )
-    language_model = LanguageModel(config, norm_path=norm_path)
+    language_model = LanguageModel(config, norm_path=norm_path, exact=exact)
     language_model.load_state_dict(weights, strict=not config.tie_embeddings)
     training = norm_path == "training"
     language_model.train(training).requires_grad_(training)

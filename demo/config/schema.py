@@ -82,6 +82,7 @@ class TrainConfig:
     seed: int = number(at_least=0, below=2**32)
     runs_dir: str
     resume: str | None
+    exact: bool = False
     checkpoint: str | None = None
     tokenizer: str = "bytes"
 
@@ -110,6 +111,7 @@ class InferConfig:
     stop: list[str]
     seed: int = number(at_least=0, below=2**63)
     device: str = one_of("auto", "cpu", "cuda")
+    exact: bool
     compare: bool
     bench: bool
     bench_runs: int = number(at_least=1)
@@ -164,6 +166,11 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
         optim.warmup_steps is None or optim.warmup_steps <= optim.steps,
         f"optim.warmup_steps must be at most optim.steps={optim.steps}, got {optim.warmup_steps}; "
         f"lower it, for example to {optim.steps // 10}",
+    )
+    _require(
+        not (config.exact and config.trainer.compile),
+        "exact=true needs trainer.compile=false, got true: what the compiler makes of a block "
+        "rounds otherwise than the same block in infer.py; leave out one of them",
     )
     for key, usual in UNUSED[data.source].items():
         _require(

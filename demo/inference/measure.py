@@ -1,5 +1,5 @@
-"""`bench=true`: tokens per second on one prompt; and `compare=true`: both norm paths on it, their
-logits compared to the bit."""
+"""`bench=true`: tokens per second on one prompt; `compare=true`: both norm paths on it, their
+logits compared to the bit; and what `exact=true` says of generation and training."""
 
 import time
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from demo.checkpoints.checkpoint import Loaded
 from demo.config.schema import NORM_PATHS
+from demo.inference.text_generation import Result
+from models import token_log_probs
 from models.generation import generate
 from models.language_model import LanguageModel
 
@@ -65,6 +67,8 @@ class Comparison:
         other_bits: How many of the logits are not the same to the bit.
         logits: How many logits were compared.
         equal_tokens: How many new tokens are the same from the first on.
+        equal_log_probs: How many of the new tokens have the log-probability, to the bit, that the
+            training forward gives them, on the path "inference".
         speed: By norm path.
         peak_bytes: By norm path: the most memory held at once beyond the weights. None on a CPU,
             whose allocator does not count it.
@@ -74,6 +78,7 @@ class Comparison:
     other_bits: int
     logits: int
     equal_tokens: int
+    equal_log_probs: int
     speed: dict[str, Speed]
     peak_bytes: dict[str, int | None]
 
@@ -103,6 +108,8 @@ class Comparison:
         same = self.equal_tokens == count
         words = f"0 of {count:,}" if same else f"after {self.equal_tokens:,}"
         table.add_row("tokens differ", "", "", words)
+        other = count - self.equal_log_probs
+        table.add_row("log-probs differ from training's", "", "", f"{other:,} of {count:,}")
         return table
 
 
@@ -121,21 +128,61 @@ def compare(loaded: Loaded, prompt: bytes, max_new_tokens: int, runs: int) -> Co
         for path in NORM_PATHS:
             model.set_norm_path(path)
             logits[path], new[path], peak[path] = _greedy(model, tokens, max_new_tokens)
+        # of the last path, which is "inference"
+        reported = token_log_probs(logits[path][len(tokens) - 1 :], new[path])
+        expected = training_log_probs(model, tokens, new[path].to(tokens.device)).cpu()
         speed = _time(model, tokens, max_new_tokens, runs, NORM_PATHS)
     finally:
         model.set_norm_path(before)
     equal = torch.eq(*new.values()).int().cumprod(0).sum().item()
     # the logits after two different tokens are not comparable
     one, other = (rows[: len(tokens) + equal] for rows in logits.values())
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return Comparison(
         difference=(one - other).abs().max().item(),
-        other_bits=(one.view(bits) != other.view(bits)).sum().item(),
+        other_bits=one.numel() - _same_bits(one, other),
         logits=one.numel(),
         equal_tokens=equal,
+        equal_log_probs=_same_bits(reported, expected),
         speed=speed,
         peak_bytes=peak,
     )
+
+
+def count_exact(loaded: Loaded, prompts: Sequence[bytes], results: Sequence[Result]) -> str:
+    """How many of the reported log-probabilities the training forward gives to the bit, in words.
+    It runs over each prompt with its text; the model is left as it was."""
+    equal = total = 0
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = _encode(loaded, prompt)
+        new = torch.tensor(result.tokens, device=tokens.device)
+        expected = training_log_probs(loaded.model, tokens, new)
+        equal += _same_bits(torch.tensor(result.log_probs), expected.cpu())
+        total += len(new)
+    return f"{equal:,} of {total:,} log-probabilities equal the training forward's, bit for bit"
+
+
+def training_log_probs(model: LanguageModel, prompt: Tensor, new: Tensor) -> Tensor:
+    """The log-probabilities [N] fp32 of the tokens `new` [N] after `prompt` [T] as training
+    computes them: one call without a state, norms on the training path, gradients on."""
+    path, training = model.norm_path, model.training
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        model.set_norm_path("training")
+        model.train().requires_grad_(True)
+        with torch.enable_grad():
+            logits, _ = model(torch.cat((prompt, new))[None, :-1])
+            return token_log_probs(logits[0, len(prompt) - 1 :], new).detach()
+    finally:
+        model.set_norm_path(path)
+        model.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> int:
+    """How many elements of two tensors are the same to the bit."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return (one.view(bits) == other.view(bits)).sum().item()
 
 
 def _encode(loaded: Loaded, prompt: bytes) -> Tensor:

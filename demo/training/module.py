@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
+from models import token_log_probs
 from models.language_model import LanguageModel
 
 
@@ -88,7 +89,10 @@ class LitLanguageModel(L.LightningModule):
         else:
             tokens = batch
             logits, _ = self.model(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits, targets = logits.flatten(0, 1), tokens[:, 1:].flatten()
+        if self.model.exact:  # the very numbers that generation reports
+            return -token_log_probs(logits, targets).mean()
+        return F.cross_entropy(logits.float(), targets)
 
     def configure_gradient_clipping(
         self,

@@ -20,7 +20,7 @@ from models.ranges import as_written
 # What may differ in a resumed run: the same numbers, up to rounding, are computed elsewhere or in
 # another way.
 FREE = {
-    *("resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    *("exact", "resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
     *("trainer.compile", "trainer.activation_checkpointing", "trainer.tensorboard"),
     "trainer.checkpoint_every",
 }
@@ -120,6 +120,8 @@ def _resumed_config(run: Run, asked: TrainConfig) -> TrainConfig:
         section, _, name = key.partition(".")
         if section == "trainer":
             setattr(config.trainer, name, values[key])
+        elif key == "exact":
+            config.exact = values[key]
     return config
 
 
@@ -137,7 +139,7 @@ def start_model(start: Start, processes: Processes) -> tuple[TrainConfig, Langua
     vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     check_memory(config, processes)
-    return config, LanguageModel(config.model), tokenizer
+    return config, LanguageModel(config.model, exact=config.exact), tokenizer
 
 
 def _model_of_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageModel, Tokenizer]:
@@ -149,7 +151,8 @@ def _model_of_checkpoint(config: TrainConfig) -> tuple[TrainConfig, LanguageMode
             f"{config.tokenizer!r}; leave out one of them"
         )
     kind = asked.pop("model.name", None)
-    loaded = load(name, kind, norm_path="training", runs_dir=config.runs_dir)
+    options = {"norm_path": "training", "exact": config.exact, "runs_dir": config.runs_dir}
+    loaded = load(name, kind, **options)
     config = replace(config, model=loaded.model.config)
     _check_same(asked, config, "the checkpoint", f"leave out checkpoint={name}")
     return config, loaded.model, loaded.tokenizer

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.chunks import bmm_acc, chunk_bounds, decay_dtype
+from models.chunks import bmm, bmm_acc, chunk_bounds, decay_dtype, running_sum
 
 
 @triton.jit
@@ -234,13 +234,13 @@ def supports(x: Tensor) -> bool:
     return size <= 64 and size * dim <= 8192 and x.stride(-1) == 1
 
 
-def _common(x, dt, g, b, c):
+def _common(x, dt, g, b, c, exact=False):
     """Sizes; b and c by group; dt and the running sum G as [B, N, H, C]; C B^T; and _prepare."""
     z = _Sizes(x, b)
     b, c = (t.to(x.dtype).transpose(2, 3).reshape(-1, z.size, z.state) for t in (b, c))
     dt = dt.mT.contiguous()
-    total = g.mT.contiguous().cumsum(-1, dtype=decay_dtype(x.dtype))
-    scores = bmm_acc(c, b.mT)
+    total = running_sum(g.mT.contiguous(), decay_dtype(x.dtype), exact)
+    scores = bmm_acc(c, b.mT, exact)
     write, write_out = z.empty(x, "head"), z.empty(x, "group")
     attn = x.new_empty(write.shape[0], z.size, z.size)
     _prepare[z.grid](
@@ -249,17 +249,17 @@ def _common(x, dt, g, b, c):
     return z, b, c, dt, total, scores, write, write_out, attn
 
 
-def forward(x, dt, g, b, c, skip, initial, segments) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x, dt, g, b, c, skip, initial, segments, exact) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, the final states like initial, and the states before every chunk, in the dtype of
     x, for ``backward``. Arguments as those of ``models.ssd._ChunkScan``; x as ``supports`` says."""
-    z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c)
+    z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c, exact)
     final = initial.clone()
     states = x.new_empty(z.state_shape())
-    add = bmm_acc(b.mT, write_out).view(states.shape)
+    add = bmm_acc(b.mT, write_out, exact).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, initial, segments, states, final, reverse=False)
-    inter = torch.bmm(c, states.view(-1, z.state, z.ratio * z.dim))
-    intra = torch.bmm(attn, write)
+    inter = bmm(c, states.view(-1, z.state, z.ratio * z.dim), exact)
+    intra = bmm(attn, write, exact)
     y = z.empty(x, "token")
     _combine[z.grid](
         inter, intra, x, skip, total, y, z.chunks, *z.shape, *z.strides,

@@ -137,6 +137,7 @@ optim.min_learning_rate=1
 optim.warmup_steps=9999
 trainer.precision=fp8
 trainer.compile=perhaps
+exact=true trainer.compile=true
 seed=1,2
 'seed=a(b'
 seed

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import generation
+from exact_checks import count_differences, exact_model, random_tokens, same_bits
+from models import generation, token_log_probs
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.generation import generate
 from models.language_model import state_to
@@ -137,3 +138,24 @@ def test_sampling_does_not_wait_for_the_gpu():
         generation.sample(logits, 0.7, top_k=5, top_p=0.9, generator=generator)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.parametrize("how", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_exact_mode(mixer, how):
+    """The bits of the training forward in every call, and those that generation reports, with and
+    without the graph."""
+    model = exact_model(mixer, hidden_size=64, **MIXERS[mixer])
+    model = model.to("cuda", torch.bfloat16 if how == "bf16" else torch.float32)
+    with torch.autocast("cuda", torch.bfloat16, enabled=how == "autocast"):
+        different, compared = count_differences(model, device="cuda")
+        assert (different, compared > 100_000) == (0, True)
+        prompts = [random_tokens(n, seed=n).cuda() for n in (1, 40, 64, 99)]
+        for cuda_graph in (True, False):
+            options = {"seed": [1, 2, 3, 4], "log_probs": True, "cuda_graph": cuda_graph}
+            steps = list(generate(model, prompts, 70, **options))
+            tokens, reported = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
+            for prompt, new, log_probs in zip(prompts, tokens, reported, strict=True):
+                logits, _ = model(torch.cat((prompt, new))[None, :-1])
+                expected = token_log_probs(logits[0, len(prompt) - 1 :], new)
+                assert same_bits(log_probs, expected) == (0, 70)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from models import chunks, kernels, short_conv
+from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
 from paths import GPU, TRITON
 from scan_checks import assert_close, make_delta, results
+from small_models import MIXERS, small_model
 
 pytestmark = [
     pytest.mark.skipif(not TRITON, reason="needs triton"),
@@ -29,9 +31,73 @@ def inputs(*shape, sequences=None):
     return [x.detach().to(DEVICE).requires_grad_() for x in made]
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 24, 70), (130, 33, 5), (64, 128, 64)])
+def test_product(rows, inner, columns, bias):
+    """Against float64; and a row alone has the bits that it has among others."""
+    from models.kernels import product
+
+    g = torch.Generator().manual_seed(0)
+    shapes = ((rows, inner), (columns, inner), (columns,))
+    x, weight, b = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
+    b = b if bias else None
+    y = product.linear(x, weight, b)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), b.double() if bias else None)
+    torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
+    for row in range(0, rows, 43):  # at its place in a tile: numpy, which computes here, needs that
+        start = row // 64 * 64
+        others = torch.cat((torch.randn_like(x[start:row]), x[row : row + 1]))
+        assert torch.equal(product.linear(others, weight, b)[-1], y[row])
+
+
+@pytest.mark.parametrize("sizes", [(32, 16, 48), (5, 33, 7)])
+def test_batched_product_and_running_sum(sizes):
+    from models.kernels import product
+
+    g = torch.Generator().manual_seed(0)
+    rows, inner, columns = sizes
+    a = torch.randn(6, inner, rows, generator=g).to(DEVICE).mT
+    b = torch.randn(6, inner, columns, generator=g).to(DEVICE)
+    y = product.bmm(a, b, torch.float32)
+    torch.testing.assert_close(y, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(product.bmm(a[2:3], b[2:3], torch.float32)[0], y[2])
+    sums = product.running_sum(b, torch.float64)
+    torch.testing.assert_close(sums, b.double().cumsum(-1))
+    assert torch.equal(product.running_sum(b[3:4], torch.float64)[0], sums[3])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_exact_mode(mixer, monkeypatch):
+    """The bits of a training forward in a prefill of two pieces, decoding and another batch; and
+    values and gradients as plain PyTorch in float64 has them."""
+    if not GPU:  # numpy's products need a chunk's rows at the same places in a tile
+        from models.kernels import product
+
+        monkeypatch.setitem(product.TILES, 4, ({"BI": CHUNK, "BJ": 32, "BK": 64}, {}))
+    sizes = {"head_dim": 16, **({"d_state": 12} if mixer == "mamba2" else {})}
+    model = small_model(mixer, **sizes, mlp_size=24).to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 32, (2, CHUNK + 9), generator=g).to(DEVICE)
+    model.exact = True
+    expected, _ = model(tokens)
+    grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    with torch.inference_mode():
+        parts, state, start = [], None, 0
+        for end in (CHUNK - 3, CHUNK + 5, CHUNK + 6, CHUNK + 7, CHUNK + 9):
+            logits, state = model(tokens[:1, start:end], state, output_state=True)
+            parts, start = [*parts, logits], end
+    assert torch.equal(torch.cat(parts, dim=1), expected[:1])
+    model.cpu().double().exact = False
+    truth, _ = model(tokens.cpu())
+    right = torch.autograd.grad(truth.square().sum(), list(model.parameters()))
+    ours = [x.cpu() for x in (expected, *grads)]
+    assert_close(ours, (truth, *right), 1e-5 if not GPU else 1e-3)
+
+
 CASES = {
     "T70-K16-V24": ((2, 70, 2, 16, 24), None),
     "T33-K32-V16": ((1, 33, 1, 32, 16), None),
+    "one-chunk": ((1, 12, 2, 16, 16), None),
     "packed-K16-V16": ((1, 60, 2, 16, 16), [0, 3, 3, 35, 60]),
 }
 

@@ -142,11 +142,13 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(stopped_run):
 
 def test_a_run_goes_on_with_other_devices(stopped_run):
     other = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every=7"]
-    more = ["model=mamba2", "trainer.activation_checkpointing=true"]
-    trainer = find_start(config_of(stopped_run(5), *other, *more)).config.trainer
+    more = ["model=mamba2", "trainer.activation_checkpointing=true", "exact=true"]
+    config = find_start(config_of(stopped_run(5), *other, *more)).config
+    trainer = config.trainer
     assert (trainer.strategy, trainer.devices, trainer.checkpoint_every) == ("ddp", 2, 7)
     assert trainer.accelerator == "cpu"
     assert trainer.activation_checkpointing
+    assert config.exact
 
 
 def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):

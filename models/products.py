@@ -1,0 +1,65 @@
+"""Linear layers whose product gives a row the same bits whatever rows are beside it.
+
+Shape letters: R rows, K input channels, N output channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import kernels
+from models.exact import CHUNK
+
+
+class _Product(torch.autograd.Function):
+    """x [R, K] times weight [N, K], plus bias [N] or None, to [R, N]: summed in fp32 (fp64 for
+    fp64) and rounded once. The backward is PyTorch's products, as everywhere."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            product = kernels.find("product", x)
+            return (_blocks if product is None else product.linear)(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return dy @ weight, dy.mT @ x, dy.sum(0) if ctx.has_bias else None
+
+
+def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Blocks of `CHUNK` rows, one call each: PyTorch's libraries choose how they add by a product's
+    shape."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide, weight = x.to(acc), weight.to(acc).T
+    if len(x) % CHUNK:
+        wide = F.pad(wide, (0, 0, 0, -len(x) % CHUNK))
+    y = wide.new_empty(len(wide), weight.shape[1])
+    for start in range(0, len(wide), CHUNK):
+        torch.mm(wide[start : start + CHUNK], weight, out=y[start : start + CHUNK])
+    y = y[: len(x)]
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with an exact mode, in which a row's bits do not depend on the other rows.
+
+    Attributes:
+        exact: whether it is on.
+    """
+
+    exact = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.exact:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        rows = x.reshape(-1, self.in_features).contiguous()
+        return _Product.apply(rows, weight, bias).view(*x.shape[:-1], self.out_features)
