@@ -43,7 +43,7 @@ def main(config: InferConfig) -> None:
         said = [speed_line(results), f"norm path: {loaded.model.norm_path}"]
     folder, here = loaded.folder, Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    print(*said, f"checkpoint: {folder}", sep=" | ", file=sys.stderr)
+    print(*said, f"checkpoint: {folder / (loaded.weights or '')}", sep=" | ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class TrainerConfig:
     activation_checkpointing: bool
     tensorboard: bool
     checkpoint_every: int = number(at_least=1)
+    validate_every: int | None = number(None, at_least=0)
+    validate_tokens: int | None = number(8192, at_least=1)
 
 
 @dataclass(kw_only=True)

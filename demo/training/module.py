@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
+from demo.training.run import SAMPLE, VAL
 from models.language_model import LanguageModel
 
 
@@ -26,7 +27,8 @@ class LitLanguageModel(L.LightningModule):
     """Next-token prediction with AdamW, linear warm-up and cosine decay.
 
     Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
-    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation.
+    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation before or after the
+    training, and `val_sample_bpb` of one on the way, which may read less text.
 
     Args:
         bytes_per_token: How much text a token stands for, in training and in validation.
@@ -43,8 +45,12 @@ class LitLanguageModel(L.LightningModule):
         # From nats per token to bits per byte.
         self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
         self.step_loss = torch.zeros(())  # of the last step, over all processes
+        self.val_metric = VAL  # what a validation is logged as
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
+
+    def setup(self, stage: str) -> None:
+        self.val_metric = VAL if stage == "validate" else SAMPLE
 
     def configure_model(self) -> None:
         # Lightning calls this again for each fit and validation.
@@ -78,7 +84,7 @@ class LitLanguageModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         bits = self.loss(batch) * self.val_scale
         rows = len(batch.tokens if isinstance(batch, Packed) else batch)
-        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=rows)
+        self.log(self.val_metric, bits, on_epoch=True, sync_dist=True, batch_size=rows)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""

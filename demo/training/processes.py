@@ -1,5 +1,5 @@
 """How many processes train together, whether this machine has the devices and the memory for them,
-and how they end when it runs out of memory or a signal stops them.
+and how they end when it runs out of memory.
 
 torchrun describes the processes in environment variables, before Lightning has started anything; a
 process that Lightning's own launcher started for another device of this host has LOCAL_RANK.
@@ -7,7 +7,6 @@ process that Lightning's own launcher started for another device of this host ha
 
 import math
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -157,15 +156,10 @@ def host_memory() -> float:
 
 @contextmanager
 def ends_in_a_line(rank: int) -> Iterator[None]:
-    """Turn running out of memory into a RunError, and Lightning's exit codes after a signal into
-    those that shells expect. Processes other than the first, whose errors are not printed as one
-    line, keep them as they are."""
+    """Turn running out of memory into a RunError. Processes other than the first, whose errors are
+    not printed as one line, keep it as it is."""
     try:
         yield
-    except SystemExit as left:  # Lightning's, with 1 after Ctrl-C and 0 after SIGTERM
-        interrupted = isinstance(left.__context__, KeyboardInterrupt)
-        left.code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
-        raise
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if rank or not (full or "DefaultCPUAllocator" in str(error)):

@@ -1,7 +1,8 @@
 """A run is one folder: made, locked, written, read again after it was stopped, and finished.
 
 `config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
-`model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training resumes from);
+`model.safetensors` (the weights) and `last.ckpt` (all that training resumes from), and a validation
+on the way that is the best so far `best.safetensors` (its weights, which infer.py prefers);
 `metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
 """
 
@@ -24,6 +25,7 @@ import torch
 
 from demo.checkpoints.atomic import must_fit, write_atomically
 from demo.checkpoints.checkpoint import (
+    BEST,
     CONFIG,
     WEIGHTS,
     check_weights,
@@ -39,8 +41,11 @@ from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
 
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
-FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
-COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metrics.csv
+FILES = (WEIGHTS, BEST, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
+
+# Of a validation: before and after the training, and on the way.
+VAL, SAMPLE = "val_bpb", "val_sample_bpb"
+COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", VAL, SAMPLE)  # of metrics.csv
 
 AT_WORK = "another process works on; wait for its end, or stop it"
 
@@ -143,6 +148,11 @@ class Run:
             save_weights(self.folder, weights)
             write_atomically(self.folder / LAST, lambda part: torch.save(state, part))
 
+    def write_best(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write `weights` as best.safetensors."""
+        with self._must_fit(BEST):
+            save_weights(self.folder, weights, BEST)
+
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""
         with self._must_fit(METRICS), (self.folder / METRICS).open("a") as file:
@@ -202,6 +212,11 @@ class Run:
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             why = "it is not a table of numbers with the column step"
             raise damaged(file, why) from error
+
+
+def best_on_the_way(rows: Rows) -> tuple[float, int] | None:
+    """The bits per byte of the best validation on the way and the steps before it, if any."""
+    return min(((row[SAMPLE], step + 1) for step, row in rows if SAMPLE in row), default=None)
 
 
 def _lock(file: IO) -> bool:
