@@ -94,9 +94,8 @@ def load(
                 f"use model={name}, or another checkpoint"
             )
         file = _weights_of(folder, Path(checkpoint or folder).name) if of_a_run else None
-        weights = (
-            _read_weights(folder / file, config) if file else published_weights(folder, config)
-        )
+        read_weights = _read_weights if of_a_run else published_weights
+        weights = read_weights(folder / file if file else folder, config)
         tokenizer = (tokenizer_of if of_a_run else published_tokenizer)(folder)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(

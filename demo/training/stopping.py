@@ -17,8 +17,8 @@ class Signals:
     them, as by `nohup`, goes on ignoring it.
 
     Attributes:
-        waits: Whether the first signal only counts when `of_all` is asked for it. A second one stops
-            at once.
+        waits: Whether the first signal only counts when `of_all` asks for it, and a second one
+            stops at once.
     """
 
     def __init__(self) -> None:
