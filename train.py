@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> Summary:
     record(trainer, run, config, signals)
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, data.bytes_per_token)
-    with run.at_work(rank, start.rows), signals, ends_in_a_line(rank):
+    with run.at_work(rank, start.rows, start.saved), signals, ends_in_a_line(rank):
         before = start.val_bpb
         if start.checkpoint is None:
             before = trainer.validate(module, data.validation, verbose=False)[0][VAL]

@@ -16,7 +16,6 @@ from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.data.corpus import load_corpus
 from demo.training.callbacks import Progress, Throughput
-from demo.training.module import learning_rate_factor
 from demo.training.plots import (
     column,
     compressors,
@@ -200,18 +199,6 @@ def test_a_multirun_without_a_result_leaves_no_folder(here):
 
 
 # ------------------------------------------------------------------------------------------ parts
-
-
-def test_the_learning_rate_warms_up_and_decays_to_its_smallest():
-    rates = ["optim.learning_rate=1e-2", "optim.min_learning_rate=1e-3"]
-    optim = compose("train", [*rates, "optim.steps=100", "optim.warmup_steps=10"]).optim
-    factors = [learning_rate_factor(optim)(step) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1
-    assert factors[55] == pytest.approx(0.55)
-    assert factors[100] == pytest.approx(0.1)
-    assert np.diff(factors[:10]).min() > 0
-    assert np.diff(factors[10:]).max() < 0
 
 
 def test_throughput_counts_tokens():

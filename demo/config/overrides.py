@@ -49,9 +49,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
             f"size must be one of model={model}, got {size}; use one that begins with {model}_, or "
             f"model={other}"
         )
-    config = CHECKS[name](composed.values)
-    config.typed = composed.typed
-    return config
+    return CHECKS[name](composed.values, composed.typed)
 
 
 def compose_values(name: str, overrides: Iterable[str]) -> Composed:

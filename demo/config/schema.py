@@ -52,8 +52,11 @@ class OptimConfig:
     steps: int = number(at_least=1, below=2**31)
     batch_size: int = number(at_least=1)
     learning_rate: float = number(above=0)
-    min_learning_rate: float = number(at_least=0)
+    schedule: str = one_of("cosine", "constant", "wsd", default="cosine")
+    min_learning_rate_ratio: float = number(0.1, at_least=0, at_most=1)
+    min_learning_rate: float | None = number(at_least=0)
     warmup_steps: int | None = number(at_least=0)
+    decay_steps: int | None = number(None, at_least=0)
     weight_decay: float = number(at_least=0)
     betas: tuple[float, float]
     gradient_clip: float = number(at_least=0)
@@ -142,20 +145,33 @@ SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": None, "repetition_penalty"
 UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs": 5}
 
 
-def train_config(values: Mapping[str, Any]) -> TrainConfig:
-    """The typed and checked form of a composed train.yaml or of a run's config.yaml. Raises
-    ConfigError."""
+def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> TrainConfig:
+    """The typed and checked form of a composed train.yaml, for which the keys in `typed` stand on
+    the command line, or of a run's config.yaml. Raises ConfigError."""
     config = _section(TrainConfig, values)
+    config.typed = typed
     data, optim = config.data, config.optim
     _require(
         config.norm.path == "training",
         f"train.py needs norm=training, got norm={config.norm.path}: the inference path keeps "
         "nothing for a backward pass; train with norm=training, then use it in infer.py",
     )
+    lowest = optim.min_learning_rate
     _require(
-        optim.min_learning_rate <= optim.learning_rate,
+        lowest is None or lowest <= optim.learning_rate,
         f"optim.min_learning_rate must be at most optim.learning_rate={optim.learning_rate}, got "
-        f"{optim.min_learning_rate}; lower it, or raise the other",
+        f"{lowest}; lower it, or raise the other",
+    )
+    for key, schedules in {"min_learning_rate": ["cosine", "wsd"], "decay_steps": ["wsd"]}.items():
+        _require(
+            (value := getattr(optim, key)) is None or optim.schedule in schedules,
+            f"optim.{key} must be left out with optim.schedule={optim.schedule}, got {value}; "
+            f"leave it out, or use {' or '.join(schedules)}",
+        )
+    _require(
+        optim.decay_steps is None or optim.decay_steps <= optim.steps,
+        f"optim.decay_steps must be at most optim.steps={optim.steps}, got {optim.decay_steps}; "
+        f"lower it, for example to {optim.steps // 5}",
     )
     _require(
         len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
@@ -163,7 +179,8 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
         "example [0.9,0.95]",
     )
     _require(
-        optim.warmup_steps is None or optim.warmup_steps <= optim.steps,
+        # Those of a preset are for its own steps: demo/training/schedule.py has them fit others.
+        "optim.warmup_steps" not in typed or (optim.warmup_steps or 0) <= optim.steps,
         f"optim.warmup_steps must be at most optim.steps={optim.steps}, got {optim.warmup_steps}; "
         f"lower it, for example to {optim.steps // 10}",
     )
@@ -181,7 +198,7 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def infer_config(values: Mapping[str, Any]) -> InferConfig:
+def infer_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> InferConfig:
     """As `train_config`, for a composed infer.yaml."""
     if isinstance(values.get("stop"), str):  # as it stands on the command line
         values = {**values, "stop": _stop_strings(values["stop"])}

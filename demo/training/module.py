@@ -6,7 +6,6 @@ that it can be tested anywhere.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
 from demo.training.run import SAMPLE, VAL
+from demo.training.schedule import learning_rate_factor
 from models.language_model import LanguageModel
 
 
 class LitLanguageModel(L.LightningModule):
-    """Next-token prediction with AdamW, linear warm-up and cosine decay.
+    """Next-token prediction with AdamW.
 
     Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
     per byte of text: `train_bpb` each step, `val_bpb` over all of a validation before or after the
@@ -125,23 +125,6 @@ class LitLanguageModel(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-
-def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
-    """What to multiply the learning rate by at a step: linear warm-up, then a cosine down to the
-    smallest rate at the last step."""
-    floor = optim.min_learning_rate / optim.learning_rate
-    warmup = optim.warmup_steps
-    if warmup is None:
-        warmup = min(40, optim.steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, optim.steps - warmup)
-        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-    return factor
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -110,19 +110,30 @@ class Run:
     # ------------------------------------------------------------------------------------ locking
 
     @contextmanager
-    def at_work(self, rank: int, rows: Rows = ()) -> Iterator[None]:
-        """Keep other processes from working on this run meanwhile, and start metrics.csv with
-        `rows`. Raises ConfigError where another process already works on it."""
+    def at_work(
+        self, rank: int, rows: Rows = (), config: TrainConfig | None = None
+    ) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile, start metrics.csv with `rows`,
+        and write `config`, if any, in place of what config.yaml says. Raises ConfigError where
+        another process already works on it."""
         if rank:
             yield
             return
-        with (self.folder / CONFIG).open("rb") as file:
-            if not _lock(file):
-                raise self.not_stopped(AT_WORK)
+        with ExitStack() as locks:
+            self._lock(locks)
+            if config is not None:
+                with self._must_fit(CONFIG):
+                    save_config(self.folder, config)
+                self._lock(locks)  # it is another file now
+                (self.folder / PICTURE).unlink(missing_ok=True)
             with self._must_fit(METRICS):
                 text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
                 write_atomically(self.folder / METRICS, lambda part: part.write_text(text))
             yield
+
+    def _lock(self, locks: ExitStack) -> None:
+        if not _lock(locks.enter_context((self.folder / CONFIG).open("rb"))):
+            raise self.not_stopped(AT_WORK)
 
     def is_at_work(self) -> bool:
         """Whether another process trains in this folder. Of several processes that work together

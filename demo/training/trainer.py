@@ -19,6 +19,7 @@ from demo.config.schema import TrainConfig
 from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
 from demo.training.processes import Processes, on_gpu
 from demo.training.run import Run
+from demo.training.schedule import steps_between_validations
 from demo.training.stopping import Signals
 from models.language_model import LanguageModel
 
@@ -75,12 +76,6 @@ def build_trainer(
             f"{first_line(error)!r}; change trainer=, or the environment it speaks of"
         ) from error
     return trainer, throughput
-
-
-def steps_between_validations(config: TrainConfig) -> int:
-    """On the way; 0 for none."""
-    every = config.trainer.validate_every
-    return max(1, config.optim.steps // 10) if every is None else every
 
 
 def record(trainer: L.Trainer, run: Run, config: TrainConfig, signals: Signals) -> None:

@@ -135,6 +135,10 @@ optim.learning_rate=inf
 'optim.betas=[0.9]'
 optim.min_learning_rate=1
 optim.warmup_steps=9999
+optim.schedule=linear
+optim.decay_steps=5
+optim.schedule=constant optim.min_learning_rate=1e-4
+optim.schedule=wsd optim.decay_steps=9999
 trainer.precision=fp8
 trainer.compile=perhaps
 seed=1,2
@@ -277,6 +281,7 @@ CHECKPOINTS = [
     Bad("train resume=runs/missing", "a run that is not there"),
     Bad("train resume=runs/small", "weights alone"),
     Bad("train resume=runs/stopped optim.learning_rate=1", "of another learning rate"),
+    Bad("train resume=runs/stopped optim.steps=99", "of other steps, with a cosine"),
     *(
         Bad("train resume=runs/stopped", what, change)
         for what, change in {
