@@ -107,7 +107,7 @@ class InferConfig:
     prompts_file: str | None
     batch_size: int = number(at_least=1)
     output: str = one_of("text", "json")
-    max_new_tokens: int = number(at_least=1)
+    max_new_tokens: int = number(at_least=0)
     temperature: float = number(at_least=0)
     top_k: int | None = number(at_least=1)
     top_p: float | None = number(above=0, at_most=1)
@@ -139,8 +139,8 @@ NEEDED = {
 # What a data source does not read, and the value that it then has.
 NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
 UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
-# What infer.py does not read, with its default: when it measures, greedily and on one prompt, and
-# when it does not.
+# What infer.py does not read, with its default: when it measures, greedily and on one prompt, or
+# scores, and when it does not measure.
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": None, "repetition_penalty": 1.0, "seed": 1}
 UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs": 5}
 
@@ -203,25 +203,33 @@ def infer_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
     if isinstance(values.get("stop"), str):  # as it stands on the command line
         values = {**values, "stop": _stop_strings(values["stop"])}
     config = _section(InferConfig, values)
-    measure = "compare" if config.compare else "bench" if config.bench else None
+    measure = "compare=true" if config.compare else "bench=true" if config.bench else None
     _require(
         not (config.compare and config.bench),
         "compare and bench cannot both be true; leave one out",
     )
     _require(
         measure is None or config.prompts_file is None,
-        f"{measure}=true takes one prompt, got prompts_file={config.prompts_file!r}; use prompt or "
+        f"{measure} takes one prompt, got prompts_file={config.prompts_file!r}; use prompt or "
         "prompt_file",
     )
-    if measure:
-        unread, when, remedy = UNMEASURED, f"with {measure}=true", f"leave out {measure}"
-    else:
-        unread, when, remedy = MEASURES, "without compare or bench", "add bench=true"
-    for key, usual in unread.items():
-        _require(
-            (value := getattr(config, key)) == usual,
-            f"{key} must be left out {when}, got {as_written(value)}; leave it out, or {remedy}",
-        )
+    scores = config.max_new_tokens == 0
+    _require(
+        not (measure and scores),
+        f"max_new_tokens must be at least 1 with {measure}, got 0; leave out one of them",
+    )
+    unread = []
+    if instead := "max_new_tokens=0" if scores else measure:
+        unread += [(UNMEASURED, f"with {instead}", f"leave out {instead}")]
+    if not measure:
+        unread += [(MEASURES, "without compare or bench", "add bench=true")]
+    for defaults, when, remedy in unread:
+        for key, usual in defaults.items():
+            _require(
+                (value := getattr(config, key)) == usual,
+                f"{key} must be left out {when}, got {as_written(value)}; leave it out, or "
+                f"{remedy}",
+            )
     return config
 
 

@@ -176,7 +176,10 @@ norm=fast
 temperature=0.5,1
 prompt=
 prompt=a prompt_file=b
-max_new_tokens=0
+max_new_tokens=-1
+max_new_tokens=0 temperature=1
+max_new_tokens=0 bench=true
+max_new_tokens=0 prompt=a
 temperature=nan
 top_p=1.5
 stop=
