@@ -97,10 +97,8 @@ def generate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}; use 1 or more")
-    one = isinstance(prompts, (str, bytes))
-    batches = in_batches(
-        loaded, [prompts] if one else prompts, batch_size, _options(options, "batch_size")
-    )
+    one, given = isinstance(prompts, (str, bytes)), _options(options, "batch_size")
+    batches = in_batches(loaded, [prompts] if one else prompts, batch_size, given)
     results = [result for batch in batches for result in batch.run()]
     return results[0] if one else results
 
