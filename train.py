@@ -20,6 +20,7 @@ def train(config: TrainConfig) -> Summary:
     import lightning
 
     from demo.data.loaders import load_data
+    from demo.training.loggers import check_loggers
     from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.plots import compressors, plot_loss
     from demo.training.processes import check_devices, ends_in_a_line, find_processes
@@ -31,6 +32,7 @@ def train(config: TrainConfig) -> Summary:
 
     start = find_start(config)
     check_devices(start.config.trainer)
+    check_loggers(start.config.trainer)
     processes = find_processes(start.config)
     rank = processes.rank
     lightning.seed_everything(start.config.seed, verbose=False)

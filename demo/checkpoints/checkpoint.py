@@ -112,10 +112,14 @@ def load(
 
 def save_config(folder: Path, config: Any) -> None:
     """Write a dataclass of demo/config/schema.py as `config.yaml`."""
-    values = dataclasses.asdict(config)
-    values["model"] = {"name": model_name(config.model), **values["model"]}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(as_values(config), sort_keys=False, allow_unicode=True)
     write_atomically(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def as_values(config: Any) -> dict[str, Any]:
+    """The nested plain values of a dataclass of demo/config/schema.py that has a model."""
+    values = dataclasses.asdict(config)
+    return values | {"model": {"name": model_name(config.model), **values["model"]}}
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], file: str = WEIGHTS) -> None:

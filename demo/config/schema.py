@@ -17,6 +17,7 @@ from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.ranges import as_written, check_choice, check_ranges, nearest, number, one_of
 
 NORM_PATHS = ("training", "inference")
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 # What the command line and a config.yaml call a model, and the class of its config.
 MODELS = {"fla": GatedDeltaNetConfig, "mamba2": Mamba2Config}
@@ -71,7 +72,7 @@ class TrainerConfig:
     accumulate: int = number(at_least=1, below=2**31)
     compile: bool
     activation_checkpointing: bool
-    tensorboard: bool
+    loggers: list[str] = one_of(*LOGGERS)
     checkpoint_every: int = number(at_least=1)
     validate_every: int | None = number(None, at_least=0)
     validate_tokens: int | None = number(8192, at_least=1)
@@ -148,6 +149,11 @@ UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs":
 def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> TrainConfig:
     """The typed and checked form of a composed train.yaml, for which the keys in `typed` stand on
     the command line, or of a run's config.yaml. Raises ConfigError."""
+    trainer = values.get("trainer")
+    if isinstance(trainer, Mapping) and "tensorboard" in trainer:  # as 0.1.0 wrote it
+        trainer = dict(trainer)
+        trainer["loggers"] = ["tensorboard"] if trainer.pop("tensorboard") else []
+        values = {**values, "trainer": trainer}
     config = _section(TrainConfig, values)
     config.typed = typed
     data, optim = config.data, config.optim
@@ -313,6 +319,8 @@ def _converted(key: str, kind: Any, value: Any) -> Any:
         kind = get_args(kind)[0]
     if many := get_origin(kind):  # list[str] or tuple[float, float]
         kind = get_args(kind)[0]
+        if kind is str and isinstance(value, str):  # a single one
+            value = [value]
         if isinstance(value, list | tuple):
             return many(_converted(key, kind, item) for item in value)
     elif kind is bool:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -74,8 +73,7 @@ def on_gpu(config: TrainerConfig) -> bool:
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raises ConfigError when this machine does not have the devices or packages that `config`
-    asks for."""
+    """Raises ConfigError when this machine does not have the devices that `config` asks for."""
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
@@ -97,11 +95,6 @@ def check_devices(config: TrainerConfig) -> None:
                 f"trainer.precision must be 32-true or bf16-mixed {where}, got 16-mixed; "
                 f"use one of them, or {remedy}"
             )
-    if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ConfigError(
-            "trainer.tensorboard needs the package tensorboard, got true without it; "
-            "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
-        )
 
 
 def _refuse_slurm() -> None:

@@ -26,7 +26,7 @@ from models.ranges import as_written
 # another way.
 FREE = {
     *("resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
-    *("trainer.compile", "trainer.activation_checkpointing", "trainer.tensorboard"),
+    *("trainer.compile", "trainer.activation_checkpointing", "trainer.loggers"),
     "trainer.checkpoint_every",
 }
 

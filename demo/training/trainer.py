@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from demo.checkpoints.checkpoint import BEST
 from demo.config.errors import ConfigError, first_line
 from demo.config.schema import TrainConfig
 from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
+from demo.training.loggers import loggers_of
 from demo.training.processes import Processes, on_gpu
 from demo.training.run import Run
 from demo.training.schedule import steps_between_validations
@@ -80,28 +78,9 @@ def build_trainer(
 
 def record(trainer: L.Trainer, run: Run, config: TrainConfig, signals: Signals) -> None:
     """Have `trainer` write its metrics and checkpoints to `run`, and stop at `signals`."""
-    trainer.loggers = [MetricsLogger(run)]
-    if config.trainer.tensorboard:
-        trainer.loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
+    trainer.loggers = loggers_of(run, config)
     every = config.trainer.checkpoint_every, steps_between_validations(config)
     trainer.callbacks.append(Checkpoints(run, *every, signals))
-
-
-class MetricsLogger(Logger):
-    """Lightning's view of a run's metrics.csv."""
-
-    name = version = ""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.run.write_metrics(step, metrics)
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass  # config.yaml has them
 
 
 class RunCheckpoints(TorchCheckpointIO):

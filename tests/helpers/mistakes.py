@@ -141,6 +141,7 @@ optim.schedule=constant optim.min_learning_rate=1e-4
 optim.schedule=wsd optim.decay_steps=9999
 trainer.precision=fp8
 trainer.compile=perhaps
+trainer.loggers=tensorbord
 seed=1,2
 'seed=a(b'
 seed

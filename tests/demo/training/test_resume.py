@@ -43,7 +43,13 @@ def as_version_0_1_0_wrote_it(run: Path) -> None:
     (run / "best.safetensors").unlink()
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["checkpoint"], config["tokenizer"]
-    del config["trainer"]["validate_every"], config["trainer"]["validate_tokens"]
+    for section, key in (
+        *((config["trainer"], key) for key in ("validate_every", "validate_tokens", "loggers")),
+        *((config["optim"], key) for key in ("schedule", "min_learning_rate_ratio", "decay_steps")),
+    ):
+        del section[key]
+    config["trainer"]["tensorboard"] = False
+    config["optim"]["min_learning_rate"] = 5e-4
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     state = torch.load(run / "last.ckpt", weights_only=True)
     del state["callbacks"]["Checkpoints"]
