@@ -18,7 +18,7 @@ RULES = {
 
 
 def one_of(*choices: str, default: Any = MISSING) -> Any:
-    """A field for one of these names, or for a list of them or None where its type allows that."""
+    """A field for one of these names, or for None where its type allows that."""
     return field(default=default, metadata={"choices": choices})
 
 

@@ -8,7 +8,7 @@ of a run's config.yaml into dataclasses, or raise a ConfigError. Imports nothing
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -72,7 +72,7 @@ class TrainerConfig:
     accumulate: int = number(at_least=1, below=2**31)
     compile: bool
     activation_checkpointing: bool
-    loggers: list[str] = one_of(*LOGGERS)
+    loggers: list[str] = field(metadata={"choices": LOGGERS})
     checkpoint_every: int = number(at_least=1)
     validate_every: int | None = number(None, at_least=0)
     validate_tokens: int | None = number(8192, at_least=1)

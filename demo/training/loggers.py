@@ -2,7 +2,7 @@
 Lightning's own logger.
 """
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -42,11 +42,19 @@ class EventFile(TensorBoardLogger):
 def check_loggers(config: TrainerConfig) -> None:
     """Raises ConfigError for a logger whose package is not installed."""
     for name in config.loggers:
-        if not any(map(find_spec, (name, "tensorboardX") if name == "tensorboard" else (name,))):
+        # Either will do for TensorBoard.
+        if not _installed(name) and not (name == "tensorboard" and _installed("tensorboardX")):
             raise ConfigError(
                 f"trainer.loggers needs the package {name}, got {name} without it; pip install "
                 f"{name}, or leave it out: metrics.csv has the same numbers"
             )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def loggers_of(run: Run, config: TrainConfig) -> list[Logger]:

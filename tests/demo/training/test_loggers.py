@@ -1,5 +1,7 @@
 """Where the numbers go beside metrics.csv, by the name of Lightning's logger."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 from lightning.pytorch.loggers import Logger
 
@@ -46,7 +48,7 @@ def test_others_get_the_same_and_the_whole_config(name, tmp_path, monkeypatch):
 
     kind = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name]
     monkeypatch.setattr(loggers, kind, Kept)
-    monkeypatch.setattr(loggers, "find_spec", lambda name: True)
+    monkeypatch.setattr(loggers, "version", lambda name: "1")
     run = train_in(tmp_path, *STOPPABLE, f"trainer.loggers=[{name}]").run
     (logger,) = made
     assert run.name in logger.args[0]
@@ -59,7 +61,10 @@ def test_others_get_the_same_and_the_whole_config(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_each_is_optional(name, monkeypatch):
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(loggers, "version", missing)
     loggers.check_loggers(compose("train").trainer)
     with pytest.raises(ConfigError, match=f"got {name} without it; pip install {name}"):
         loggers.check_loggers(compose("train", [f"trainer.loggers={name}"]).trainer)
