@@ -151,6 +151,15 @@ mamba2
 +colour=red
 '~data.path'
 hydra.run.dir=here
+-m hydra.sweep.dir=there seed=1,2
+hydra/launcher=joblib
+hydra.sweeper.params.seed=1,2
+hydra/job_logging=disabled
+hydra.job.chdir=true
+hydra.verbose=true
++hydra=x
+--config-name=mine
+--info
 runs_dir=
 tokenizer=null
 experiment=huge
