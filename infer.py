@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from demo.config.command import command
-from demo.config.errors import ConfigError
+from demo.config.errors import ConfigError, about
 from demo.config.schema import InferConfig
 from demo.inference.prompts import read_prompts
 
@@ -18,7 +18,14 @@ def main(config: InferConfig) -> None:
 
     from demo.checkpoints.checkpoint import load
     from demo.inference.measure import bench, compare, count_exact
-    from demo.inference.printing import print_json, print_measurement, print_texts, speed_line
+    from demo.inference.printing import (
+        print_json,
+        print_measurement,
+        print_scores,
+        print_texts,
+        speed_line,
+    )
+    from demo.inference.scoring import score
     from demo.inference.text_generation import Options, in_batches
 
     gpu = torch.cuda.is_available()
@@ -33,6 +40,9 @@ def main(config: InferConfig) -> None:
         measure = compare if config.compare else bench
         measured = measure(loaded, prompts[0], config.max_new_tokens, config.bench_runs)
         print_measurement(measured, config.output)
+    elif config.max_new_tokens == 0:
+        with about():
+            print_scores(score(loaded, prompts), config.output)
     else:
         batches = in_batches(loaded, prompts, config.batch_size, Options.of(config))
         if config.output == "json":
@@ -44,7 +54,7 @@ def main(config: InferConfig) -> None:
             counted = [count_exact(loaded, prompts, [r for batch in results for r in batch])]
     folder, here = loaded.folder, Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    print(*said, f"checkpoint: {folder}", sep=" | ", file=sys.stderr)
+    print(*said, f"checkpoint: {folder / (loaded.weights or '')}", sep=" | ", file=sys.stderr)
     for line in counted:
         print(line, file=sys.stderr)
 

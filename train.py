@@ -20,16 +20,19 @@ def train(config: TrainConfig) -> Summary:
     import lightning
 
     from demo.data.loaders import load_data
+    from demo.training.loggers import check_loggers
     from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.plots import compressors, plot_loss
     from demo.training.processes import check_devices, ends_in_a_line, find_processes
     from demo.training.resume import find_start, start_model
-    from demo.training.run import PICTURE, Run
+    from demo.training.run import PICTURE, VAL, Run, best_on_the_way
+    from demo.training.stopping import Signals
     from demo.training.summary import Summary
     from demo.training.trainer import build_trainer, record
 
     start = find_start(config)
     check_devices(start.config.trainer)
+    check_loggers(start.config.trainer)
     processes = find_processes(start.config)
     rank = processes.rank
     lightning.seed_everything(start.config.seed, verbose=False)
@@ -38,22 +41,25 @@ def train(config: TrainConfig) -> Summary:
     trainer, throughput = build_trainer(config, processes, model)
 
     run = start.run or Run.create(config, tokenizer, rank)
-    record(trainer, run, config.trainer)
+    signals = Signals()
+    record(trainer, run, config, signals)
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, data.bytes_per_token)
-    with run.at_work(rank, start.rows), ends_in_a_line(rank):
+    with run.at_work(rank, start.rows, start.saved), signals, ends_in_a_line(rank):
         before = start.val_bpb
         if start.checkpoint is None:
-            before = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
-        trainer.fit(module, data.train, ckpt_path=start.checkpoint, weights_only=True)
-        after = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
+            before = trainer.validate(module, data.validation, verbose=False)[0][VAL]
+        trainer.fit(module, data.train, data.sample, ckpt_path=start.checkpoint, weights_only=True)
+        after = trainer.validate(module, data.validation, verbose=False)[0][VAL]
 
     folder, speed = run.folder, throughput.tokens_per_s
-    summary = Summary(folder, model, throughput.tokens, speed, before, after)
+    rows = run.read_metrics() if rank == 0 else ()
+    best = best_on_the_way(rows)
+    summary = Summary(folder, model, throughput.tokens, speed, before, after, best)
     if rank == 0:
         text = config.data.name or config.data.source
         title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"
-        plot_loss(run.read_metrics(), folder / PICTURE, title, compressors(data.val_text))
+        plot_loss(rows, folder / PICTURE, title, compressors(data.val_text))
     return summary
 
 

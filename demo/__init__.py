@@ -15,6 +15,8 @@ _MODULES = {
     "stream_text": "demo.inference.text_generation",
     "Options": "demo.inference.text_generation",
     "Result": "demo.inference.text_generation",
+    "score": "demo.inference.scoring",
+    "Score": "demo.inference.scoring",
     "ConfigError": "demo.config.errors",
 }
 __all__ = list(_MODULES)

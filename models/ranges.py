@@ -45,7 +45,8 @@ def check_ranges(config: Any) -> None:
             if NoneType not in get_args(f.type):
                 raise ValueError(f"{f.name} must have a value, got None; give one")
         elif "choices" in f.metadata:
-            check_choice(f.name, value, f.metadata["choices"])
+            for name in value if isinstance(value, list) else [value]:
+                check_choice(f.name, name, f.metadata["choices"])
         elif "bounds" in f.metadata:
             _check_bounds(f.name, value, f.metadata["bounds"])
 

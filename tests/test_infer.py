@@ -83,7 +83,7 @@ def test_tables(argument, words, run_folder):
     arguments = (argument, "model=mamba2", "max_new_tokens=3", "bench_runs=2", "prompt=abc")
     out, err = run(*arguments)
     assert words in out
-    assert err == "checkpoint: runs/a\n"
+    assert err == "checkpoint: runs/a/model.safetensors\n"
     assert json.loads(run(*arguments, "output=json")[0])
 
 
@@ -124,7 +124,7 @@ def test_without_a_run_the_shipped_checkpoint_is_taken_and_it_is_small(
 ):
     monkeypatch.chdir(tmp_path)
     out, err = run(f"model={model}", "prompt='import '", "max_new_tokens=60", "temperature=0")
-    assert f"checkpoint: {SHIPPED / model}\n" in err
+    assert f"checkpoint: {SHIPPED / model / WEIGHTS}\n" in err
     assert "\n" in out
     assert (SHIPPED / model / WEIGHTS).stat().st_size <= 4e6
 

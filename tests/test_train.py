@@ -16,14 +16,13 @@ from demo.checkpoints.checkpoint import load
 from demo.config.command import compose
 from demo.data.corpus import load_corpus
 from demo.training.callbacks import Progress, Throughput
-from demo.training.module import learning_rate_factor
 from demo.training.plots import (
     column,
     compressors,
+    losses_on_the_way,
     plot_comparison,
     plot_loss,
     smooth,
-    training_losses,
 )
 from demo.training.run import Run
 from models.generation import generate
@@ -64,7 +63,10 @@ def tiny_run(tmp_path_factory):
 
 
 def test_a_run_is_one_folder_with_everything_in_it(tiny_run):
-    files = ["config.yaml", "last.ckpt", "loss.png", "metrics.csv", "model.safetensors"]
+    files = [
+        *("best.safetensors", "config.yaml", "last.ckpt", "loss.png", "metrics.csv"),
+        "model.safetensors",
+    ]
     assert sorted(path.name for path in tiny_run.run.iterdir()) == files
     saved = yaml.safe_load((tiny_run.run / "config.yaml").read_text())
     assert (saved["model"]["hidden_size"], saved["optim"]["steps"]) == (32, 3)
@@ -123,7 +125,7 @@ def test_without_a_terminal_progress_is_lines(tmp_path, monkeypatch, capsys):
     train_in(tmp_path, *SIX_STEPS)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 6
-    said = r"step 6 of 6, loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d, 0:00:00 left"
+    said = r"step 6 of 6, loss \d\.\d\d, val \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d, 0:00:00 left"
     assert re.fullmatch(said, lines[-1]), lines[-1]
 
 
@@ -134,7 +136,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "step " not in out
     assert "Validation" in out
-    assert re.search(r"Training.*6/6.*loss \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d", out)
+    assert re.search(r"Training.*6/6.*loss \d\.\d\d, val \d\.\d\d, tok/s [\d,]+, GiB \d+\.\d", out)
 
 
 # -------------------------------------------------------------------------------------- multiruns
@@ -199,18 +201,6 @@ def test_a_multirun_without_a_result_leaves_no_folder(here):
 # ------------------------------------------------------------------------------------------ parts
 
 
-def test_the_learning_rate_warms_up_and_decays_to_its_smallest():
-    rates = ["optim.learning_rate=1e-2", "optim.min_learning_rate=1e-3"]
-    optim = compose("train", [*rates, "optim.steps=100", "optim.warmup_steps=10"]).optim
-    factors = [learning_rate_factor(optim)(step) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1
-    assert factors[55] == pytest.approx(0.55)
-    assert factors[100] == pytest.approx(0.1)
-    assert np.diff(factors[:10]).min() > 0
-    assert np.diff(factors[10:]).max() < 0
-
-
 def test_throughput_counts_tokens():
     throughput = Throughput(100)
     assert throughput.tokens_per_s == 0
@@ -243,10 +233,11 @@ def test_the_picture_is_a_picture(tmp_path):
 
 def test_a_training_loss_stands_after_its_step_where_the_validation_does(tiny_run):
     metrics = Run(tiny_run.run).read_metrics()
-    steps, losses = training_losses(metrics)
+    steps, losses = losses_on_the_way(metrics, "train_bpb")
     assert steps.tolist() == [1, 2, 3]
     assert len(losses) == 3
     assert column(metrics, "val_bpb")[0].tolist() == [0, 3]
+    assert losses_on_the_way(metrics, "val_sample_bpb")[0].tolist() == [3]
 
 
 @pytest.mark.filterwarnings("error")

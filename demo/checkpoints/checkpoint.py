@@ -34,7 +34,7 @@ from models.language_model import LanguageModel
 from models.ranges import check_choice
 
 # The files of a checkpoint; what else a run has is in demo/training/run.py.
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+WEIGHTS, BEST, CONFIG = "model.safetensors", "best.safetensors", "config.yaml"
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 
@@ -49,12 +49,14 @@ class Loaded:
         tokenizer: The one it was trained with.
         folder: Where its files lie.
         name: "fla" or "mamba2".
+        weights: The file in `folder` that was read, None for a published checkpoint.
     """
 
     model: LanguageModel
     tokenizer: Tokenizer
     folder: Path
     name: str
+    weights: str | None = None
 
 
 def load(
@@ -68,7 +70,8 @@ def load(
     """A model with its weights and its tokenizer.
 
     Args:
-        checkpoint: A run's folder or a file in it; a folder with a published checkpoint of
+        checkpoint: A run's folder, for the best of its weights if it has any such, else the last;
+            a file in it, for those of that file; a folder with a published checkpoint of
             transformers' Mamba2, state-spaces or flash-linear-attention's GatedDeltaNet; the hub
             id of one; None for the newest run of `model` under `runs_dir`, or the checkpoint that
             ships where there is none.
@@ -92,7 +95,9 @@ def load(
                 f"checkpoint must be of model={model}, got {str(checkpoint)!r} of model={name}; "
                 f"use model={name}, or another checkpoint"
             )
-        weights = (_read_weights if of_a_run else published_weights)(folder, config)
+        file = _weights_of(folder, Path(checkpoint or folder).name) if of_a_run else None
+        read_weights = _read_weights if of_a_run else published_weights
+        weights = read_weights(folder / file if file else folder, config)
         tokenizer = (tokenizer_of if of_a_run else published_tokenizer)(folder)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
@@ -104,26 +109,30 @@ def load(
     language_model.load_state_dict(weights, strict=not config.tie_embeddings)
     training = norm_path == "training"
     language_model.train(training).requires_grad_(training)
-    return Loaded(language_model, tokenizer, folder, name)
+    return Loaded(language_model, tokenizer, folder, name, file)
 
 
 def save_config(folder: Path, config: Any) -> None:
     """Write a dataclass of demo/config/schema.py as `config.yaml`."""
-    values = dataclasses.asdict(config)
-    values["model"] = {"name": model_name(config.model), **values["model"]}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(as_values(config), sort_keys=False, allow_unicode=True)
     write_atomically(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a state dict, tied ones once, as `model.safetensors`."""
+def as_values(config: Any) -> dict[str, Any]:
+    """The nested plain values of a dataclass of demo/config/schema.py that has a model."""
+    values = dataclasses.asdict(config)
+    return values | {"model": {"name": model_name(config.model), **values["model"]}}
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], file: str = WEIGHTS) -> None:
+    """Write the tensors of a state dict, tied ones once, as this file of a run."""
     tensors, seen = {}, set()
     for name, tensor in weights.items():
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().cpu().contiguous()
     metadata = {"crc32": _checksum(tensors)}  # one entry: safetensors writes several in any order
-    write_atomically(folder / WEIGHTS, lambda part: part.write_bytes(save(tensors, metadata)))
+    write_atomically(folder / file, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
 def find_checkpoint(checkpoint: str | Path | None, model: str | None, runs_dir: str | Path) -> Path:
@@ -136,7 +145,7 @@ def find_checkpoint(checkpoint: str | Path | None, model: str | None, runs_dir: 
     if "/" in path.as_posix() and is_hub_id(path.as_posix()) and not path.parent.is_dir():
         with about("checkpoint"):
             return download_published(path.as_posix())
-    folder = path.parent if path.is_file() or path.name in (WEIGHTS, CONFIG) else path
+    folder = path.parent if path.is_file() or path.name in (WEIGHTS, BEST, CONFIG) else path
     if (folder / PUBLISHED_CONFIG).is_file() and not (folder / CONFIG).is_file():
         return folder
     missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
@@ -172,8 +181,14 @@ def check_weights(file: Path, config: ModelConfig, shapes: Mapping[str, Sequence
             raise damaged(file, why)
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    file = folder / WEIGHTS
+def _weights_of(folder: Path, named: str) -> str:
+    """The file of weights in a run's folder that somebody means who names the file `named` in it,
+    or none."""
+    of_the_run = named == CONFIG or not (folder / named).is_file()
+    return BEST if named == BEST or (of_the_run and (folder / BEST).is_file()) else WEIGHTS
+
+
+def _read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     weights, metadata = read_safetensors(file)
     check_weights(file, config, {name: tensor.shape for name, tensor in weights.items()})
     if metadata.get("crc32") != _checksum(weights):

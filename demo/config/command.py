@@ -20,7 +20,7 @@ import yaml
 
 from demo.config.errors import ConfigError
 from demo.config.help import help_text
-from demo.config.overrides import compose, compose_values, jobs
+from demo.config.overrides import INSTEAD_OF_OPTIONS, compose, compose_values, jobs
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -100,6 +100,9 @@ def _options(name: str) -> argparse.Namespace:
             dashed = [a.lstrip("-") for a in sys.argv[1:] if a.startswith("-") and "=" in a]
             remedy = f"python {name}.py --help says how to write it"
             remedy = f"leave out the dashes: {' '.join(dashed)}" if dashed else remedy
+            options = [argument.partition("=")[0] for argument in sys.argv[1:]]
+            known = (INSTEAD_OF_OPTIONS[o] for o in options if o in INSTEAD_OF_OPTIONS)
+            remedy = next(known, remedy)
             raise ConfigError(f"{message}; {remedy}")
 
     parser = Parser(add_help=False, allow_abbrev=False)

@@ -25,6 +25,27 @@ from models.ranges import as_written, check_choice
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 CHECKS = {"train": train_config, "infer": infer_config}
+# What to use instead of Hydra's own values, by a part of the key, and of its own options.
+INSTEAD_OF_VALUES = {
+    "chdir": "a command stays in the folder that it is started in",
+    "searchpath": "files in configs/ are chosen by their group, as in experiment=smoke",
+    "dir": "runs_dir says where runs are written to, each in a folder of its own",
+    "launcher": "-m runs its jobs one after the other, and several commands run at once",
+    "sweep": "-m tries all combinations, as in -m seed=1,2 model=fla,mamba2",
+    "mode": "-m tries all combinations, as in -m seed=1,2 model=fla,mamba2",
+    "logging": "metrics.csv has a run's numbers, and trainer.loggers sends them elsewhere",
+    "job.name": "a run's folder is named by its time and its model",
+}
+INSTEAD_OF_OPTIONS = {
+    **dict.fromkeys(
+        ("--config-dir", "--config-name", "--config-path", "-cd", "-cn", "-cp"),
+        INSTEAD_OF_VALUES["searchpath"],
+    ),
+    **dict.fromkeys(("--info", "-i", "--resolve", "--package", "-p"), "--cfg job shows the values"),
+    "--experimental-rerun": "resume goes on with a run",
+    "--run": "leave it out",
+    "-r": "leave it out",
+}
 LITERAL = ("prompt", "stop")  # `null` is text for these, and commas are never several values
 
 
@@ -49,9 +70,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
             f"size must be one of model={model}, got {size}; use one that begins with {model}_, or "
             f"model={other}"
         )
-    config = CHECKS[name](composed.values)
-    config.typed = composed.typed
-    return config
+    return CHECKS[name](composed.values, composed.typed)
 
 
 def compose_values(name: str, overrides: Iterable[str]) -> Composed:
@@ -127,16 +146,16 @@ def _read(name: str, argument: str) -> tuple[str, Any]:
     """The key of an override and its value. Raises ConfigError."""
     prefixed, equals, text = argument.partition("=")
     key = prefixed.lstrip("+~")
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        remedy = next(
+            (use for part, use in INSTEAD_OF_VALUES.items() if part in key), "leave it out"
+        )
+        raise ConfigError(f"Hydra's own values have no effect here, got {argument!r}; {remedy}")
     if not equals or prefixed.startswith("~"):
         options = {"model": list(MODELS), **groups(name)}
         found = next((f"{group}={key}" for group in options if key in options[group]), None)
         meant = found or f"{key}=<value>" + f" or prompt={key}" * (name == "infer")
         raise ConfigError(f"cannot read {argument!r} as key=value; write {meant}")
-    if key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(
-            f"Hydra's own values cannot be set, got {argument!r}; runs_dir says where runs are "
-            "written to"
-        )
     if key in TEXT_KEYS:
         return key, None if text == "null" and key not in LITERAL else _unquoted(text)
     override = _parsed(argument)

@@ -8,7 +8,7 @@ of a run's config.yaml into dataclasses, or raise a ConfigError. Imports nothing
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -17,6 +17,7 @@ from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.ranges import as_written, check_choice, check_ranges, nearest, number, one_of
 
 NORM_PATHS = ("training", "inference")
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 # What the command line and a config.yaml call a model, and the class of its config.
 MODELS = {"fla": GatedDeltaNetConfig, "mamba2": Mamba2Config}
@@ -52,8 +53,11 @@ class OptimConfig:
     steps: int = number(at_least=1, below=2**31)
     batch_size: int = number(at_least=1)
     learning_rate: float = number(above=0)
-    min_learning_rate: float = number(at_least=0)
+    schedule: str = one_of("cosine", "constant", "wsd", default="cosine")
+    min_learning_rate_ratio: float = number(0.1, at_least=0, at_most=1)
+    min_learning_rate: float | None = number(at_least=0)
     warmup_steps: int | None = number(at_least=0)
+    decay_steps: int | None = number(None, at_least=0)
     weight_decay: float = number(at_least=0)
     betas: tuple[float, float]
     gradient_clip: float = number(at_least=0)
@@ -68,8 +72,10 @@ class TrainerConfig:
     accumulate: int = number(at_least=1, below=2**31)
     compile: bool
     activation_checkpointing: bool
-    tensorboard: bool
+    loggers: list[str] = field(metadata={"choices": LOGGERS})
     checkpoint_every: int = number(at_least=1)
+    validate_every: int | None = number(None, at_least=0)
+    validate_tokens: int | None = number(8192, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -103,7 +109,7 @@ class InferConfig:
     prompts_file: str | None
     batch_size: int = number(at_least=1)
     output: str = one_of("text", "json")
-    max_new_tokens: int = number(at_least=1)
+    max_new_tokens: int = number(at_least=0)
     temperature: float = number(at_least=0)
     top_k: int | None = number(at_least=1)
     top_p: float | None = number(above=0, at_most=1)
@@ -136,26 +142,44 @@ NEEDED = {
 # What a data source does not read, and the value that it then has.
 NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
 UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
-# What infer.py does not read, with its default: when it measures, greedily and on one prompt, and
-# when it does not.
+# What infer.py does not read, with its default: when it measures, greedily and on one prompt, or
+# scores, and when it does not measure.
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": None, "repetition_penalty": 1.0, "seed": 1}
 UNMEASURED, MEASURES = {**SAMPLING, "stop": [], "batch_size": 1}, {"bench_runs": 5}
 
 
-def train_config(values: Mapping[str, Any]) -> TrainConfig:
-    """The typed and checked form of a composed train.yaml or of a run's config.yaml. Raises
-    ConfigError."""
+def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> TrainConfig:
+    """The typed and checked form of a composed train.yaml, for which the keys in `typed` stand on
+    the command line, or of a run's config.yaml. Raises ConfigError."""
+    trainer = values.get("trainer")
+    if isinstance(trainer, Mapping) and "tensorboard" in trainer:  # as 0.1.0 wrote it
+        trainer = dict(trainer)
+        trainer["loggers"] = ["tensorboard"] if trainer.pop("tensorboard") else []
+        values = {**values, "trainer": trainer}
     config = _section(TrainConfig, values)
+    config.typed = typed
     data, optim = config.data, config.optim
     _require(
         config.norm.path == "training",
         f"train.py needs norm=training, got norm={config.norm.path}: the inference path keeps "
         "nothing for a backward pass; train with norm=training, then use it in infer.py",
     )
+    lowest = optim.min_learning_rate
     _require(
-        optim.min_learning_rate <= optim.learning_rate,
+        lowest is None or lowest <= optim.learning_rate,
         f"optim.min_learning_rate must be at most optim.learning_rate={optim.learning_rate}, got "
-        f"{optim.min_learning_rate}; lower it, or raise the other",
+        f"{lowest}; lower it, or raise the other",
+    )
+    for key, schedules in {"min_learning_rate": ["cosine", "wsd"], "decay_steps": ["wsd"]}.items():
+        _require(
+            (value := getattr(optim, key)) is None or optim.schedule in schedules,
+            f"optim.{key} must be left out with optim.schedule={optim.schedule}, got {value}; "
+            f"leave it out, or use {' or '.join(schedules)}",
+        )
+    _require(
+        optim.decay_steps is None or optim.decay_steps <= optim.steps,
+        f"optim.decay_steps must be at most optim.steps={optim.steps}, got {optim.decay_steps}; "
+        f"lower it, for example to {optim.steps // 5}",
     )
     _require(
         len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
@@ -163,7 +187,8 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
         "example [0.9,0.95]",
     )
     _require(
-        optim.warmup_steps is None or optim.warmup_steps <= optim.steps,
+        # Those of a preset are for its own steps: demo/training/schedule.py has them fit others.
+        "optim.warmup_steps" not in typed or (optim.warmup_steps or 0) <= optim.steps,
         f"optim.warmup_steps must be at most optim.steps={optim.steps}, got {optim.warmup_steps}; "
         f"lower it, for example to {optim.steps // 10}",
     )
@@ -186,30 +211,38 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def infer_config(values: Mapping[str, Any]) -> InferConfig:
+def infer_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> InferConfig:
     """As `train_config`, for a composed infer.yaml."""
     if isinstance(values.get("stop"), str):  # as it stands on the command line
         values = {**values, "stop": _stop_strings(values["stop"])}
     config = _section(InferConfig, values)
-    measure = "compare" if config.compare else "bench" if config.bench else None
+    measure = "compare=true" if config.compare else "bench=true" if config.bench else None
     _require(
         not (config.compare and config.bench),
         "compare and bench cannot both be true; leave one out",
     )
     _require(
         measure is None or config.prompts_file is None,
-        f"{measure}=true takes one prompt, got prompts_file={config.prompts_file!r}; use prompt or "
+        f"{measure} takes one prompt, got prompts_file={config.prompts_file!r}; use prompt or "
         "prompt_file",
     )
-    if measure:
-        unread, when, remedy = UNMEASURED, f"with {measure}=true", f"leave out {measure}"
-    else:
-        unread, when, remedy = MEASURES, "without compare or bench", "add bench=true"
-    for key, usual in unread.items():
-        _require(
-            (value := getattr(config, key)) == usual,
-            f"{key} must be left out {when}, got {as_written(value)}; leave it out, or {remedy}",
-        )
+    scores = config.max_new_tokens == 0
+    _require(
+        not (measure and scores),
+        f"max_new_tokens must be at least 1 with {measure}, got 0; leave out one of them",
+    )
+    unread = []
+    if instead := "max_new_tokens=0" if scores else measure:
+        unread += [(UNMEASURED, f"with {instead}", f"leave out {instead}")]
+    if not measure:
+        unread += [(MEASURES, "without compare or bench", "add bench=true")]
+    for defaults, when, remedy in unread:
+        for key, usual in defaults.items():
+            _require(
+                (value := getattr(config, key)) == usual,
+                f"{key} must be left out {when}, got {as_written(value)}; leave it out, or "
+                f"{remedy}",
+            )
     return config
 
 
@@ -293,6 +326,8 @@ def _converted(key: str, kind: Any, value: Any) -> Any:
         kind = get_args(kind)[0]
     if many := get_origin(kind):  # list[str] or tuple[float, float]
         kind = get_args(kind)[0]
+        if kind is str and isinstance(value, str):  # a single one
+            value = [value]
         if isinstance(value, list | tuple):
             return many(_converted(key, kind, item) for item in value)
     elif kind is bool:

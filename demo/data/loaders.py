@@ -15,12 +15,14 @@ class Data(NamedTuple):
 
     Attributes:
         train, validation: The batches of this process.
+        sample: Those of a validation on the way, None where there is to be none.
         bytes_per_token: How much text a token stands for, in training and in validation.
         val_text: All held-out text.
     """
 
     train: TrainLoader | StreamLoader
     validation: ValidationLoader
+    sample: ValidationLoader | None
     bytes_per_token: tuple[float, float]
     val_text: bytes
 
@@ -56,5 +58,12 @@ def load_data(
         bytes_per_token = corpus.train.bytes_per_token, corpus.val.bytes_per_token
     if state is not None:
         train.check_state(state)
-    validation = ValidationLoader(corpus.val, data.sequence_length, data.val_tokens, **process)
-    return Data(train, validation, bytes_per_token, corpus.val_text)
+    held_out = corpus.val, data.sequence_length
+    validation, sample = ValidationLoader(*held_out, data.val_tokens, **process), None
+    if config.trainer.validate_every != 0:
+        sizes = [data.val_tokens, config.trainer.validate_tokens]
+        fewest = min((size for size in sizes if size is not None), default=None)
+        if fewest is not None:  # a row for each process
+            fewest = max(fewest, world_size * data.sequence_length)
+        sample = ValidationLoader(*held_out, fewest, **process)
+    return Data(train, validation, sample, bytes_per_token, corpus.val_text)

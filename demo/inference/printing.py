@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from demo.inference.scoring import Score, score_table
 from demo.inference.text_generation import PromptBatch, Result
 
 Results = list[list[Result]]  # by batch
@@ -72,6 +73,15 @@ def print_measurement(measured: Any, output: str) -> None:
         print(json.dumps(measured.record()))
     else:
         Console().print(measured.table())
+
+
+def print_scores(scores: list[Score], output: str) -> None:
+    """Print a table of what came of all prompts, or a line of JSON for each, token by token."""
+    if output == "json":
+        for score in scores:
+            print(json.dumps(score.record()))
+    else:
+        Console().print(score_table(scores))
 
 
 def _in_order(batch: PromptBatch, texts: list[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from demo.checkpoints.checkpoint import Loaded
 from demo.checkpoints.tokenizer import Tokenizer
 from demo.inference.stop_strings import StopStrings
 from models import generation
+from models.ranges import nearest
 
 CONTEXT = 8  # tokens of the prompt that are decoded with the first new one
 
@@ -92,19 +93,30 @@ def generate(
         **options: The fields of `Options`.
     Raises:
         ValueError: for an empty prompt and for options out of range.
-        TypeError: for an option that does not exist.
+        TypeError: for an option that does not exist, with the nearest one that does.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}; use 1 or more")
-    one = isinstance(prompts, (str, bytes))
-    batches = in_batches(loaded, [prompts] if one else prompts, batch_size, Options(**options))
+    one, given = isinstance(prompts, (str, bytes)), _options(options, "batch_size")
+    batches = in_batches(loaded, [prompts] if one else prompts, batch_size, given)
     results = [result for batch in batches for result in batch.run()]
     return results[0] if one else results
 
 
 def stream_text(loaded: Loaded, prompt: str | bytes, **options: Any) -> Iterator[str]:
     """The continuation of one prompt, piece by piece; arguments and errors as for `generate`."""
-    return (text for _, text in PromptBatch(loaded, [prompt], Options(**options)))
+    return (text for _, text in PromptBatch(loaded, [prompt], _options(options)))
+
+
+def _options(given: dict[str, Any], *others: str) -> Options:
+    """The options of these names. Raises TypeError for a name that is none of theirs, nor of the
+    caller's `others`."""
+    names = [*(f.name for f in fields(Options)), *others]
+    for name in given:
+        if name not in names:
+            hint = nearest(name, names) or f"; there are {', '.join(names)}"
+            raise TypeError(f"there is no option {name!r}{hint}")
+    return Options(**given)
 
 
 class PromptBatch:
@@ -123,7 +135,8 @@ class PromptBatch:
     def __init__(self, loaded: Loaded, prompts: Sequence[str | bytes], options: Options):
         if options.max_new_tokens < 1:
             raise ValueError(
-                f"max_new_tokens must be at least 1, got {options.max_new_tokens}; use a larger one"
+                f"max_new_tokens must be at least 1, got {options.max_new_tokens}; use a larger "
+                "one, or score for the prompt itself"
             )
         self._texts = [
             _Continuation(

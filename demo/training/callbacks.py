@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch.distributed.tensor import DTensor
 
+from demo.checkpoints.checkpoint import BEST
 from demo.config.errors import RunError
-from demo.training.run import LAST, Run
+from demo.training.run import LAST, SAMPLE, Run
+from demo.training.stopping import Signals, leave
 
 
 class Throughput(Callback):
@@ -48,6 +50,9 @@ class Throughput(Callback):
         self._began = now
         self.tokens += self.tokens_per_batch
         module.log("tokens_per_s", self.tokens_per_s)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._began = time.perf_counter()
 
 
 class RandomState(Callback):
@@ -83,19 +88,34 @@ class RandomState(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves a run every so many steps and after the last, as long as its numbers are finite, and
-    says how to go on when a signal stops it.
+    """Saves a run every so many steps, after the last one, and after the one in which a signal
+    stops it, as long as its numbers are finite; and its weights after each validation on the way
+    that is better than those before.
+
+    A step that ends in a validation is saved after it, so that a resumed run need not repeat it.
 
     A loss, a validation or, at a checkpoint, a parameter that is not a finite number stops all
     processes at once, whichever of them had the bad batch. On a GPU the loss is looked at only at a
     checkpoint, because looking waits for the device; it still says which batch was the first.
+
+    Args:
+        every, validate_every: Steps between two checkpoints, and between two validations or 0.
     """
 
-    def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every = run, every
+    def __init__(self, run: Run, every: int, validate_every: int, signals: Signals) -> None:
+        self.run, self.every, self.validate_every = run, every, validate_every
+        self.signals = signals
         self.saved = 0  # the step that last.ckpt was written after, 0 where there is none yet
+        self.best = math.inf  # of the validations on the way
+        self.stopped_by = 0  # a signal
         self.batch = 0
         self.looks_late = False
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.best = state["best"]
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
@@ -103,6 +123,8 @@ class Checkpoints(Callback):
         self.saved = checkpoint["global_step"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.signals.listen()
+        self.signals.waits = True
         self.first_bad = torch.full((), -1, device=module.device)
         self.bad_loss = torch.zeros((), device=module.device)
         self.looks_late = module.device.type == "cuda"
@@ -116,21 +138,32 @@ class Checkpoints(Callback):
         self.first_bad = torch.where(bad, index, self.first_bad)
         self.bad_loss = torch.where(bad, module.step_loss, self.bad_loss)
         self.batch = index
-        if trainer.global_step % self.every == 0:
-            self._save(trainer, module)
-        elif not self.looks_late:
+        if not self.looks_late:
             self._check_loss(trainer)
+        if not self.validate_every or trainer.global_step % self.validate_every:
+            self._end_step(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._save(trainer, module)
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.stopped_by:  # now that the step that was reached has its row in metrics.csv
+            leave(self.stopped_by)
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
+        self.on_train_batch_start()
+        self.signals.waits = False
+
+    def _end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        self.stopped_by = self.signals.of_all(trainer.world_size, module.device)
+        if self.stopped_by or step % self.every == 0 or step == trainer.max_steps:
+            self._check(trainer, module)
+            trainer.save_checkpoint(self.run.folder / LAST)
+            self.saved = step
+
+    def _check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._check_loss(trainer)
         if not all_finite(module, trainer.world_size):
             # The step's loss was still a number, and there may be no next one to show it.
             self._stop("parameters must be finite numbers, got others", trainer, self.batch)
-        trainer.save_checkpoint(self.run.folder / LAST)
-        self.saved = trainer.global_step
 
     def _check_loss(self, trainer: L.Trainer) -> None:
         if self.first_bad >= 0:
@@ -144,18 +177,24 @@ class Checkpoints(Callback):
         )
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        bits = trainer.callback_metrics["val_bpb"].item()
+        if module.val_metric == SAMPLE:
+            self._check(trainer, module)
+        bits = trainer.callback_metrics[module.val_metric].item()
         if not math.isfinite(bits):
             raise RunError(
                 f"the validation loss must be finite, got {bits} after step {trainer.global_step}; "
                 "lower optim.learning_rate, or look at the data and at what the run started from"
             )
+        if module.val_metric == SAMPLE:
+            if bits < self.best:
+                self.best = bits
+                trainer.save_checkpoint(self.run.folder / BEST, weights_only=True)
+            self._end_step(trainer, module)
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        # Ctrl-C, or the SystemExit that Lightning makes of SIGTERM.
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.is_global_zero:
+        if isinstance(exception, SystemExit) and trainer.is_global_zero:  # of a signal
             step, how = trainer.global_step, "; go on"
             if not self.saved:
                 how = ", before the first checkpoint; begin anew"
@@ -177,7 +216,7 @@ def all_finite(module: torch.nn.Module, processes: int) -> bool:
 class Progress(Callback):
     """A bar with the time left, the loss in bits per byte, tokens/s and the peak memory: of the
     GPU, or without one of the process. Where there is no terminal, a line with the same twice a
-    minute. A validation, which is before or after the training, has a bar of its own."""
+    minute. A validation before or after the training has a bar of its own."""
 
     LINE_EVERY, DRAW_EVERY = 30.0, 0.25  # seconds: reading the loss waits for a GPU
 
@@ -210,14 +249,22 @@ class Progress(Callback):
         self._stop()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._draw(trainer, "Validation", sum(trainer.num_val_batches))
+        if module.val_metric == SAMPLE:
+            self._describe("Validation")
+        else:
+            self._draw(trainer, "Validation", sum(trainer.num_val_batches))
 
-    def on_validation_batch_end(self, *_: Any) -> None:
-        if self.bar:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, *_: Any
+    ) -> None:
+        if self.bar and module.val_metric != SAMPLE:
             self.bar.advance(self._task)
 
-    def on_validation_end(self, *_: Any) -> None:
-        self._stop()
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if module.val_metric == SAMPLE:
+            self._describe("Training")
+        else:
+            self._stop()
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
@@ -228,7 +275,7 @@ class Progress(Callback):
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(max(10, min(40, console.width - 70))),  # leaves room for what follows
+            BarColumn(max(10, min(40, console.width - 80))),  # leaves room for what follows
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -236,6 +283,10 @@ class Progress(Callback):
         self.bar = Bar(*columns, console=console, refresh_per_second=4)
         self._task = self.bar.add_task(what, total=total, completed=completed, numbers="")
         self.bar.start()
+
+    def _describe(self, what: str) -> None:
+        if self.bar:
+            self.bar.update(self._task, description=what)
 
     def _stop(self) -> None:
         if self.bar:
@@ -246,6 +297,8 @@ class Progress(Callback):
         metrics, shown = trainer.callback_metrics, []
         if "train_bpb" in metrics:
             shown.append(f"loss {metrics['train_bpb']:.2f}")
+        if SAMPLE in metrics:
+            shown.append(f"val {metrics[SAMPLE]:.2f}")
         if "tokens_per_s" in metrics:
             shown.append(f"tok/s {metrics['tokens_per_s']:,.0f}")
         shown.append(f"GiB {process_peak_memory(module.device) / 2**30:.1f}")

@@ -6,7 +6,6 @@ that it can be tested anywhere.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
+from demo.training.run import SAMPLE, VAL
+from demo.training.schedule import learning_rate_factor
 from models import token_log_probs
 from models.language_model import LanguageModel
 
 
 class LitLanguageModel(L.LightningModule):
-    """Next-token prediction with AdamW, linear warm-up and cosine decay.
+    """Next-token prediction with AdamW.
 
     Batches are int64 [rows, tokens + 1]: the last token is only a target. Losses are logged in bits
-    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation.
+    per byte of text: `train_bpb` each step, `val_bpb` over all of a validation before or after the
+    training, and `val_sample_bpb` of one on the way, which may read less text.
 
     Args:
         bytes_per_token: How much text a token stands for, in training and in validation.
@@ -44,8 +46,12 @@ class LitLanguageModel(L.LightningModule):
         # From nats per token to bits per byte.
         self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
         self.step_loss = torch.zeros(())  # of the last step, over all processes
+        self.val_metric = VAL  # what a validation is logged as
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
+
+    def setup(self, stage: str) -> None:
+        self.val_metric = VAL if stage == "validate" else SAMPLE
 
     def configure_model(self) -> None:
         # Lightning calls this again for each fit and validation.
@@ -79,7 +85,7 @@ class LitLanguageModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         bits = self.loss(batch) * self.val_scale
         rows = len(batch.tokens if isinstance(batch, Packed) else batch)
-        self.log("val_bpb", bits, on_epoch=True, sync_dist=True, batch_size=rows)
+        self.log(self.val_metric, bits, on_epoch=True, sync_dist=True, batch_size=rows)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
@@ -123,23 +129,6 @@ class LitLanguageModel(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-
-def learning_rate_factor(optim: OptimConfig) -> Callable[[int], float]:
-    """What to multiply the learning rate by at a step: linear warm-up, then a cosine down to the
-    smallest rate at the last step."""
-    floor = optim.min_learning_rate / optim.learning_rate
-    warmup = optim.warmup_steps
-    if warmup is None:
-        warmup = min(40, optim.steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, optim.steps - warmup)
-        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-    return factor
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from demo.checkpoints.atomic import must_fit, write_atomically
-from demo.training.run import Rows
+from demo.training.run import SAMPLE, VAL, Rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,10 +26,10 @@ def column(metrics: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, found
 
 
-def training_losses(metrics: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """The training losses and how many steps there were with each: Lightning counts from 0, and
-    writes a validation with the number of steps before it."""
-    steps, losses = column(metrics, "train_bpb")
+def losses_on_the_way(metrics: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of the training, and how many steps there were with each: Lightning counts from 0
+    there, and writes a validation before or after it with the number of steps."""
+    steps, losses = column(metrics, name)
     return steps + 1, losses
 
 
@@ -57,12 +57,16 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
 
 def plot_loss(metrics: Rows, target: Path, title: str, yardsticks: dict[str, float]) -> None:
     """Draw the training and validation loss of a run to `target`, a png."""
-    steps, losses = training_losses(metrics)
-    val_steps, val_losses = column(metrics, "val_bpb")
+    steps, losses = losses_on_the_way(metrics, "train_bpb")
+    sample_steps, sample_losses = losses_on_the_way(metrics, SAMPLE)
+    val_steps, val_losses = column(metrics, VAL)
     figure, axes = plt.subplots(figsize=(9, 5.2), dpi=150, layout="constrained")
     axes.plot(steps, losses, color=LIGHT, linewidth=0.7, label="training, each step")
     smoothed = smooth(losses, max(1.0, len(losses) / 60))
     axes.plot(steps, smoothed, color=INK, linewidth=1.8, label="training, smoothed")
+    if len(sample_losses):
+        style = {"color": ACCENT, "linewidth": 1, "markersize": 3.5, "zorder": 2}
+        axes.plot(sample_steps, sample_losses, "o-", label="validation on the way", **style)
     dots = {"color": ACCENT, "markersize": 7, "zorder": 3, "clip_on": False}
     axes.plot(val_steps, val_losses, "o", label="validation, held-out text", **dots)
     beside = {"textcoords": "offset points"}
@@ -71,8 +75,8 @@ def plot_loss(metrics: Rows, target: Path, title: str, yardsticks: dict[str, flo
         last, text = (val_steps[-1], val_losses[-1]), f"{val_losses[-1]:.2f}"
         style = {"color": ACCENT, "ha": "right", "weight": "bold", "bbox": box}
         axes.annotate(text, last, xytext=(-4, 10), **beside, **style)
-    low = min([*losses, *val_losses, *yardsticks.values()], default=0.0)
-    high = max([*losses, *val_losses], default=8.0)
+    low = min([*losses, *sample_losses, *val_losses, *yardsticks.values()], default=0.0)
+    high = max([*losses, *sample_losses, *val_losses], default=8.0)
     previous = 0.0
     for name, bits in sorted(yardsticks.items(), key=lambda item: item[1]):
         if bits >= high:  # off the axes
@@ -85,7 +89,7 @@ def plot_loss(metrics: Rows, target: Path, title: str, yardsticks: dict[str, flo
     axes.set(xlim=(0, max(1, *steps, *val_steps)), xlabel="step")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _bits_axis(axes, low * 0.93, high * 1.07, shorten(title, 80))
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)  # covers no curve
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)  # covers no curve
     _write(figure, target)
 
 
@@ -95,8 +99,8 @@ def plot_comparison(runs: dict[str, Rows], target: Path) -> None:
     colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
     lows, highs = [], []
     for (name, metrics), colour in zip(runs.items(), colours, strict=True):
-        steps, losses = training_losses(metrics)
-        _, val_losses = column(metrics, "val_bpb")
+        steps, losses = losses_on_the_way(metrics, "train_bpb")
+        _, val_losses = column(metrics, VAL)
         smoothed = smooth(losses, max(1.0, len(losses) / 40))
         axes.plot(100 * steps / steps[-1], smoothed, color=colour, linewidth=1.5)
         label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"

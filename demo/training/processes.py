@@ -1,5 +1,5 @@
 """How many processes train together, whether this machine has the devices and the memory for them,
-and how they end when it runs out of memory or a signal stops them.
+and how they end when it runs out of memory.
 
 torchrun describes the processes in environment variables, before Lightning has started anything; a
 process that Lightning's own launcher started for another device of this host has LOCAL_RANK.
@@ -7,11 +7,9 @@ process that Lightning's own launcher started for another device of this host ha
 
 import math
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -75,8 +73,7 @@ def on_gpu(config: TrainerConfig) -> bool:
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raises ConfigError when this machine does not have the devices or packages that `config`
-    asks for."""
+    """Raises ConfigError when this machine does not have the devices that `config` asks for."""
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator must be one that this machine has, got gpu without a CUDA device; "
@@ -98,11 +95,6 @@ def check_devices(config: TrainerConfig) -> None:
                 f"trainer.precision must be 32-true or bf16-mixed {where}, got 16-mixed; "
                 f"use one of them, or {remedy}"
             )
-    if config.tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise ConfigError(
-            "trainer.tensorboard needs the package tensorboard, got true without it; "
-            "pip install tensorboard, or leave it out: metrics.csv has the same numbers"
-        )
 
 
 def _refuse_slurm() -> None:
@@ -157,15 +149,10 @@ def host_memory() -> float:
 
 @contextmanager
 def ends_in_a_line(rank: int) -> Iterator[None]:
-    """Turn running out of memory into a RunError, and Lightning's exit codes after a signal into
-    those that shells expect. Processes other than the first, whose errors are not printed as one
-    line, keep them as they are."""
+    """Turn running out of memory into a RunError. Processes other than the first, whose errors are
+    not printed as one line, keep it as it is."""
     try:
         yield
-    except SystemExit as left:  # Lightning's, with 1 after Ctrl-C and 0 after SIGTERM
-        interrupted = isinstance(left.__context__, KeyboardInterrupt)
-        left.code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
-        raise
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if rank or not (full or "DefaultCPUAllocator" in str(error)):

@@ -13,6 +13,11 @@ from demo.config.overrides import compose
 from demo.config.schema import TrainConfig, model_name
 from demo.training.processes import Processes, check_memory
 from demo.training.run import AT_WORK, LAST, LOADER, METRICS, Rows, Run, part_of
+from demo.training.schedule import (
+    learning_rate_factor,
+    steps_between_validations,
+    warmup_steps,
+)
 from models.config import ModelConfig
 from models.language_model import LanguageModel
 from models.ranges import as_written
@@ -21,7 +26,7 @@ from models.ranges import as_written
 # another way.
 FREE = {
     *("exact", "resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
-    *("trainer.compile", "trainer.activation_checkpointing", "trainer.tensorboard"),
+    *("trainer.compile", "trainer.activation_checkpointing", "trainer.loggers"),
     "trainer.checkpoint_every",
 }
 
@@ -43,6 +48,7 @@ class Start:
         checkpoint: Its last.ckpt, None where there is none yet.
         rows: Its metrics.csv, as far as the checkpoint reaches.
         position: The state in the checkpoint of the loader of training data.
+        saved: What the run's config.yaml has to say from now on, None where it stays as it is.
     """
 
     config: TrainConfig
@@ -50,6 +56,7 @@ class Start:
     checkpoint: Path | None = None
     rows: Rows = ()
     position: dict[str, Any] | None = None
+    saved: TrainConfig | None = None
 
     @property
     def val_bpb(self) -> float:
@@ -71,13 +78,24 @@ def find_start(asked: TrainConfig) -> Start:
         path = Path(asked.resume)
         run = Run(path.parent if path.name == LAST else path)
     _check_resumable(run, asked.runs_dir)
-    config = _resumed_config(run, asked)
+    values = asked_for(asked)
+    config = run.read_config()
+    steps = values.pop("optim.steps", config.optim.steps)
+    config = _resumed_config(config, values)
     state = run.read_state(config.model)
+    reached = 0 if state is None else state["global_step"]
+    saved = None
+    if steps != config.optim.steps:
+        saved, config = (_with_steps(c, steps, reached, run) for c in (run.read_config(), config))
+    elif run.is_finished:
+        raise run.not_stopped(
+            "is finished; give it more steps with optim.steps=, where its schedule allows that, or "
+            "start another one without resume"
+        )
     if state is None:
-        return Start(config, run)
-    rows = run.read_metrics(state["global_step"])
+        return Start(config, run, saved=saved)
     (position,) = part_of(state, LOADER)
-    return Start(config, run, run.folder / LAST, rows, position)
+    return Start(config, run, run.folder / LAST, run.read_metrics(reached), position, saved)
 
 
 def _newest_stopped(asked: TrainConfig) -> Run | None:
@@ -99,8 +117,6 @@ def _check_resumable(run: Run, runs_dir: str) -> None:
     if (folder / WEIGHTS).exists() and not any((folder / f).exists() for f in (LAST, METRICS)):
         start_anew = f"start a new run from them with checkpoint={folder}"
         raise run.not_stopped(f"has weights alone; {start_anew}")
-    if run.is_finished:
-        raise run.not_stopped("is finished; start another one without resume")
     if run.is_at_work():
         raise run.not_stopped(AT_WORK)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -110,10 +126,9 @@ def _check_resumable(run: Run, runs_dir: str) -> None:
         )
 
 
-def _resumed_config(run: Run, asked: TrainConfig) -> TrainConfig:
-    """The config that `run` was started with, with what `asked` may have otherwise. Raises
-    ConfigError when it wants anything else to be different: that would not be the same run."""
-    config, values = run.read_config(), asked_for(asked)
+def _resumed_config(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """The config that a run was started with, with those of `values`, by dotted key, that may be
+    different. Raises ConfigError when any others are: that would not be the same run."""
     fixed = {key: value for key, value in values.items() if key not in FREE}
     _check_same(fixed, config, "the run that is resumed", "start another run")
     for key in values.keys() & FREE:
@@ -123,6 +138,23 @@ def _resumed_config(run: Run, asked: TrainConfig) -> TrainConfig:
         elif key == "exact":
             config.exact = values[key]
     return config
+
+
+def _with_steps(config: TrainConfig, steps: int, reached: int, run: Run) -> TrainConfig:
+    """The config of a run that goes on until another step than it was started for, as if it had
+    been started for that one. Raises ConfigError where its learning rates up to now would have been
+    others."""
+    old, trainer = config.optim, config.trainer
+    new = replace(old, steps=steps, warmup_steps=warmup_steps(old))
+    before, after = learning_rate_factor(old), learning_rate_factor(new)
+    if steps < reached or any(before(step) != after(step) for step in range(reached + 1)):
+        raise ConfigError(
+            f"optim.steps must be as in the run that is resumed, {old.steps}, got {steps}, with "
+            f"which optim.schedule={old.schedule} has other learning rates before step {reached}; "
+            f"leave it out, or start another run from its weights with checkpoint={run.folder}"
+        )
+    trainer = replace(trainer, validate_every=steps_between_validations(config))
+    return replace(config, optim=new, trainer=trainer)
 
 
 def start_model(start: Start, processes: Processes) -> tuple[TrainConfig, LanguageModel, Tokenizer]:

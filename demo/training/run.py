@@ -1,7 +1,8 @@
 """A run is one folder: made, locked, written, read again after it was stopped, and finished.
 
 `config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
-`model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training resumes from);
+`model.safetensors` (the weights) and `last.ckpt` (all that training resumes from), and a validation
+on the way that is the best so far `best.safetensors` (its weights, which infer.py prefers);
 `metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
 """
 
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ import torch
 
 from demo.checkpoints.atomic import must_fit, write_atomically
 from demo.checkpoints.checkpoint import (
+    BEST,
     CONFIG,
     WEIGHTS,
     check_weights,
@@ -39,8 +41,11 @@ from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
 
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
-FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
-COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metrics.csv
+FILES = (WEIGHTS, BEST, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
+
+# Of a validation: before and after the training, and on the way.
+VAL, SAMPLE = "val_bpb", "val_sample_bpb"
+COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", VAL, SAMPLE)  # of metrics.csv
 
 AT_WORK = "another process works on; wait for its end, or stop it"
 
@@ -105,19 +110,30 @@ class Run:
     # ------------------------------------------------------------------------------------ locking
 
     @contextmanager
-    def at_work(self, rank: int, rows: Rows = ()) -> Iterator[None]:
-        """Keep other processes from working on this run meanwhile, and start metrics.csv with
-        `rows`. Raises ConfigError where another process already works on it."""
+    def at_work(
+        self, rank: int, rows: Rows = (), config: TrainConfig | None = None
+    ) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile, start metrics.csv with `rows`,
+        and write `config`, if any, in place of what config.yaml says. Raises ConfigError where
+        another process already works on it."""
         if rank:
             yield
             return
-        with (self.folder / CONFIG).open("rb") as file:
-            if not _lock(file):
-                raise self.not_stopped(AT_WORK)
+        with ExitStack() as locks:
+            self._lock(locks)
+            if config is not None:
+                with self._must_fit(CONFIG):
+                    save_config(self.folder, config)
+                self._lock(locks)  # it is another file now
+                (self.folder / PICTURE).unlink(missing_ok=True)
             with self._must_fit(METRICS):
                 text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
                 write_atomically(self.folder / METRICS, lambda part: part.write_text(text))
             yield
+
+    def _lock(self, locks: ExitStack) -> None:
+        if not _lock(locks.enter_context((self.folder / CONFIG).open("rb"))):
+            raise self.not_stopped(AT_WORK)
 
     def is_at_work(self) -> bool:
         """Whether another process trains in this folder. Of several processes that work together
@@ -142,6 +158,11 @@ class Run:
         with self._must_fit(LAST):
             save_weights(self.folder, weights)
             write_atomically(self.folder / LAST, lambda part: torch.save(state, part))
+
+    def write_best(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write `weights` as best.safetensors."""
+        with self._must_fit(BEST):
+            save_weights(self.folder, weights, BEST)
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""
@@ -202,6 +223,11 @@ class Run:
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             why = "it is not a table of numbers with the column step"
             raise damaged(file, why) from error
+
+
+def best_on_the_way(rows: Rows) -> tuple[float, int] | None:
+    """The bits per byte of the best validation on the way and the steps before it, if any."""
+    return min(((row[SAMPLE], step + 1) for step, row in rows if SAMPLE in row), default=None)
 
 
 def _lock(file: IO) -> bool:

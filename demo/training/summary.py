@@ -21,6 +21,7 @@ class Summary:
         tokens: Seen in training.
         tokens_per_s: In training, validation left out.
         before, after: Validation bits per byte.
+        best: The bits per byte of the best validation on the way and its step, None without any.
     """
 
     run: Path
@@ -29,6 +30,7 @@ class Summary:
     tokens_per_s: float
     before: float
     after: float
+    best: tuple[float, int] | None = None
 
     @property
     def parameters(self) -> int:
@@ -45,6 +47,9 @@ def print_summary(summary: Summary) -> None:
     table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}")
     table.add_row("validation before", f"{summary.before:.3f} bits per byte")
     table.add_row("validation after", f"[bold]{summary.after:.3f}[/bold] bits per byte")
+    if summary.best:
+        bits, step = summary.best
+        table.add_row("best on the way", f"{bits:.3f} bits per byte, at step {step:,}")
     files = [name for name in FILES if (summary.run / name).exists()]
     table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
     Console().print(table)

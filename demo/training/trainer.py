@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from demo.checkpoints.checkpoint import BEST
 from demo.config.errors import ConfigError, first_line
-from demo.config.schema import TrainConfig, TrainerConfig
+from demo.config.schema import TrainConfig
 from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
+from demo.training.loggers import loggers_of
 from demo.training.processes import Processes, on_gpu
 from demo.training.run import Run
+from demo.training.schedule import steps_between_validations
+from demo.training.stopping import Signals
 from models.language_model import LanguageModel
 
 
@@ -50,6 +51,8 @@ def build_trainer(
             accumulate_grad_batches=parts,
             precision=precision,
             max_steps=config.optim.steps,
+            val_check_interval=parts * (steps_between_validations(config) or 1),
+            check_val_every_n_epoch=None,  # the run is one epoch to Lightning
             gradient_clip_val=config.optim.gradient_clip or None,
             # Each row of the log waits for the GPU, which then waits for the next step.
             log_every_n_steps=max(10 if gpu else 1, config.optim.steps // 1000),
@@ -73,29 +76,11 @@ def build_trainer(
     return trainer, throughput
 
 
-def record(trainer: L.Trainer, run: Run, config: TrainerConfig) -> None:
-    """Have `trainer` write its metrics and checkpoints to `run`."""
-    trainer.loggers = [MetricsLogger(run)]
-    if config.tensorboard:
-        trainer.loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
-    trainer.callbacks.append(Checkpoints(run, config.checkpoint_every))
-
-
-class MetricsLogger(Logger):
-    """Lightning's view of a run's metrics.csv."""
-
-    name = version = ""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.run.write_metrics(step, metrics)
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass  # config.yaml has them
+def record(trainer: L.Trainer, run: Run, config: TrainConfig, signals: Signals) -> None:
+    """Have `trainer` write its metrics and checkpoints to `run`, and stop at `signals`."""
+    trainer.loggers = loggers_of(run, config)
+    every = config.trainer.checkpoint_every, steps_between_validations(config)
+    trainer.callbacks.append(Checkpoints(run, *every, signals))
 
 
 class RunCheckpoints(TorchCheckpointIO):
@@ -112,9 +97,12 @@ class RunCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        state = checkpoint["state_dict"]
+        state, path = checkpoint["state_dict"], Path(path)
         weights = {name: state[f"model.{name}"] for name in self.parameters}
-        Run(Path(path).parent).write_checkpoint(checkpoint, weights)
+        if path.name == BEST:
+            Run(path.parent).write_best(weights)
+        else:
+            Run(path.parent).write_checkpoint(checkpoint, weights)
 
 
 def _quiet() -> None:

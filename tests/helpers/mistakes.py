@@ -135,9 +135,14 @@ optim.learning_rate=inf
 'optim.betas=[0.9]'
 optim.min_learning_rate=1
 optim.warmup_steps=9999
+optim.schedule=linear
+optim.decay_steps=5
+optim.schedule=constant optim.min_learning_rate=1e-4
+optim.schedule=wsd optim.decay_steps=9999
 trainer.precision=fp8
 trainer.compile=perhaps
 exact=true trainer.compile=true
+trainer.loggers=tensorbord
 seed=1,2
 'seed=a(b'
 seed
@@ -147,6 +152,15 @@ mamba2
 +colour=red
 '~data.path'
 hydra.run.dir=here
+-m hydra.sweep.dir=there seed=1,2
+hydra/launcher=joblib
+hydra.sweeper.params.seed=1,2
+hydra/job_logging=disabled
+hydra.job.chdir=true
+hydra.verbose=true
++hydra=x
+--config-name=mine
+--info
 runs_dir=
 tokenizer=null
 experiment=huge
@@ -173,7 +187,10 @@ norm=fast
 temperature=0.5,1
 prompt=
 prompt=a prompt_file=b
-max_new_tokens=0
+max_new_tokens=-1
+max_new_tokens=0 temperature=1
+max_new_tokens=0 bench=true
+max_new_tokens=0 prompt=a
 temperature=nan
 top_p=1.5
 stop=
@@ -278,6 +295,7 @@ CHECKPOINTS = [
     Bad("train resume=runs/missing", "a run that is not there"),
     Bad("train resume=runs/small", "weights alone"),
     Bad("train resume=runs/stopped optim.learning_rate=1", "of another learning rate"),
+    Bad("train resume=runs/stopped optim.steps=99", "of other steps, with a cosine"),
     *(
         Bad("train resume=runs/stopped", what, change)
         for what, change in {

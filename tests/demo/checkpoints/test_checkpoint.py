@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from demo.checkpoints import checkpoint, weights
-from demo.checkpoints.checkpoint import CONFIG, SHIPPED, WEIGHTS, is_run_of, load
+from demo.checkpoints.checkpoint import BEST, CONFIG, SHIPPED, WEIGHTS, is_run_of, load
 from demo.checkpoints.tokenizer import ByteTokenizer, TextTokenizer
 from demo.config.errors import ConfigError
 from models.language_model import LanguageModel
@@ -73,6 +73,20 @@ def test_ready_for_what_its_norm_path_is_for(path, published, run_folder):
         assert {m.path for m in model.modules() if hasattr(m, "path")} == {path}
         assert model.training == (path == "training")
         assert {p.requires_grad for p in model.parameters()} == {path == "training"}
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [("", BEST), (CONFIG, BEST), (BEST, BEST), (WEIGHTS, WEIGHTS), ("last.ckpt", WEIGHTS)],
+)
+def test_the_best_weights_are_those_of_the_run(named, taken, tmp_path):
+    models = {WEIGHTS: write_checkpoint(tmp_path / "run", "mamba2", seed=1)}
+    models[BEST] = write_checkpoint(tmp_path / "other", "mamba2", seed=2)
+    shutil.move(tmp_path / "other" / WEIGHTS, tmp_path / "run" / BEST)
+    (tmp_path / "run" / "last.ckpt").touch()
+    loaded = load(tmp_path / "run" / named)
+    assert loaded.weights == taken
+    assert torch.equal(loaded.model.embedding.weight, models[taken].embedding.weight)
 
 
 def test_a_published_model(published):

@@ -148,8 +148,21 @@ def test_bad_options_are_refused(loaded, prompts, options, says):
 def test_a_stream_refuses_at_once(loaded):
     with pytest.raises(ValueError, match="top_p must be in"):
         stream_text(loaded, "a", top_p=2)
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="no option 'temprature'; did you mean temperature"):
         stream_text(loaded, "a", temprature=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("max_tokens", "did you mean max_new_tokens"),
+        ("batchsize", "did you mean batch_size"),
+        ("xyz", "there are max_new_tokens, temperature, top_k, .*, seed, batch_size"),
+    ],
+)
+def test_an_option_that_does_not_exist_has_a_nearest_one(name, says, loaded):
+    with pytest.raises(TypeError, match=f"there is no option '{name}'; {says}"):
+        generate(loaded, "a", **{name: 5})
 
 
 def test_the_defaults_are_those_of_the_command():
@@ -160,7 +173,8 @@ def test_the_defaults_are_those_of_the_command():
 
 
 def test_the_public_names_are_there_and_no_others():
-    names = ["load", "generate", "stream_text", "Options", "Result", "ConfigError"]
+    names = ["load", "generate", "stream_text", "Options", "Result", "score", "Score"]
+    names += ["ConfigError"]
     assert demo.__all__ == names
     assert [getattr(demo, name).__name__ for name in names] == names
     files = {path.stem for path in Path(demo.__file__).parent.iterdir()}

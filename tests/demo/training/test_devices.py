@@ -60,13 +60,6 @@ def test_torchrun_says_how_many_there_are(monkeypatch):
         check_devices(config)
 
 
-def test_tensorboard_is_optional(monkeypatch):
-    monkeypatch.setattr(processes, "find_spec", lambda name: None)
-    check_devices(compose("train", ["trainer=cpu"]).trainer)
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
-        check_devices(compose("train", ["trainer=cpu", "trainer.tensorboard=true"]).trainer)
-
-
 @pytest.mark.parametrize(("strategy", "mode"), [("auto", True), ("ddp", True), ("fsdp", False)])
 def test_fsdp_validates_outside_of_inference_mode(strategy, mode):
     """Over NCCL, what it gathers there is kept and autograd refuses it; Lightning turns the mode

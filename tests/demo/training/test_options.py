@@ -102,20 +102,6 @@ def test_activation_checkpointing_computes_a_block_again(name):
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_what_the_table_gets(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    summary = train_in(tmp_path, *TWELVE_STEPS, "trainer.tensorboard=true")
-    values = []
-    for file in (summary.run / "tensorboard").glob("events.*"):
-        events = EventAccumulator(str(file)).Reload()
-        if "train_bpb" in events.Tags()["scalars"]:
-            values += [event.value for event in events.Scalars("train_bpb")]
-    assert values == pytest.approx(curve(summary.run))
-
-
-@pytest.mark.slow
 def test_two_thousand_steps_take_the_memory_of_two_hundred(tmp_path):
     code = """
 import sys

@@ -1,9 +1,12 @@
 """Several processes train what one does."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,3 +202,37 @@ def test_tasks_of_slurm_are_not_taken_for_one_process_each(monkeypatch):
 def test_processes_that_cannot_share(overrides, says):
     with pytest.raises(ConfigError, match=says):
         find_processes(compose("train", overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [TORCHRUN, LIGHTNING], ids=["torchrun", "lightning"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_signal_stops_all_processes_after_the_same_step(number, how, tmp_path):
+    """Ctrl-C goes to all processes of a terminal, and torchrun sends it to its own once more."""
+    options = ["trainer=ddp", "trainer.devices=2", "optim.steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, *how, train.__file__, *SMALL, *options, "trainer.checkpoint_every=100000"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        while not any("\n0,2," in f.read_text() for f in tmp_path.glob("runs/*/metrics.csv")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    (run,) = tmp_path.glob("runs/*")
+    says = f"stopped after step {checkpoint_step(run)}; go on with: python train.py resume=runs/"
+    assert err.count(says) == 1
+    assert checkpoint_step(run) > 2
+    if how is LIGHTNING:
+        assert (process.returncode, err.count("\n")) == (128 + number, 2)
+    else:  # the one trace is that of torchrun, which tells its own caller of the signal
+        assert err.count("Traceback") == err.count("SignalException: Process") == 1

@@ -17,13 +17,15 @@ from matplotlib.figure import Figure
 import train
 from demo.checkpoints.checkpoint import load
 from demo.config.errors import ConfigError, RunError
-from demo.training import callbacks
+from demo.training import callbacks, stopping
+from demo.training.module import LitLanguageModel
 from demo.training.resume import find_start
-from demo.training.run import METRICS, Run
+from demo.training.run import METRICS, VAL, Run
 from small_runs import (
     SIX_STEPS,
     STOPPABLE,
     break_loss,
+    check_same_run,
     check_weights,
     checkpoint_step,
     config_in,
@@ -59,7 +61,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
-    break_loss(monkeypatch, lambda module: module.global_step == 8)
+    break_loss(monkeypatch, lambda module: module.training and module.global_step == 8)
     with pytest.raises(RunError, match=r"got nan after step 9 \(first at batch 8\)"):
         train_in(tmp_path, *STOPPABLE)
     check_last_good(tmp_path, 8)
@@ -108,9 +110,10 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 5, 6])
 def test_a_full_disk_is_one_line_and_keeps_the_last_good(writes, tmp_path, monkeypatch):
-    """After the config, metrics.csv, and the weights and last.ckpt of each checkpoint."""
+    """After the config, metrics.csv, the best weights of step 3, and the weights and last.ckpt of
+    step 4."""
     fsync, left = os.fsync, [None] * writes
     monkeypatch.setattr(
         os, "fsync", lambda file: fsync(file) if left and not left.pop() else full()
@@ -124,7 +127,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good(writes, tmp_path, monke
         return
     (run,) = tmp_path.iterdir()
     assert f"free some space, then go on with: python train.py resume={run}" in str(error.value)
-    if writes >= 4:
+    if writes >= 5:
         check_last_good(tmp_path, 4)
 
 
@@ -180,11 +183,69 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 128 + how
-    assert f"resume=runs/{run.name}" in err
-    assert f" after step {checkpoint_step(run)}" in err
-    assert "Traceback" not in err
-    assert checkpoint_step(run) > 0
+    says = f"stopped after step {checkpoint_step(run)}; go on with: python train.py resume="
+    assert err == f"\n{says}runs/{run.name}\n"
     assert find_start(config_in(tmp_path / "runs", *asked, "resume=auto")).run.folder == run
+
+
+def told_to_stop(monkeypatch, method: str, when, *signals: int) -> None:
+    """Have a signal come in the middle of a step or of a validation of the Lightning module."""
+    original = getattr(LitLanguageModel, method)
+
+    def is_told(self, *args):
+        if when(self):
+            for number in signals:
+                signal.raise_signal(number)
+        return original(self, *args)
+
+    monkeypatch.setattr(LitLanguageModel, method, is_told)
+
+
+@pytest.mark.parametrize("method", ["training_step", "validation_step"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_signal_keeps_the_step_that_was_reached(
+    method, number, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """In a step and in a validation on the way, and the run goes on to the same bits."""
+    config = config_in(tmp_path, *STOPPABLE)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        told_to_stop(patch, method, lambda module: module.global_step == 6, number, number)
+        with pytest.raises(SystemExit) as left:
+            train.train(config)
+    assert left.value.code == 128 + number
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    (run,) = tmp_path.iterdir()
+    step = 7 if method == "training_step" else 6
+    assert checkpoint_step(run) == step
+    assert f"stopped after step {step}; go on with: python" in capsys.readouterr().err
+    config.resume = str(run)
+    train.train(config)
+    check_same_run(run, undisturbed.run)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stopping, "ONE_KEY", -1)
+    step = lambda module: module.global_step == 6  # noqa: E731
+    told_to_stop(monkeypatch, "training_step", step, signal.SIGTERM, signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        train_in(tmp_path, *STOPPABLE)
+    assert left.value.code == 130
+    check_last_good(tmp_path, 4)
+    assert "stopped after step 6; go on after step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [0, 12], ids=["before", "after"])
+def test_a_signal_outside_of_the_training_stops_at_once(step, tmp_path, monkeypatch):
+    def told(module):
+        return module.val_metric == VAL and module.global_step == step
+
+    told_to_stop(monkeypatch, "validation_step", told, signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train_in(tmp_path, *STOPPABLE)
+    assert left.value.code == 143
+    (run,) = tmp_path.iterdir()
+    assert checkpoint_step(run) == step
 
 
 @pytest.mark.parametrize(
@@ -197,11 +258,11 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, tmp_path):
 )
 def test_how_to_go_on_says_from_where_and_can_be_pasted(batch, says, tmp_path, monkeypatch, capsys):
     config = config_in(tmp_path / "the runs", *STOPPABLE)
-    run = train_until(batch, config, monkeypatch, KeyboardInterrupt)
+    run = train_until(batch, config, monkeypatch, SystemExit)  # as a second signal does
     assert capsys.readouterr().err.endswith(f"{says}: python train.py resume='{run}'\n")
     # A run that was itself resumed says the same, if it gets no further.
     config.resume = str(run)
-    train_until(batch, config, monkeypatch, KeyboardInterrupt)
+    train_until(batch, config, monkeypatch, SystemExit)
     assert says in capsys.readouterr().err
 
 
