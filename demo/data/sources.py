@@ -62,10 +62,9 @@ def open_hub(config: DataConfig) -> "datasets.Dataset | datasets.IterableDataset
             if Path(config.name, "state.json").is_file():  # what save_to_disk of a Dataset writes
                 named = {"path": "arrow", "data_files": f"{glob.escape(config.name)}/*.arrow"}
             opened = datasets.load_dataset(**named, split=config.split, streaming=config.streaming)
-            features = (
-                opened.features and opened.features.flatten()
-            )  # `doc.text` for what is inside
-            kinds = _kinds(features or next(iter(opened)))
+            kinds = _kinds(opened.features or next(iter(opened)))
+            if config.column not in kinds and opened.features:  # doc.text, of what is inside doc
+                kinds |= _kinds(opened.features.flatten())
     except Exception as error:  # the network, the hub, and whatever a file's reader raises
         raise ConfigError(
             f"data.name must be a text set that `datasets` can load, got {config.name!r} with "

@@ -88,6 +88,7 @@ def tokenize(
             gen_kwargs={"table": table, "tokenizer": tokenizer, "cut": cut},
             features=datasets.Features({"document": datasets.Value("int64"), "tokens": tokens}),
             fingerprint=Hasher.hash((TOKENS_VERSION, table, tokenizer, cut)),
+            writer_batch_size=100,  # rows that it holds as objects of Python, up to 2 MB each
         )
 
 
@@ -124,9 +125,10 @@ def _generate_tokens(
         ]
 
     total = _text_size(table)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads := min(16, os.cpu_count() or 1)) as pool:
         bundles = _bundles(_windows(texts(table, cut)))
-        results = _progress(chain.from_iterable(_in_order(pool, encoded, bundles)), total)
+        results = _in_order(pool, encoded, bundles, ahead=2 * threads)
+        results = _progress(chain.from_iterable(results), total)
         part = None
         for window, found in results:
             if not (window.left or window.right):
@@ -221,23 +223,24 @@ def _windows(found: Iterable[tuple[int, str, memoryview]]) -> Iterator[Window]:
 
 def _bundles(windows: Iterable[Window]) -> Iterator[list[Window]]:
     """As much as is worth a thread's while."""
-    bundle: list[Window] = []
+    bundle, size = [], 0
     for window in windows:
         bundle.append(window)
-        if sum(w.size for w in bundle) >= PIECE // 2 or len(bundle) == 256:
+        size += 100 + window.size
+        if size >= PIECE:
             yield bundle
-            bundle = []
+            bundle, size = [], 0
     yield bundle
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """The results of `work`, with only a few of them waiting."""
+    """The results of `work`, of which no more than `ahead` wait to be taken."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
-        if len(waiting) > 32:
+        if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
