@@ -46,16 +46,28 @@ def texts(
     document, name, at = -1, "", 0
     for rows in table.with_format("arrow").iter(batch_size=256):
         names = rows["name"].to_pylist() if "name" in rows.column_names else [""] * len(rows)
-        for named, text in zip(names, rows["text"], strict=True):
+        for named, text in zip(names, _views(rows["text"]), strict=True):
             if named is not None:
                 document, name = document + 1, named
-            for piece in pieces(memoryview(text.as_buffer() or b"")):
+            for piece in pieces(text):
                 if cut is None:
                     yield document, name, piece
                     continue
                 first = min(max(cut - at, 0), len(piece))
                 at += len(piece)
                 yield from ((i, name, p) for i, p in enumerate([piece[:first], piece[first:]]) if p)
+
+
+def _views(column: Any) -> Iterator[memoryview]:
+    """The texts of a pyarrow column where they lie: a scalar of it would be a copy."""
+    import pyarrow
+
+    for chunk in column.chunks:
+        chunk = chunk.cast(pyarrow.large_binary()).fill_null(b"")
+        _, ends, data = chunk.buffers()
+        ends = np.frombuffer(ends, np.int64)[chunk.offset :][: len(chunk) + 1].tolist()
+        data = memoryview(data or b"")
+        yield from (data[begin:end] for begin, end in pairwise(ends))
 
 
 def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
