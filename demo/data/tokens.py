@@ -2,12 +2,13 @@
 
 The tokens of a long text are put together from windows of it. A window is a piece of the text with
 a margin of its neighbours. Two of them are joined inside their margins, where both have a token
-that begins at the same character and the same tokens around it: up to there the one window decides,
-from there the other. For byte-pair encoding that is exact: tokens are those of the whole text if
-each pair of neighbours is what their own text encodes to [1], and each pair stands in one of the
-windows. Where two windows do not agree, the second is encoded anew: first from where a token of the
-other begins (a long row of digits is split in threes from its beginning on), then with all of the
-other before it.
+that begins at the same character of the same word, and the same tokens around it: up to there the
+one window decides, from there the other. A word is what a tokenizer splits a text into before
+anything else, and what it does to one depends on no other. Inside a word byte-pair encoding has the
+tokens of the whole where each pair of neighbours is what its own text encodes to [1], and each pair
+stands in one of the windows. Where two windows do not agree, the second is encoded anew: first from
+where a word of the other begins (a long row of digits is split in threes from its beginning on),
+then with all of the other before it.
 
 [1] van Antwerpen and Neubeck, So many tokens, so little time, GitHub's blog, 2024.
 """
@@ -180,7 +181,10 @@ class Part:
                 given := self._cross(window.text, end - window.left, window.right, encoding)
             ) is not None:
                 return given
-            begin = self._token_start(end - MARGIN)
+            token = next(
+                filter(None, map(self.encoding.char_to_token, range(end - MARGIN, end))), 0
+            )
+            begin = word_start(self.encoding, token) if token else 0
             text = self.text[begin:end] + after
             given = self._cross(text, begin, window.right, self.tokenizer.encode(text))
             if given is not None:
@@ -192,8 +196,8 @@ class Part:
         return []
 
     def _cross(self, text: str, begin: int, right: int, encoding: Any) -> list[int] | None:
-        """Go on with the encoding of a text that begins at character `begin` of this one, where the
-        two are alike. The tokens up to there, or None."""
+        """Go on with the encoding of a text that begins at character `begin` of this one, from
+        where the two are alike. The tokens up to there, or None."""
         ids, x = encoding.ids, len(self.text) - self.right - begin
         while x > 0:
             if (there := encoding.char_to_token(x)) is None:  # a space that is no token's
@@ -203,22 +207,23 @@ class Part:
             here = self.encoding.char_to_token(start + begin)
             if here is not None and self.encoding.token_to_chars(here)[0] == start + begin:
                 alike = ids[max(0, there - ALIKE) : there + ALIKE]
-                if (
-                    alike == self.ids[max(0, here - ALIKE) : here + ALIKE]
-                    and len(alike) == 2 * ALIKE
-                ):
+                mine = self.ids[max(0, here - ALIKE) : here + ALIKE]
+                words = word_start(self.encoding, here), word_start(encoding, there)
+                # The text may begin inside a word.
+                same = words[0] == words[1] + begin or (words[0] <= begin and not words[1])
+                if same and alike == mine and len(alike) == 2 * ALIKE:
                     given, self.first = self.ids[self.first : here], there
                     self._set(text, right, encoding)
                     return given
             x = start - 1
         return None
 
-    def _token_start(self, at: int) -> int:
-        """Where the first token at or after a character begins."""
-        for x in range(at, len(self.text)):
-            if (token := self.encoding.char_to_token(x)) is not None:
-                return self.encoding.token_to_chars(token)[0]
-        return at
+
+def word_start(encoding: Any, token: int) -> int:
+    """The character at which the word begins that a token is of: what the tokenizer splits a text
+    into before anything else."""
+    word = encoding.token_to_word(token)
+    return (encoding.token_to_chars(token) if word is None else encoding.word_to_chars(word))[0]
 
 
 def _windows(found: Iterable[tuple[int, str, memoryview]]) -> Iterator[Window]:
