@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> Summary:
     from demo.training.processes import check_devices, ends_in_a_line, find_processes
     from demo.training.resume import find_start, start_model
     from demo.training.run import PICTURE, Run
-    from demo.training.summary import Summary
+    from demo.training.summary import Summary, announce
     from demo.training.trainer import build_trainer, record
 
     start = find_start(config)
@@ -42,6 +42,7 @@ def train(config: TrainConfig) -> Summary:
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, data.bytes_per_token)
     with run.at_work(rank, start.rows), ends_in_a_line(rank):
+        announce(data.report, run)
         before = start.val_bpb
         if start.checkpoint is None:
             before = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
@@ -49,7 +50,8 @@ def train(config: TrainConfig) -> Summary:
         after = trainer.validate(module, data.validation, verbose=False)[0]["val_bpb"]
 
     folder, speed = run.folder, throughput.tokens_per_s
-    summary = Summary(folder, model, throughput.tokens, speed, before, after)
+    lossy = data.report.loses_text
+    summary = Summary(folder, model, throughput.tokens, speed, before, after, lossy)
     if rank == 0:
         text = config.data.name or config.data.source
         title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"

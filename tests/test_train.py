@@ -64,8 +64,8 @@ def tiny_run(tmp_path_factory):
 
 
 def test_a_run_is_one_folder_with_everything_in_it(tiny_run):
-    files = ["config.yaml", "last.ckpt", "loss.png", "metrics.csv", "model.safetensors"]
-    assert sorted(path.name for path in tiny_run.run.iterdir()) == files
+    files = ["config.yaml", "data.json", "last.ckpt", "loss.png", "metrics.csv"]
+    assert sorted(path.name for path in tiny_run.run.iterdir()) == [*files, "model.safetensors"]
     saved = yaml.safe_load((tiny_run.run / "config.yaml").read_text())
     assert (saved["model"]["hidden_size"], saved["optim"]["steps"]) == (32, 3)
     assert tiny_run.tokens == 3 * 2 * 32

@@ -31,6 +31,7 @@ class Documents:
         tokens (numpy.ndarray): [tokens], of the smallest unsigned type that holds the vocabulary.
         starts (numpy.ndarray): [documents + 1] int64, where each document begins, and the end.
         text_size: Bytes of text that the tokens stand for; None for one each.
+        size: The same, known.
     """
 
     tokens: np.ndarray
@@ -41,8 +42,12 @@ class Documents:
         return len(self.starts) - 1
 
     @property
+    def size(self) -> int:
+        return self.tokens.size if self.text_size is None else self.text_size
+
+    @property
     def bytes_per_token(self) -> float:
-        return 1.0 if self.text_size is None else self.text_size / max(1, self.tokens.size)
+        return self.size / self.tokens.size if self.tokens.size else 1.0
 
     @classmethod
     def of(

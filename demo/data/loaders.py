@@ -6,6 +6,7 @@ from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.schema import TrainConfig
 from demo.data.batches import TrainLoader, ValidationLoader
 from demo.data.corpus import load_corpus
+from demo.data.report import Report, report
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus
 
@@ -17,12 +18,14 @@ class Data(NamedTuple):
         train, validation: The batches of this process.
         bytes_per_token: How much text a token stands for, in training and in validation.
         val_text: All held-out text.
+        report: What was read.
     """
 
     train: TrainLoader | StreamLoader
     validation: ValidationLoader
     bytes_per_token: tuple[float, float]
     val_text: bytes
+    report: Report
 
 
 def load_data(
@@ -57,4 +60,5 @@ def load_data(
     if state is not None:
         train.check_state(state)
     validation = ValidationLoader(corpus.val, data.sequence_length, data.val_tokens, **process)
-    return Data(train, validation, bytes_per_token, corpus.val_text)
+    read = report(config, corpus, tokenizer)
+    return Data(train, validation, bytes_per_token, corpus.val_text, read)

@@ -1,6 +1,6 @@
 """A run is one folder: made, locked, written, read again after it was stopped, and finished.
 
-`config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
+`config.yaml`, the tokenizer and `data.json` are written first and stay; each checkpoint replaces
 `model.safetensors` (the weights, for infer.py) and `last.ckpt` (all that training resumes from);
 `metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
 """
@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import itertools
+import json
 import math
 import shlex
 import shutil
@@ -38,8 +39,8 @@ from demo.config.errors import ConfigError
 from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
 
-LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
-FILES = (WEIGHTS, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
+LAST, METRICS, PICTURE, DATA = "last.ckpt", "metrics.csv", "loss.png", "data.json"
+FILES = (WEIGHTS, CONFIG, TOKENIZER, DATA, LAST, METRICS, PICTURE)
 COLUMNS = ("epoch", "step", "tokens_per_s", "train_bpb", "val_bpb")  # of metrics.csv
 
 AT_WORK = "another process works on; wait for its end, or stop it"
@@ -142,6 +143,12 @@ class Run:
         with self._must_fit(LAST):
             save_weights(self.folder, weights)
             write_atomically(self.folder / LAST, lambda part: torch.save(state, part))
+
+    def write_data(self, values: Mapping[str, Any]) -> None:
+        """Write what is read as data.json."""
+        with self._must_fit(DATA):
+            text = json.dumps(values, indent=2) + "\n"
+            (self.folder / DATA).write_text(text, encoding="utf-8")
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""

@@ -1,4 +1,5 @@
-"""What a run came to: the table at its end, and one that compares several."""
+"""What a run reads and what it came to: lines before it, the table at its end, and one that
+compares several."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from demo.config.command import warn
+from demo.data.report import Report
 from demo.training.run import FILES, Run
 from models.language_model import LanguageModel
 
@@ -21,6 +24,7 @@ class Summary:
         tokens: Seen in training.
         tokens_per_s: In training, validation left out.
         before, after: Validation bits per byte.
+        loses_text: Whether the tokenizer does, so that these cannot be compared with others.
     """
 
     run: Path
@@ -29,11 +33,21 @@ class Summary:
     tokens_per_s: float
     before: float
     after: float
+    loses_text: bool = False
 
     @property
     def parameters(self) -> int:
         """How many numbers are trained, tied ones once."""
         return self.model.num_parameters()
+
+
+@rank_zero_only
+def announce(report: Report, run: Run) -> None:
+    """Say before training what was read, on the terminal and in the run's folder."""
+    print("\n".join(report.lines()), flush=True)
+    for warning in report.warnings:
+        warn("train", warning)
+    run.write_data(report.values)
 
 
 @rank_zero_only
@@ -45,6 +59,8 @@ def print_summary(summary: Summary) -> None:
     table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}")
     table.add_row("validation before", f"{summary.before:.3f} bits per byte")
     table.add_row("validation after", f"[bold]{summary.after:.3f}[/bold] bits per byte")
+    if summary.loses_text:
+        table.add_row("tokenizer", "loses text: not to be compared with other bits per byte")
     files = [name for name in FILES if (summary.run / name).exists()]
     table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
     Console().print(table)
@@ -70,7 +86,7 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
             name.replace(" ", "\n"),
             f"{summary.parameters:,}",
             f"{summary.tokens_per_s:,.0f}",
-            f"{summary.after:.3f}",
+            f"{summary.after:.3f}" + "\n(loses text)" * summary.loses_text,
             summary.run.name,
         )
     Console().print(table)
