@@ -135,7 +135,8 @@ def open_file(file: Path) -> io.BufferedReader:
 def looks_like_rows(file: Path) -> str | None:
     """What kind of rows the beginning of a file of text seems to hold, if any."""
     with open_file(file) as stream:
-        lines = stream.read(HEAD).decode("utf-8", "replace").splitlines()[:-1]
+        head = stream.read(HEAD)
+    lines = head.decode("utf-8", "replace").splitlines()[: -1 if len(head) == HEAD else None]
     lines = [line for line in lines if line.strip()][:10]
     with suppress(ValueError, RecursionError):
         if lines and all(isinstance(json.loads(line), dict | list) for line in lines):

@@ -120,7 +120,7 @@ def _lines(stream: io.BufferedReader, column: str) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError as error:
             raise _bad(number, f"UnicodeDecodeError: {error}") from error
         except ValueError as error:
-            raise _bad(number, first_line(error)) from error
+            raise _bad(number, getattr(error, "msg", first_line(error))) from error
 
 
 def _without_recursion(line: bytes, column: str) -> dict[str, Any]:
@@ -155,9 +155,11 @@ def _array(stream: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
             row, end = decode(text, begin)
         except (IndexError, ValueError) as error:  # if it is not cut short by the end of `text`
             if not (more := stream.read(max(CHUNK, len(text)))):
-                reason = "the array has no end" if isinstance(error, IndexError) else error.args[0]
+                reason = (
+                    "the array has no end" if isinstance(error, IndexError) else first_line(error)
+                )
                 line += text.count("\n", at, getattr(error, "pos", len(text)))
-                raise _bad(line, reason.partition(":")[0]) from error
+                raise _bad(line, getattr(error, "msg", reason)) from error
             text, at = text[at:] + more, 0
         except RecursionError as error:
             raise _bad(line, "it is nested too deeply; write it as .jsonl") from error
