@@ -120,7 +120,7 @@ def _lines(stream: io.BufferedReader, column: str) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError as error:
             raise _bad(number, f"UnicodeDecodeError: {error}") from error
         except ValueError as error:
-            raise _bad(number, getattr(error, "msg", first_line(error))) from error
+            raise _bad(number, error) from error
 
 
 def _without_recursion(line: bytes, column: str) -> dict[str, Any]:
@@ -170,5 +170,7 @@ def _array(stream: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
             at, mark = end, ","
 
 
-def _bad(line: int, why: str) -> BadRow:
+def _bad(line: int, why: str | ValueError) -> BadRow:
+    if isinstance(why, ValueError):
+        why = getattr(why, "msg", first_line(why))  # without json's own lines, which begin anew
     return BadRow(f"line {line}: JSON parse error: {why}")
