@@ -154,12 +154,10 @@ def _array(stream: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
                 return
             row, end = decode(text, begin)
         except (IndexError, ValueError) as error:  # if it is not cut short by the end of `text`
-            if not (more := stream.read(max(CHUNK, len(text)))):
-                reason = (
-                    "the array has no end" if isinstance(error, IndexError) else first_line(error)
-                )
+            if not (more := stream.read(max(CHUNK, len(text) - at))):
                 line += text.count("\n", at, getattr(error, "pos", len(text)))
-                raise _bad(line, getattr(error, "msg", reason)) from error
+                cut_short = isinstance(error, IndexError)
+                raise _bad(line, "the array has no end" if cut_short else error) from error
             text, at = text[at:] + more, 0
         except RecursionError as error:
             raise _bad(line, "it is nested too deeply; write it as .jsonl") from error

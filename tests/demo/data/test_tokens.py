@@ -15,12 +15,13 @@ from tokenizers import (
 )
 
 from demo.checkpoints.tokenizer import TextTokenizer
-from demo.data.sources import PIECE
+from demo.data import sources
 from demo.data.tokens import _generate_tokens
 from text_sets import byte_level
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
 
+PIECE = 2**14  # in these tests
 WORDS = [
     "import",
     "os",
@@ -161,7 +162,8 @@ def in_pieces(tokenizer: TextTokenizer, text: bytes) -> list[int]:
 
 @pytest.mark.parametrize("text", HARD)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_document_has_the_tokens_of_the_whole(kind, text):
+def test_a_long_document_has_the_tokens_of_the_whole(kind, text, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", PIECE)
     tokenizer = TextTokenizer(KINDS[kind](), eos=0)
     document = HARD[text].encode("utf-8", "surrogateescape")
     assert in_pieces(tokenizer, document) == [*tokenizer.encode(document), 0]
