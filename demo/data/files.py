@@ -31,6 +31,8 @@ NOT_STDLIB = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"}
     | {"lib2to3", "pydoc_data", "encodings", "turtledemo", "ensurepip", "distutils"}
 )
+# How an array of objects begins, and a line with one: not one object over several lines.
+JSON_ROWS = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{[ \t]*\S)")
 HEAD = 8000  # bytes, of which none is 0 in a file of text: git too tells by these
 
 
@@ -97,7 +99,7 @@ def find_files(config: DataConfig, found: Files | None = None) -> tuple[Path, li
             found.skipped["excluded"] += 1
         elif config.include and not _matches(name, config.include):
             found.skipped["not included"] += 1
-        elif by_kind and not (_kind(name) == ".py" if stdlib else _is_known(name)):
+        elif by_kind and not (_kind(name) == ".py" if stdlib else _is_known(path)):
             found.skipped[extension(name) or "without an extension"] += 1
         elif not _holds_text(path):
             found.skipped["binary"] += 1
@@ -134,8 +136,7 @@ def open_file(file: Path) -> io.BufferedReader:
 
 def looks_like_rows(file: Path) -> str | None:
     """What kind of rows the beginning of a file of text seems to hold, if any."""
-    with open_file(file) as stream:
-        head = stream.read(HEAD)
+    head = _head(file)
     lines = head.decode("utf-8", "replace").splitlines()[: -1 if len(head) == HEAD else None]
     lines = [line for line in lines if line.strip()][:10]
     with suppress(ValueError, RecursionError):
@@ -170,8 +171,10 @@ def _kind(name: str) -> str:
     return PurePosixPath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
-def _is_known(name: str) -> bool:
-    kind = _kind(name)
+def _is_known(file: Path) -> bool:
+    kind = _kind(file.name)
+    if kind == ".json":  # most are settings of some program
+        return bool(JSON_ROWS.match(_head(file)))
     return kind in (*TEXTS, *TABLES) or bool(SOURCES.fullmatch(kind))
 
 
@@ -185,7 +188,12 @@ def _holds_text(file: Path) -> bool:
     """Whether nothing tells that a file is neither text nor a table."""
     if _kind(file.name) in (*TEXTS, *TABLES):
         return True
-    with suppress(OSError), open_file(file) as stream:  # else said where it is read
-        head = stream.read(HEAD)
-        return 0 not in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return True
+    head = _head(file)
+    return 0 not in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def _head(file: Path) -> bytes:
+    """The beginning of a file, of which nothing is there where it cannot be read."""
+    with suppress(OSError), open_file(file) as stream:
+        return stream.read(HEAD)
+    return b""

@@ -38,7 +38,7 @@ def read_rows(file: Path, kind: str, column: str, options: dict[str, Any]) -> It
     Raises NoColumn, BadRow, ConfigError for other options, and whatever pandas and pyarrow do.
     """
     if kind in (".csv", ".tsv"):
-        yield from _csv(file, column, {"sep": "\t" if kind == ".tsv" else ",", **options})
+        yield from _csv(file, column, ({"sep": "\t"} if kind == ".tsv" else {}) | options)
         return
     columns: dict[str, None] = {}
     found = False
@@ -67,14 +67,14 @@ def _csv(file: Path, column: str, options: dict[str, Any]) -> Iterator[Any]:
     import pandas
 
     # Cells as they are written: not 7.0 for 007, and NA is a word.
-    options = {"dtype": str, "keep_default_na": False, **options}
+    given = {"dtype": str, "keep_default_na": False, **options}
     try:
         with open_file(file) as stream:
-            columns = list(pandas.read_csv(stream, nrows=0, **options).columns)
+            columns = list(pandas.read_csv(stream, nrows=0, **given).columns)
         if column not in columns:
             raise NoColumn([str(name) for name in columns])
         with open_file(file) as stream:
-            for rows in pandas.read_csv(stream, usecols=[column], chunksize=ROWS, **options):
+            for rows in pandas.read_csv(stream, usecols=[column], chunksize=ROWS, **given):
                 for cell in rows[column]:
                     yield cell if isinstance(cell, str) else None  # a row that ends before it
     except (TypeError, LookupError) as error:

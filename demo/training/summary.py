@@ -1,6 +1,7 @@
 """What a run reads and what it came to: lines before it, the table at its end, and one that
 compares several."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class Summary:
 @rank_zero_only
 def announce(report: Report, run: Run) -> None:
     """Say before training what was read, on the terminal and in the run's folder."""
-    print("\n".join(report.lines()), flush=True)
+    with suppress(OSError):  # an output that takes no more is no reason not to train
+        print("\n".join(report.lines()), flush=True)
     for warning in report.warnings:
         warn("train", warning)
     run.write_data(report.values)

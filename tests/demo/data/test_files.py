@@ -32,24 +32,29 @@ def chosen(*overrides: str) -> DataConfig:
 
 
 CHOICES = {
-    "known kinds": ([], "a.c a.txt b.1.gz sub/e.py", {".rst": 2, ".bin": 1, "hidden": 1}),
-    "include": (["data.include=*.rst"], "d.rst drafts/f.rst", {"not included": 5, "hidden": 1}),
+    "known kinds": (
+        [],
+        "a.c a.txt b.1.gz sub/e.py",
+        {".rst": 2, ".bin": 1, ".json": 1, "hidden": 1},
+    ),
+    "include": (["data.include=*.rst"], "d.rst drafts/f.rst", {"not included": 6, "hidden": 1}),
     "exclude": (
         ["data.exclude=[drafts,sub/,*.c]"],
         "a.txt b.1.gz",
-        {".rst": 1, ".bin": 1, "hidden": 1, "folders": 2, "excluded": 1},
+        {".rst": 1, ".bin": 1, ".json": 1, "hidden": 1, "folders": 2, "excluded": 1},
     ),
     "both": (
-        ["data.include=*", "data.exclude=[*.c, *.txt]"],
+        ["data.include=*", "data.exclude=[*.c, *.txt, *.json]"],
         "b.1.gz d.rst drafts/f.rst sub/e.py",
-        {"excluded": 2, "binary": 1, "hidden": 1},
+        {"excluded": 3, "binary": 1, "hidden": 1},
     ),
-    "a folder": (["data.include=sub"], "sub/e.py", {"not included": 6, "hidden": 1}),
+    "a folder": (["data.include=sub"], "sub/e.py", {"not included": 7, "hidden": 1}),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_files_of_a_folder_are_chosen_and_the_others_counted(case, tmp_path):
+    put(tmp_path, "settings.json", content=b'{\n  "a": 1\n}')
     put(tmp_path, "a.txt", "a.c", "d.rst", "sub/e.py", "drafts/f.rst", ".git/g.txt")
     put(tmp_path, "c.bin", content=b"\0")
     (tmp_path / "b.1.gz").write_bytes(gzip.compress(b"man"))
