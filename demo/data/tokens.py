@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TOKENS_VERSION = 1  # of what `_generate_tokens` makes of texts: raise it when that changes
 MARGIN, ALIKE = 1024, 8  # characters on each side of a piece; tokens on each side of a join
+LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
 
 # The number of a document, and a piece of its text.
 Texts = Iterator[tuple[int, memoryview]]
@@ -286,6 +287,6 @@ def _progress(results: Iterator[tuple[Window, Any]], total: int) -> Iterator[tup
             yield window, found
             done += window.size
             bar.update(task, completed=done)
-            if first and not console.is_terminal and time.perf_counter() - shown > 30:
+            if first and not console.is_terminal and time.perf_counter() - shown > LINE_EVERY:
                 shown = time.perf_counter()
                 print(f"tokenized {done / total:.0%} of {total / 1e6:,.0f} MB", flush=True)

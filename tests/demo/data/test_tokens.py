@@ -1,8 +1,14 @@
 """A long document's tokens are those that the tokenizer gives for the whole, at a bounded cost."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import pytest
 from tokenizers import (
     Regex,
@@ -15,12 +21,14 @@ from tokenizers import (
 )
 
 from demo.checkpoints.tokenizer import TextTokenizer
-from demo.data import sources
+from demo.data import sources, tokens
+from demo.data.corpus import load_corpus
 from demo.data.tokens import _generate_tokens
-from text_sets import byte_level
+from text_sets import byte_level, settings
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")
 
+ROOT = Path(__file__).resolve().parents[3]
 PIECE = 2**14  # in these tests
 WORDS = [
     "import",
@@ -167,3 +175,61 @@ def test_a_long_document_has_the_tokens_of_the_whole(kind, text, monkeypatch):
     tokenizer = TextTokenizer(KINDS[kind](), eos=0)
     document = HARD[text].encode("utf-8", "surrogateescape")
     assert in_pieces(tokenizer, document) == [*tokenizer.encode(document), 0]
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_long_files_have_their_tokens_and_are_held_out_as_short_ones_are(
+    files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sources, "PIECE", PIECE)
+    monkeypatch.setattr(tokens, "LINE_EVERY", 0.0)
+    texts = {f"{i}.txt": PROSE[1000 * i :].encode() for i in range(files)}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    tokenizer = TextTokenizer(gpt4(), eos=0)
+    data = settings("data=text", "data.hold_out=3", path=tmp_path).data
+    corpus = load_corpus(data, tokenizer)
+    held_out = [crc32(name.encode()) % 3 == 0 for name in texts]
+    if files == 1:
+        (text,) = texts.values()
+        at = len(text) - len(text) // 3
+        texts, held_out = {0: text[:at], 1: text[at:]}, [False, True]
+    assert set(held_out) == {True, False}
+    for part, chosen in (corpus.train, False), (corpus.val, True):
+        own = [text for text, held in zip(texts.values(), held_out, strict=True) if held == chosen]
+        expected = [[*tokenizer.encode(text), 0] for text in own]
+        assert part.tokens.tolist() == [*chain.from_iterable(expected)]
+        assert np.diff(part.starts).tolist() == list(map(len, expected))
+        assert part.size == sum(map(len, own))
+    assert "tokenized 100% of" in capsys.readouterr().out
+
+
+LOAD = """
+import resource, sys
+import datasets
+from demo.checkpoints.tokenizer import load_tokenizer
+from demo.config.command import compose
+from demo.data.corpus import load_corpus
+path, tokenizer, datasets.config.HF_DATASETS_CACHE = sys.argv[1:]
+data = compose("train", ["data=text", f"data.path={path}"]).data
+corpus = load_corpus(data, load_tokenizer(tokenizer))
+used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("used", used - corpus.train.tokens.nbytes - corpus.val.tokens.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "byte_level"])
+def test_a_gigabyte_needs_less_than_two_beyond_its_tokens(kind, tmp_path):
+    """Memory grows with the file at most as the file does: from 3 to 30 MB, and so to 1 GB."""
+    byte_level([PROSE[:20000]]).save(str(tmp_path / "tokenizer.json"))
+    source = kind if kind == "bytes" else tmp_path / "tokenizer.json"
+    used = []
+    for size in (3 * 10**6, 30 * 10**6):
+        file = tmp_path / f"{size}.txt"
+        file.write_bytes((PROSE.encode() * (1 + size // len(PROSE)))[:size])
+        command = [sys.executable, "-c", LOAD, str(file), str(source), str(tmp_path / "cache")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        used.append(int(done.stdout.split("used ")[1]))
+    per_byte = (used[1] - used[0]) / (27 * 10**6)
+    assert used[0] + 10**9 * per_byte < 2 * 2**30
