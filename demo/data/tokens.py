@@ -4,13 +4,11 @@ The tokens of a long text are put together from windows of it. A window is a pie
 a margin of its neighbours. Two of them are joined inside their margins, where both have a token
 that begins at the same character of the same word, and the same tokens around it: up to there the
 one window decides, from there the other. A word is what a tokenizer splits a text into before
-anything else, and what it does to one depends on no other. Inside a word byte-pair encoding has the
-tokens of the whole where each pair of neighbours is what its own text encodes to [1], and each pair
-stands in one of the windows. Where two windows do not agree, the second is encoded anew: first from
-where a word of the other begins (a long row of digits is split in threes from its beginning on),
-then with all of the other before it.
-
-[1] van Antwerpen and Neubeck, So many tokens, so little time, GitHub's blog, 2024.
+anything else, and its tokens depend on no other word. Inside a word it is byte-pair encoding that
+allows it: two encodings with a token in common are, joined at it, the encoding of the joined text
+(github.com/github/rust-gems, crates/bpe, corollary III). Where two windows do not agree, the second
+is encoded anew: first from where a word of the other begins (a long row of digits is split in
+threes from its beginning on), then with all of the other before it.
 """
 
 import os
