@@ -27,7 +27,7 @@ def train(config: TrainConfig) -> Summary:
     from demo.training.resume import find_start, start_model
     from demo.training.run import PICTURE, VAL, Run, best_on_the_way
     from demo.training.stopping import Signals
-    from demo.training.summary import Summary
+    from demo.training.summary import Summary, announce
     from demo.training.trainer import build_trainer, record
 
     start = find_start(config)
@@ -46,6 +46,7 @@ def train(config: TrainConfig) -> Summary:
     prepare_blocks(model, config.trainer)
     module = LitLanguageModel(model, config.optim, data.bytes_per_token)
     with run.at_work(rank, start.rows, start.saved), signals, ends_in_a_line(rank):
+        announce(data.report, run)
         before = start.val_bpb
         if start.checkpoint is None:
             before = trainer.validate(module, data.validation, verbose=False)[0][VAL]
@@ -55,7 +56,8 @@ def train(config: TrainConfig) -> Summary:
     folder, speed = run.folder, throughput.tokens_per_s
     rows = run.read_metrics() if rank == 0 else ()
     best = best_on_the_way(rows)
-    summary = Summary(folder, model, throughput.tokens, speed, before, after, best)
+    lossy = data.report.loses_text
+    summary = Summary(folder, model, throughput.tokens, speed, before, after, best, lossy)
     if rank == 0:
         text = config.data.name or config.data.source
         title = f"{model_name(config.model)}, {summary.parameters / 1e6:.2f}M parameters, {text}"

@@ -64,7 +64,7 @@ def tiny_run(tmp_path_factory):
 
 def test_a_run_is_one_folder_with_everything_in_it(tiny_run):
     files = [
-        *("best.safetensors", "config.yaml", "last.ckpt", "loss.png", "metrics.csv"),
+        *("best.safetensors", "config.yaml", "data.json", "last.ckpt", "loss.png", "metrics.csv"),
         "model.safetensors",
     ]
     assert sorted(path.name for path in tiny_run.run.iterdir()) == files

@@ -150,6 +150,11 @@ def process_rank() -> int:
     return int(os.environ.get("RANK" if by_torchrun else "LOCAL_RANK", 0))
 
 
-def _say(name: str, error: ConfigError) -> None:
+def warn(name: str, message: str) -> None:
+    """Say what was probably not meant, in one line on standard error."""
+    _say(name, message, "warning")
+
+
+def _say(name: str, what: object, kind: str = "error") -> None:
     if process_rank() == 0:
-        print(f"{name}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}.py: {kind}: {' '.join(str(what).split())}", file=sys.stderr)

@@ -5,6 +5,7 @@ its range. `train_config` and `infer_config` turn the values of composed files, 
 of a run's config.yaml into dataclasses, or raise a ConfigError. Imports nothing heavy.
 """
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -36,7 +37,10 @@ class NormConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     source: str = one_of("stdlib", "text", "hub")
-    path: str | None
+    path: str | list[str] | None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    options: dict | None = None
     name: str | None
     config: str | None
     split: str
@@ -123,9 +127,12 @@ class InferConfig:
     bench_runs: int = number(at_least=1)
 
 
+LISTS = (str | list[str] | None, tuple[str, ...])  # which the command line has in brackets
+
+
 def _text_keys(kind: type, prefix: str = "") -> set[str]:
     nested = [_text_keys(f.type, f"{f.name}.") for f in fields(kind) if is_dataclass(f.type)]
-    texts = (str, str | None, list[str])
+    texts = (str, str | None, list[str], *LISTS)
     own = {f.name for f in fields(kind) if f.type in texts and "choices" not in f.metadata}
     return {prefix + key for key in own.union(*nested)}
 
@@ -141,7 +148,12 @@ NEEDED = {
 }
 # What a data source does not read, and the value that it then has.
 NO_HUB = {"name": None, "config": None, "streaming": False, "split": "train"}
-UNUSED = {"stdlib": {**NO_HUB, "column": "text"}, "text": NO_HUB, "hub": {"path": None}}
+NO_FILES = {"include": (), "exclude": (), "options": None}
+UNUSED = {
+    "stdlib": {**NO_HUB, **NO_FILES, "column": "text"},
+    "text": NO_HUB,
+    "hub": {"path": None, **NO_FILES},
+}
 # What infer.py does not read, with its default: when it measures, greedily and on one prompt, or
 # scores, and when it does not measure.
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": None, "repetition_penalty": 1.0, "seed": 1}
@@ -201,11 +213,11 @@ def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
         _require(
             (value := getattr(data, key)) == usual,
             f"data.{key} must be left out with data={data.source}, got {as_written(value)}; leave "
-            f"it out, or use data={'text' if key in ('path', 'column') else 'hub'}",
+            f"it out, or use data={'hub' if key in NO_HUB else 'text'}",
         )
     for key, what in NEEDED[data.source].items():
         _require(
-            getattr(data, key) is not None,
+            getattr(data, key),
             f"data={data.source} needs data.{key}, got none; name {what}",
         )
     return config
@@ -272,6 +284,14 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _listed(text: str) -> str | list[str]:
+    """A text as it stands, or those between brackets and commas, in double quotes where one holds a
+    comma."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    return next(csv.reader([text[1:-1]], skipinitialspace=True), [])
+
+
 def _stop_strings(text: str) -> list[str]:
     """A JSON list where the text begins with a bracket, else the text as it stands."""
     if not text.startswith("["):
@@ -311,6 +331,7 @@ KINDS = {
     float: "a number",
     bool: "true or false",
     str: "a text of at least one character",
+    dict: "values by name, such as {encoding: latin-1}",
 }
 
 
@@ -320,16 +341,21 @@ def _converted(key: str, kind: Any, value: Any) -> Any:
         given = as_written(value)
         _require(isinstance(value, Mapping), f"{key} must have keys of its own, got {given}")
         return model_config(value) if kind is ModelConfig else _section(kind, value, f"{key}.")
-    if NoneType in get_args(kind):
+    if kind in LISTS and isinstance(value, str):
+        value = _listed(value)
+    if NoneType in (kinds := get_args(kind)):
         if value is None:
             return None
-        kind = get_args(kind)[0]
+        kind = kinds[-2 if isinstance(value, list | tuple) else 0]
     if many := get_origin(kind):  # list[str] or tuple[float, float]
         kind = get_args(kind)[0]
         if kind is str and isinstance(value, str):  # a single one
             value = [value]
         if isinstance(value, list | tuple):
             return many(_converted(key, kind, item) for item in value)
+    elif kind is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
     elif kind is bool:
         if (word := str(value).lower()) in ("true", "yes", "on", "1", "false", "no", "off", "0"):
             return word in ("true", "yes", "on", "1")

@@ -6,9 +6,8 @@ Of a single document the end is held out.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,9 @@ import numpy as np
 from demo.checkpoints.tokenizer import ByteTokenizer, Tokenizer
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
-from demo.data.sources import as_bytes, find_files, open_hub, read_files
+from demo.data.files import Files, find_all
+from demo.data.sources import open_hub, read_files
+from demo.data.tokens import texts, token_dtype, tokenize
 
 if TYPE_CHECKING:
     import datasets
@@ -30,6 +31,7 @@ class Documents:
         tokens (numpy.ndarray): [tokens], of the smallest unsigned type that holds the vocabulary.
         starts (numpy.ndarray): [documents + 1] int64, where each document begins, and the end.
         text_size: Bytes of text that the tokens stand for; None for one each.
+        size: The same, known.
     """
 
     tokens: np.ndarray
@@ -40,8 +42,12 @@ class Documents:
         return len(self.starts) - 1
 
     @property
+    def size(self) -> int:
+        return self.tokens.size if self.text_size is None else self.text_size
+
+    @property
     def bytes_per_token(self) -> float:
-        return 1.0 if self.text_size is None else self.text_size / max(1, self.tokens.size)
+        return self.size / self.tokens.size if self.tokens.size else 1.0
 
     @classmethod
     def of(
@@ -55,40 +61,68 @@ class Documents:
 
 @dataclass(frozen=True)
 class Corpus:
-    """val_text: the bytes that the tokens of `val` stand for."""
+    """Attributes:
+    val_text: The bytes that the tokens of `val` stand for.
+    files: What they were read from, None for a set of the hub.
+    """
 
     train: Documents
     val: Documents
     val_text: bytes
+    files: Files | None = None
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Find, read, split and tokenize the documents that `config` names. Raises ConfigError."""
     tokenizer = tokenizer or ByteTokenizer()
-    if config.source == "hub":
-        table = open_hub(config)
-    else:
-        table = read_files(*find_files(config), config.column)
-    texts = [as_bytes(text) for text in table["text"][:]]
-    count, tail = len(texts), None
+    files = None if config.source == "hub" else find_all(config)
+    table = open_hub(config) if files is None else read_files(files, config)
+    sizes, checksums = _measure(table)
+    count, cut = len(sizes), None
     if count == 1:
-        tail = len(texts[0]) // config.hold_out
-        texts, held_out = cut(texts[0], tail), np.array([False, True])
+        tail = sizes[0] // config.hold_out
+        cut, held_out = sizes[0] - tail, np.array([False, True])
+        sizes = [cut, tail]
     else:
-        names = table["name"][:] if "name" in table.column_names else [""] * count
-        keys = [name.encode() or text for name, text in zip(names, texts, strict=True)]
-        held_out = np.array(choose_held_out(keys, config.hold_out), bool)
+        held_out = np.array(choose_held_out(checksums, config.hold_out), bool)
     if isinstance(tokenizer, ByteTokenizer):
-        documents = [np.frombuffer(text, np.uint8) for text in texts]
+        rows = (
+            (document, np.frombuffer(piece, np.uint8)) for document, _, piece in texts(table, cut)
+        )
     else:
-        documents = arrays(tokenize(table, tokenizer, tail), "tokens")
+        rows = _token_rows(tokenize(table, tokenizer, cut))
+    tokens = [[np.empty(0, token_dtype(tokenizer))] for _ in range(2)]  # for training, held out
+    lengths = np.zeros(len(sizes), np.int64)
+    for document, part in rows:
+        tokens[int(held_out[document])].append(part)
+        lengths[document] += len(part)
     parts = []
     for part, chosen in (("training", ~held_out), ("validation", held_out)):
-        size = sum(map(len, compress(texts, chosen)))
-        own = list(compress(documents, chosen))
-        parts.append(Documents.of(own, token_dtype(tokenizer), size))
+        starts = np.concatenate([[0], lengths[chosen].cumsum()])
+        size = int(np.array(sizes, np.int64)[chosen].sum())
+        parts.append(Documents(np.concatenate(tokens.pop(0)), starts, size))
         check_length(parts[-1], config, part, count)
-    return Corpus(*parts, b"".join(compress(texts, held_out)))
+    val_text = b"".join(piece for document, _, piece in texts(table, cut) if held_out[document])
+    return Corpus(*parts, val_text, files)
+
+
+def _measure(table: "datasets.Dataset") -> tuple[list[int], list[int]]:
+    """The bytes of each document, and the crc32 that says whether it is held out."""
+    sizes, checksums = [], []
+    for document, name, piece in texts(table):
+        if document == len(sizes):
+            sizes.append(0)
+            checksums.append(zlib.crc32(name.encode()))  # 0 without a name
+        sizes[-1] += len(piece)
+        if not name:
+            checksums[-1] = zlib.crc32(piece, checksums[-1])
+    return sizes, checksums
+
+
+def _token_rows(table: "datasets.Dataset") -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of `tokenize`, read where they lie."""
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        yield from zip(batch["document"].to_pylist(), arrays(batch["tokens"]), strict=True)
 
 
 def check_length(documents: Documents, config: DataConfig, part: str, of: int) -> None:
@@ -102,73 +136,26 @@ def check_length(documents: Documents, config: DataConfig, part: str, of: int) -
         )
 
 
-def is_held_out(key: bytes, one_in: int) -> bool:
-    """Whether a document with this key is for validation, whatever others there are."""
-    return zlib.crc32(key) % one_in == 0
+def is_held_out(checksum: int, one_in: int) -> bool:
+    """Whether a document with this crc32 is for validation, whatever others there are."""
+    return checksum % one_in == 0
 
 
-def choose_held_out(keys: Sequence[bytes], one_in: int) -> list[bool]:
-    """Which of the documents with these keys are for validation: those that `is_held_out` names.
-    At least one is, with the smallest crc32, and at least one is not, with the largest."""
-    held_out = [is_held_out(key, one_in) for key in keys]
-    if keys and not any(held_out):
-        held_out[keys.index(min(keys, key=zlib.crc32))] = True
-    elif keys and all(held_out):
-        held_out[keys.index(max(keys, key=zlib.crc32))] = False
+def choose_held_out(checksums: list[int], one_in: int) -> list[bool]:
+    """Which of the documents with these crc32 are for validation: those that `is_held_out` names.
+    At least one is, with the smallest, and at least one is not, with the largest."""
+    held_out = [is_held_out(checksum, one_in) for checksum in checksums]
+    if checksums and not any(held_out):
+        held_out[checksums.index(min(checksums))] = True
+    elif checksums and all(held_out):
+        held_out[checksums.index(max(checksums))] = False
     return held_out
 
 
-def cut(text: bytes, tail: int) -> list[bytes]:
-    """A text without its last `tail` bytes, and these."""
-    return [text[: len(text) - tail], text[len(text) - tail :]]
-
-
-def encode(tokenizer: Tokenizer, text: bytes) -> list[int]:
-    """The tokens of a document and its end, if the tokenizer has one."""
-    return tokenizer.encode(text) + ([] if tokenizer.eos is None else [tokenizer.eos])
-
-
-def tokenize(
-    table: "datasets.Dataset", tokenizer: Tokenizer, tail: int | None = None
-) -> "datasets.Dataset":
-    """A table with the column `tokens`, from the cache when neither table nor tokenizer is new.
-
-    Each document ends with the tokenizer's end of a document, if it has one. With `tail` the only
-    document becomes two, of which the second is its last `tail` bytes.
-    """
-    import datasets
-
-    tokens = datasets.List(datasets.Value(token_dtype(tokenizer)))
-    return table.map(
-        _tokenize_batch,
-        fn_kwargs={"tokenizer": tokenizer, "tail": tail},  # the cache knows them by their hash
-        batched=True,
-        batch_size=100,
-        remove_columns=table.column_names,
-        features=datasets.Features({"tokens": tokens}),
-        desc="Tokenizing",
-    )
-
-
-def _tokenize_batch(
-    batch: dict[str, list], tokenizer: Tokenizer, tail: int | None
-) -> dict[str, list]:
-    texts = [as_bytes(text) for text in batch["text"]]
-    if tail is not None:
-        texts = cut(texts[0], tail)
-    return {"tokens": [encode(tokenizer, text) for text in texts]}
-
-
-def token_dtype(tokenizer: Tokenizer) -> str:
-    """The name of the smallest unsigned integer type for the tokens."""
-    sizes = {"uint8": 2**8, "uint16": 2**16, "uint32": 2**32}
-    return next(name for name, size in sizes.items() if tokenizer.vocab_size <= size)
-
-
-def arrays(table: "datasets.Dataset", column: str) -> list[np.ndarray]:
-    """The lists of a column as arrays, without a copy in Python of each number."""
-    import pyarrow.compute as pc
-
-    lists = table.with_format("arrow")[:][column]
-    lengths = pc.list_value_length(lists).to_numpy()
-    return np.split(pc.list_flatten(lists).to_numpy(), lengths.cumsum()[:-1])
+def arrays(lists: Any) -> list[np.ndarray]:
+    """The lists of a pyarrow column as arrays, without a copy in Python of each number."""
+    found = []
+    for chunk in lists.chunks:
+        ends = chunk.value_lengths().to_numpy().cumsum()
+        found += np.split(chunk.flatten().to_numpy(), ends[:-1])
+    return found

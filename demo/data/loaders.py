@@ -6,6 +6,7 @@ from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.schema import TrainConfig
 from demo.data.batches import TrainLoader, ValidationLoader
 from demo.data.corpus import load_corpus
+from demo.data.report import Report, report
 from demo.data.sources import open_hub
 from demo.data.stream import StreamLoader, validation_corpus
 
@@ -18,6 +19,7 @@ class Data(NamedTuple):
         sample: Those of a validation on the way, None where there is to be none.
         bytes_per_token: How much text a token stands for, in training and in validation.
         val_text: All held-out text.
+        report: What was read.
     """
 
     train: TrainLoader | StreamLoader
@@ -25,6 +27,7 @@ class Data(NamedTuple):
     sample: ValidationLoader | None
     bytes_per_token: tuple[float, float]
     val_text: bytes
+    report: Report
 
 
 def load_data(
@@ -66,4 +69,5 @@ def load_data(
         if fewest is not None:  # a row for each process
             fewest = max(fewest, world_size * data.sequence_length)
         sample = ValidationLoader(*held_out, fewest, **process)
-    return Data(train, validation, sample, bytes_per_token, corpus.val_text)
+    read = report(config, corpus, tokenizer)
+    return Data(train, validation, sample, bytes_per_token, corpus.val_text, read)

@@ -1,89 +1,47 @@
 """Where text comes from: files, or the Hugging Face hub, read through `datasets` and its cache.
 
-Each source becomes a table with a document in each row. Its column `text` holds bytes, or strings
-of UTF-8. Files also have a `name`, their path relative to the folder that was searched; it is empty
-for the rows of table files (jsonl, parquet, csv).
+Each source becomes a table whose column `text` holds bytes, or strings of UTF-8. A set of the hub
+has a document in each row. Of files a row holds at most `PIECE` bytes of one, and its `name` is the
+file's path, relative to the folder that was searched, where the text begins; it is empty where a
+row of a table file (jsonl, parquet, csv) begins, and nothing where a document goes on.
 """
 
-import codecs
 import glob
 import logging
-import os
-import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demo.config.errors import ConfigError, RunError, first_line
 from demo.config.schema import DataConfig
+from demo.data.files import PACKED, Files, extension, open_file, table_kind
+from demo.data.tables import BadRow, NoColumn, pick, read_rows
 from models.ranges import as_written
 
 if TYPE_CHECKING:
     import datasets
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_FORMATS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # as `datasets` names them
-ROWS_VERSION = 3  # of what `_generate_rows` makes of files: raise it when that changes
+PIECE = 2**16
+ROWS_VERSION = 4  # of what `_generate_rows` makes of files: raise it when that changes
 TEXT_KINDS = ("string", "large_string", "binary", "large_binary", "str", "bytes", "NoneType")
-# Parts of the standard library that not every Python has, or that nobody wrote to be read.
-NOT_STDLIB = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"}
-    | {"lib2to3", "pydoc_data", "encodings", "turtledemo", "ensurepip", "distutils"}
-)
 
 
-def find_files(config: DataConfig) -> tuple[Path, list[str]]:
-    """The folder to search, and the sorted paths of its documents relative to it."""
-    if config.source == "stdlib":
-        folder = Path(config.path or sysconfig.get_path("stdlib"))
-        suffixes, skip = (".py",), NOT_STDLIB
-    else:
-        folder, skip = Path(config.path).expanduser(), frozenset()
-        suffixes = (*TEXT_SUFFIXES, *TABLE_FORMATS)
-    if folder.is_file():
-        return folder.parent, [folder.name]
-    if folder.is_dir():
-        found = _walk(folder, suffixes, skip)
-    else:
-        found = map(Path, glob.glob(str(folder), recursive=True))
-        folder = Path(*takewhile(lambda part: not glob.has_magic(part), folder.parts))
-    names = (path.relative_to(folder) for path in found if path.is_file())
-    files = sorted(name.as_posix() for name in names if not skip.intersection(name.parts))
-    if not files:
-        why = "none there" if Path(config.path or folder).exists() else "no such path"
-        raise ConfigError(
-            f"data.path must hold files that end in {', '.join(suffixes)}, got {config.path!r} "
-            f"({why}); give another path"
-        )
-    return folder, files
-
-
-def _walk(folder: Path, suffixes: tuple[str, ...], skip: frozenset[str]) -> Iterator[Path]:
-    """The files with these suffixes, hidden ones left out. Folders to skip are not even entered:
-    what is installed beside the standard library may be a hundred times its size."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        for name in names:
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(parent, name)
-
-
-def read_files(folder: Path, names: list[str], column: str) -> "datasets.Dataset":
-    """The documents of files, from the cache when no name, size or time of change is new."""
+def read_files(found: Files, config: DataConfig) -> "datasets.Dataset":
+    """The text of files, from the cache when no name, size or time of change is new."""
     import datasets
     from datasets.fingerprint import Hasher
 
-    stats = ((folder / name).stat() for name in names)
+    stats = [path.stat() for path in found.paths]
     changes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    state = (ROWS_VERSION, str(folder.resolve()), names, changes, column)
+    files = tuple((str(folder.resolve()), name) for folder, name in found.files)
+    state = (ROWS_VERSION, files, changes, config.column, config.options)
     features = {"name": datasets.Value("string"), "text": datasets.Value("binary")}
     try:
-        with _quiet(progress_bars=False):  # it takes a second, and the run's own bar comes next
+        with quiet(progress_bars=False):  # it takes a second, and the run's own bar comes next
             return datasets.Dataset.from_generator(
                 _generate_rows,
-                gen_kwargs={"folder": folder, "names": tuple(names), "column": column},
+                gen_kwargs={"found": found, "config": config},
                 features=datasets.Features(features),
                 fingerprint=Hasher.hash(state),
             )
@@ -99,11 +57,14 @@ def open_hub(config: DataConfig) -> "datasets.Dataset | datasets.IterableDataset
     import datasets
 
     try:
-        with _quiet():
-            opened = datasets.load_dataset(
-                config.name, config.config, split=config.split, streaming=config.streaming
-            )
+        with quiet():
+            named = {"path": config.name, "name": config.config}
+            if Path(config.name, "state.json").is_file():  # what save_to_disk of a Dataset writes
+                named = {"path": "arrow", "data_files": f"{glob.escape(config.name)}/*.arrow"}
+            opened = datasets.load_dataset(**named, split=config.split, streaming=config.streaming)
             kinds = _kinds(opened.features or next(iter(opened)))
+            if config.column not in kinds and opened.features:  # doc.text, of what is inside doc
+                kinds |= _kinds(opened.features.flatten())
     except Exception as error:  # the network, the hub, and whatever a file's reader raises
         raise ConfigError(
             f"data.name must be a text set that `datasets` can load, got {config.name!r} with "
@@ -112,8 +73,18 @@ def open_hub(config: DataConfig) -> "datasets.Dataset | datasets.IterableDataset
         ) from error
     if kinds.get(config.column) not in TEXT_KINDS:
         raise _wrong_column(config.column, kinds, config.name)
-    opened = opened.select_columns(config.column)
-    return opened if config.column == "text" else opened.rename_column(config.column, "text")
+    column, names = config.column, opened.column_names
+    if names and column not in names:
+        if not config.streaming:
+            opened = opened.flatten()
+        else:
+            opened = opened.map(_inner, fn_kwargs={"column": column}, remove_columns=names)
+    opened = opened.select_columns(column)
+    return opened if column == "text" else opened.rename_column(column, "text")
+
+
+def _inner(row: dict[str, Any], column: str) -> dict[str, Any]:
+    return {column: pick(row, column)[1]}
 
 
 def read_stream(stream: "datasets.IterableDataset", rank: int = 0) -> Iterator[bytes]:
@@ -141,23 +112,35 @@ def as_bytes(text: str | bytes | None) -> bytes:
     return b"" if text is None else text.encode("utf-8", "surrogatepass")
 
 
-def _generate_rows(
-    folder: Path, names: tuple[str, ...], column: str
-) -> Iterator[dict[str, str | bytes]]:
+def pieces(text: bytes | memoryview) -> Iterator[bytes | memoryview]:
+    """A text in pieces of at most `PIECE` bytes, cut between characters where it is UTF-8, so that
+    each can be decoded by itself. An empty text is one empty piece."""
+    begin = 0
+    while begin < len(text) or not begin:
+        end = begin + PIECE
+        if end < len(text):
+            end -= next((back for back in range(4) if text[end - back] & 0xC0 != 0x80), 0)
+        yield text[begin:end]
+        begin = end
+
+
+def _generate_rows(found: Files, config: DataConfig) -> Iterator[dict[str, str | bytes | None]]:
     """The rows of `read_files`. Raises ConfigError when none of them has text."""
     has_text = False
-    for name in names:
+    for folder, name in found.files:
         file = folder / name
-        if file.suffix.lower() in TABLE_FORMATS:
-            rows = ({"name": "", "text": text} for text in _read_table(file, column))
+        if kind := table_kind(name):
+            documents = (("", text) for text in _read_table(file, kind, config))
         else:
             printable = name.encode("utf-8", "backslashreplace").decode()
-            rows = [{"name": printable, "text": _read_text(file)}]
-        for row in rows:
-            has_text = has_text or bool(row["text"])
-            yield row
+            documents = [(printable, _read_text(file))]
+        for key, text in documents:
+            has_text = has_text or bool(text)
+            for number, piece in enumerate(pieces(text)):
+                yield {"name": None if number else key, "text": piece}
     if not has_text:
-        where = str(folder / names[0] if len(names) == 1 else folder)
+        paths = found.paths
+        where = str(paths[0] if len(paths) == 1 else found.files[0][0])
         raise ConfigError(
             f"data.path must hold files with text, got {where!r} without any; add some, or give "
             "another path"
@@ -165,42 +148,32 @@ def _generate_rows(
 
 
 def _read_text(file: Path) -> bytes:
-    """All of a file. One with another suffix must not look binary, which git too tells by a byte of
-    0 among the first 8000."""
-    text = file.read_bytes()
-    utf16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if file.suffix.lower() not in TEXT_SUFFIXES and 0 in text[:8000] and not utf16:
-        raise ConfigError(
-            f"data.path must hold files of text, got {str(file)!r} with bytes of 0 in it; unpack "
-            "or convert that file, or leave it out"
-        )
-    return text
+    try:
+        if extension(file.name).endswith(PACKED):
+            with open_file(file) as stream:
+                return stream.read()
+        return file.read_bytes()
+    except OSError as error:
+        raise _damaged(file, _reason(error)) from error
 
 
-def _read_table(file: Path, column: str) -> Iterator[bytes]:
+def _read_table(file: Path, kind: str, config: DataConfig) -> Iterator[bytes]:
     """The text of each row that has some."""
-    import datasets
-
-    kind = TABLE_FORMATS[file.suffix.lower()]
-    # Cells as they are written: not 7.0 for 007, and NA is a word.
-    options = {"converters": {column: str}, "keep_default_na": False} if kind == "csv" else {}
     if file.stat().st_size == 0:
         raise _damaged(file, "it is empty")
+    column = config.column
     try:
-        rows = datasets.load_dataset(
-            kind,
-            data_files=glob.escape(str(file)),  # else brackets in a name would be a pattern
-            split="train",
-            streaming=True,  # which stores no second copy
-            **options,
-        )
-        for row in rows:
-            if column not in row or not isinstance(row[column], str | bytes | None):
-                raise _wrong_column(column, _kinds(row), str(file))
-            if row[column]:
-                yield as_bytes(row[column])
+        for value in read_rows(file, kind, column, config.options or {}):
+            if not isinstance(value, str | bytes | None):
+                raise _wrong_column(column, {column: type(value).__name__}, str(file))
+            if value:
+                yield as_bytes(value)
+    except NoColumn as error:
+        raise _wrong_column(column, dict.fromkeys(error.columns, ""), str(file)) from error
     except ConfigError:
         raise
+    except BadRow as error:
+        raise _damaged(file, str(error)) from error
     except Exception as error:  # whatever the reader of such a file raises
         raise _damaged(file, _reason(error)) from error
 
@@ -213,7 +186,7 @@ def _damaged(file: Path, why: str) -> ConfigError:
 
 
 @contextmanager
-def _quiet(progress_bars: bool = True) -> Iterator[None]:
+def quiet(progress_bars: bool = True) -> Iterator[None]:
     """Silences what `datasets` and the hub log of errors and retries: our own error says it."""
     import datasets
 

@@ -20,8 +20,9 @@ from demo.checkpoints.tokenizer import Tokenizer
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
 from demo.data.batches import Batch, Loader, check_keys, check_same, make_batch
-from demo.data.corpus import Corpus, Documents, check_length, encode, is_held_out, token_dtype
+from demo.data.corpus import Corpus, Documents, check_length, is_held_out
 from demo.data.sources import read_stream
+from demo.data.tokens import encode, token_dtype
 
 if TYPE_CHECKING:
     import datasets
@@ -127,7 +128,7 @@ class StreamLoader(Loader):
         if place is not None:
             stream.load_state_dict(place)
         for text in read_stream(stream, self.rank):
-            if text and not is_held_out(text, self.hold_out):
+            if text and not is_held_out(zlib.crc32(text), self.hold_out):
                 yield place, text
             place = stream.state_dict()
 
@@ -152,7 +153,7 @@ def validation_corpus(
     texts, documents, tokens, beginning = [], [], 0, 0
     for text in read_stream(stream):
         beginning = zlib.crc32(text, beginning)
-        if text and is_held_out(text, config.hold_out):
+        if text and is_held_out(zlib.crc32(text), config.hold_out):
             texts.append(text)
             documents.append(encode(tokenizer, text))
             tokens += len(documents[-1])

@@ -1,6 +1,6 @@
 """A run is one folder: made, locked, written, read again after it was stopped, and finished.
 
-`config.yaml` and the tokenizer are written first and stay; each checkpoint replaces
+`config.yaml`, the tokenizer and `data.json` are written first and stay; each checkpoint replaces
 `model.safetensors` (the weights) and `last.ckpt` (all that training resumes from), and a validation
 on the way that is the best so far `best.safetensors` (its weights, which infer.py prefers);
 `metrics.csv` grows by a row at a time; `loss.png` comes last, so that a run with it is finished.
@@ -11,6 +11,7 @@ import fcntl
 import functools
 import io
 import itertools
+import json
 import math
 import shlex
 import shutil
@@ -41,7 +42,8 @@ from demo.config.schema import TrainConfig, model_name, train_config
 from models.config import ModelConfig
 
 LAST, METRICS, PICTURE = "last.ckpt", "metrics.csv", "loss.png"
-FILES = (WEIGHTS, BEST, CONFIG, TOKENIZER, LAST, METRICS, PICTURE)
+DATA = "data.json"
+FILES = (WEIGHTS, BEST, CONFIG, TOKENIZER, DATA, LAST, METRICS, PICTURE)
 
 # Of a validation: before and after the training, and on the way.
 VAL, SAMPLE = "val_bpb", "val_sample_bpb"
@@ -163,6 +165,12 @@ class Run:
         """Write `weights` as best.safetensors."""
         with self._must_fit(BEST):
             save_weights(self.folder, weights, BEST)
+
+    def write_data(self, values: Mapping[str, Any]) -> None:
+        """Write what is read as data.json."""
+        with self._must_fit(DATA):
+            text = json.dumps(values, indent=2) + "\n"
+            (self.folder / DATA).write_text(text, encoding="utf-8")
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""

@@ -1,5 +1,7 @@
-"""What a run came to: the table at its end, and one that compares several."""
+"""What a run reads and what it came to: lines before it, the table at its end, and one that
+compares several."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from demo.config.command import warn
+from demo.data.report import Report
 from demo.training.run import FILES, Run
 from models.language_model import LanguageModel
 
@@ -22,6 +26,7 @@ class Summary:
         tokens_per_s: In training, validation left out.
         before, after: Validation bits per byte.
         best: The bits per byte of the best validation on the way and its step, None without any.
+        loses_text: Whether the tokenizer does, so that these cannot be compared with others.
     """
 
     run: Path
@@ -31,11 +36,22 @@ class Summary:
     before: float
     after: float
     best: tuple[float, int] | None = None
+    loses_text: bool = False
 
     @property
     def parameters(self) -> int:
         """How many numbers are trained, tied ones once."""
         return self.model.num_parameters()
+
+
+@rank_zero_only
+def announce(report: Report, run: Run) -> None:
+    """Say before training what was read, on the terminal and in the run's folder."""
+    with suppress(OSError):  # an output that takes no more is no reason not to train
+        print("\n".join(report.lines()), flush=True)
+    for warning in report.warnings:
+        warn("train", warning)
+    run.write_data(report.values)
 
 
 @rank_zero_only
@@ -50,6 +66,8 @@ def print_summary(summary: Summary) -> None:
     if summary.best:
         bits, step = summary.best
         table.add_row("best on the way", f"{bits:.3f} bits per byte, at step {step:,}")
+    if summary.loses_text:
+        table.add_row("tokenizer", "loses text: not to be compared with other bits per byte")
     files = [name for name in FILES if (summary.run / name).exists()]
     table.add_row("run", f"{summary.run}/\n  " + "\n  ".join(files))
     Console().print(table)
@@ -75,7 +93,7 @@ def compare_runs(folder: Path, results: list[tuple[str, Summary]]) -> None:
             name.replace(" ", "\n"),
             f"{summary.parameters:,}",
             f"{summary.tokens_per_s:,.0f}",
-            f"{summary.after:.3f}",
+            f"{summary.after:.3f}" + "\n(loses text)" * summary.loses_text,
             summary.run.name,
         )
     Console().print(table)

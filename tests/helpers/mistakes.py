@@ -171,6 +171,8 @@ data=text
 data=hub
 data.name=a/b
 data.streaming=true
+'data.include=*.rst'
+data=text data.path=a data.options=3
 data=text data.path=
 model.hidden_size=1000000000
 model.conv_size=10000000
@@ -221,16 +223,32 @@ FILES = [
     ),
     Bad("train data.path=missing", "a folder that is not there"),
     Bad("train data=text 'data.path=*.rst'", "a glob that nothing matches"),
-    Bad("train data=text data.path=a.gz", "a file that is no text", write("a.gz", b"\x1f\0")),
+    Bad("train data=text data.path=a.bin", "a file that is no text", write("a.bin", b"\x1f\0")),
+    Bad("train data=text data.path=a.txt.gz", "a damaged file", write("a.txt.gz", b"\x1f\x8b")),
+    Bad(
+        "train data=text 'data.path=[a.txt,b]'",
+        "of two paths one that is not there",
+        write("a.txt", "a"),
+    ),
+    Bad(
+        "train data=text data.path=. data.exclude=[runs,*.txt]",
+        "a folder without text",
+        write("a.txt", "a"),
+    ),
     Bad("train data=text data.path=a.txt", "an empty file", write("a.txt", "")),
     *(
         Bad("train data=text data.path=a.jsonl", what, write("a.jsonl", text))
         for what, text in {
-            "a line cut short": '{"text":',
+            "a line cut short": '{"text": "a"}\n\n{"text":',
             "rows without text": '{"text": ""}\n{"text": null}\n',
             "rows without the column": '{"body": "b"}\n',
             "a row with an object for its text": '{"text": {"a": 1}}\n',
         }.items()
+    ),
+    Bad(
+        "train data=text data.path=a.csv 'data.options={separator: 1}'",
+        "an option that there is not",
+        write("a.csv", "text\na\n"),
     ),
     Bad(
         "train tokenizer=t.json",

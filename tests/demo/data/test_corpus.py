@@ -7,8 +7,9 @@ import torch
 import train
 from demo.checkpoints.checkpoint import load
 from demo.checkpoints.tokenizer import ByteTokenizer, load_tokenizer
-from demo.data.corpus import encode, load_corpus, token_dtype, tokenize
+from demo.data.corpus import load_corpus
 from demo.data.sources import open_hub
+from demo.data.tokens import encode, token_dtype, tokenize
 from text_sets import TEXTS, TINY, held_out, settings, write_table
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")

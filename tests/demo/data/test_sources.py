@@ -11,7 +11,8 @@ from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.config.schema import DataConfig
 from demo.data.corpus import Corpus, load_corpus
-from demo.data.sources import find_files, open_hub
+from demo.data.files import find_files
+from demo.data.sources import open_hub
 from text_sets import TEXTS, held_out, settings, write_table
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_network")

@@ -92,7 +92,8 @@ def test_parameters_that_are_not_numbers_are_never_saved(more, tmp_path):
     says = "the parameters must be finite numbers, got others after step 1 (first at batch 0); "
     assert line.startswith(f"train.py: error: {says}")
     (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["config.yaml", "data.json", "metrics.csv"]
 
 
 def test_one_bad_parameter_is_enough():
