@@ -161,10 +161,8 @@ def _backward(ctx, dy, *_):
     for name, t, dtype in zip(SAVED, saved, ctx.dtypes, strict=True):
         if t is not None and t.dtype != dtype:
             raise RuntimeError(f"{HOOKS}, got {name} as {t.dtype} and not as {dtype}")
-    if torch.is_grad_enabled():  # create_graph=True: the gradients refuse to be differentiated
-        grads = _OnceDifferentiable.apply(dy, *saved, *ctx.options)
-    elif needs_operator(dy, *saved) or not _has_memory(dy):
-        grads = _backward_op(dy, *saved, *ctx.options)
+    if torch.is_grad_enabled() or needs_operator(dy, *saved) or not _has_memory(dy):
+        grads = backward_op(dy, *saved, *ctx.options)
     else:
         x, _weight, _bias, z, *_ = saved
         try:
@@ -183,7 +181,11 @@ def _has_memory(t: Tensor) -> bool:
     return True
 
 
-def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
+def backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
+    """The gradients of `x`, `weight`, `bias`, `z` by way of the operator, None where absent; under
+    `create_graph=True` they refuse to be differentiated."""
+    if torch.is_grad_enabled():
+        return _OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options)
     if mean is None:
         mean = x.new_empty(0)
     grads = torch.ops.gatednorm.backward(dy, x, weight, bias, z, mean, rstd, *options)
@@ -195,7 +197,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return _backward_op(*arguments)
+        return backward_op(*arguments)
 
     @staticmethod
     def backward(ctx, *grads):

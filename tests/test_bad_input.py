@@ -25,7 +25,7 @@ def test_one_line_and_nothing_left(case):
 
 
 def test_there_are_enough_cases_and_none_is_there_twice():
-    assert len(ALL) >= 100  # as the README says
+    assert len(ALL) >= 100
     assert len({(case.what, case.command) for case in ALL}) == len(ALL)
 
 

@@ -1,0 +1,284 @@
+"""What the doors share: the calls that the peers' callers make, on the one operator.
+
+The peers copy what their kernels cannot address, and their callers rely on it; so these functions
+do, while :func:`gatednorm.layernorm_fn` refuses. What can be addressed is still not copied.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..autograd import backward_op
+from ..call import check_tensors
+from ..functional import layernorm_backward, layernorm_fn, layernorm_forward, rms_norm_gated
+from ..options import Options, make_options
+
+
+def addressable(t: Tensor | None) -> Tensor | None:
+    """The tensor itself, or a contiguous copy where the kernels need one."""
+    if not isinstance(t, Tensor) or (0 < t.dim() <= 4 and t.stride(-1) == 1):
+        return t
+    return t.contiguous()
+
+
+def in_one_shape(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both addressable, and `x` in the shape of `z` where that has as many rows. Not the reverse:
+    the gate is often a slice of a packed projection, which another shape would copy."""
+    x, z = addressable(x), addressable(z)
+    if not isinstance(z, Tensor) or z.shape == x.shape:
+        return x, z
+    same_rows = z.numel() == x.numel() and z.shape[-1:] == x.shape[-1:]
+    return x.reshape(z.shape) if same_rows else x, z
+
+
+def gated_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The gated norm with the peers' freedom of shapes; nothing is saved where gradients are off.
+
+    Args:
+        x: `[..., D]` with any strides.
+        weight, bias: `[D]` or None.
+        z: the gate, with the shape of `x` or another shape of as many rows of `D`, such as
+            `[tokens, heads, D]` beside an `x` of `[tokens * heads, D]`; or None.
+
+    Options as in :func:`gatednorm.layernorm_fn`.
+
+    Returns:
+        `[..., D]` in the shape of `x`.
+
+    Raises:
+        ValueError, TypeError: as :func:`gatednorm.layernorm_fn`.
+    """
+    shape = x.shape
+    x, z = in_one_shape(x, z)
+    function = layernorm_fn if torch.is_grad_enabled() else rms_norm_gated
+    y = function(
+        x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
+        is_rms_norm=is_rms_norm, activation=activation, out_dtype=out_dtype,
+    )  # fmt: skip
+    return y if y.shape == shape else y.view(shape)
+
+
+def layernorm(
+    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False,
+    activation="swish",
+):  # fmt: skip
+    """:func:`gated_norm` with the arguments that `layernorm_fn` has in every peer."""
+    return gated_norm(
+        x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, activation
+    )
+
+
+class LayerNormFn:
+    """`LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
+    activation)`, for code that calls the peers' autograd Function by name."""
+
+    apply = staticmethod(layernorm)
+
+
+class GatedNorm(nn.Module):
+    """The module that mamba_ssm and its copies define: one `weight` (and `bias` for layer norm) of
+    `[hidden_size]`, attributes `eps`, `group_size`, `norm_before_gate`, `activation`.
+
+    It reads these attributes and no others, so that a peer's own instance can become one of ours.
+    """
+
+    is_rms_norm = False
+    activation = "swish"  # the instances of peers that have no choice lack the attribute
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: str = "swish",
+    ):
+        super().__init__()
+        make_options(
+            eps, group_size, norm_before_gate, self.is_rms_norm, activation, False, "fp32", None
+        )
+        self.eps = eps
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.activation = activation
+        add_parameters(self, hidden_size, True, not self.is_rms_norm, device, dtype)
+
+    def reset_parameters(self) -> None:
+        reset(self)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """`x` `[..., hidden_size]`, `z` of as many rows or None, to the shape and dtype of `x`."""
+        return gated_norm(
+            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate,
+            self.is_rms_norm, self.activation,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.numel()}, eps={self.eps}, group_size={self.group_size}, "
+            f"norm_before_gate={self.norm_before_gate}, activation={self.activation}"
+        )
+
+
+def add_parameters(module: nn.Module, size: int, weight: bool, bias: bool, device, dtype) -> None:
+    """Register `weight` and `bias` of `[size]`, or None, and set them to ones and zeros."""
+    for name, wanted in (("weight", weight), ("bias", bias)):
+        data = torch.empty(size, device=device, dtype=dtype) if wanted else None
+        module.register_parameter(name, None if data is None else nn.Parameter(data))
+    module.reset_parameters()
+
+
+def reset(module: nn.Module) -> None:
+    if module.weight is not None:
+        nn.init.ones_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ---- flash-linear-attention's fused functions: a residual before the norm, a projection after it
+
+
+def fused_gated_norm(
+    x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps, is_rms_norm
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`norm(x + residual) * w * act(g)`; the sum is made in fp32, and normalised unrounded.
+
+    Returns:
+        `y` in the shape and dtype of `x`; with `prenorm` also the sum, in the dtype of `residual`
+        (without one: `x` itself, in fp32 with `residual_in_fp32`).
+    """
+    total, rounded = _add_residual(x, residual, residual_in_fp32)
+    y = gated_norm(total, weight, bias, g, eps, None, True, is_rms_norm, activation, x.dtype)
+    return (y, rounded) if prenorm else y
+
+
+def fused_gated_norm_linear(
+    x, g, weight, bias, linear_weight, linear_bias, residual, prenorm, residual_in_fp32, eps,
+    is_rms_norm,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`fused_gated_norm` with SiLU, then `y @ linear_weight^T + linear_bias`, in the dtype of
+    autocast where that is on. `y` is not kept for the backward, which computes it again."""
+    if linear_weight is None:
+        raise TypeError("the projection's weight must be a torch.Tensor [N, D], got None; pass it")
+    check_tensors(x=x, g=g)
+    total, rounded = _add_residual(x, residual, residual_in_fp32)
+    total, g = in_one_shape(total, g)
+    options = Options(eps, is_rms_norm=is_rms_norm, out_dtype=x.dtype)
+    out = _NormLinear.apply(
+        total, addressable(weight), addressable(bias), g, linear_weight, linear_bias, options
+    )
+    out = out.view(*x.shape[:-1], linear_weight.shape[0])
+    return (out, rounded) if prenorm else out
+
+
+def _add_residual(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """What is normalised, and what `prenorm` returns."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if residual is None:
+        return x, x.to(exact) if in_fp32 else x
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}; "
+            "pass one of that shape, or residual=None"
+        )
+    total = x.to(exact) + residual.to(exact)
+    return total, total.to(residual.dtype)
+
+
+class _NormLinear(torch.autograd.Function):
+    """The norm and a projection, keeping `x`, `z` and the statistics, and not the norm's output."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
+        y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
+        device, dtype = x.device.type, y.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        ctx.options, ctx.dtype = options, dtype
+        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+        ctx.save_for_backward(x, weight, bias, z, mean, rstd, linear_weight)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+        return F.linear(y.to(dtype), linear_weight.to(dtype), linear_bias)
+
+    @staticmethod
+    def backward(ctx, dout):
+        *norm, linear_weight = ctx.saved_tensors
+        x, weight, bias, z, *_ = norm
+        y = torch.ops.gatednorm.forward(x, weight, bias, z, *ctx.options)[0]
+        dy = (dout @ linear_weight.to(ctx.dtype)).to(y.dtype)
+        dout, y = dout.flatten(0, -2), y.flatten(0, -2)
+        dlinear = (dout.t() @ y.to(ctx.dtype)).to(linear_weight.dtype)
+        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
+        return *backward_op(dy, *norm, *ctx.options), dlinear, dbias, None
+
+
+# ---- the pair without autograd, with statistics as one vector, group after group
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    z: Tensor | None = None,
+    out: Tensor | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The forward alone: `out` `[rows, D]`, `mean` (None for RMS) and `rstd`, `[groups * rows]` in
+    fp32 with the rows of a group side by side.
+
+    Raises:
+        ValueError, TypeError: as :func:`gatednorm.layernorm_forward`; strides included, since
+            mamba_ssm's own checks them here too.
+    """
+    y, mean, rstd = layernorm_forward(
+        x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, activation=activation,
+        out=out,
+    )  # fmt: skip
+    return y, None if mean is None else mean.t().reshape(-1), rstd.t().reshape(-1)
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor,
+    z: Tensor | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    recompute_output: bool = False,
+    dz: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The backward alone, from what :func:`layer_norm_fwd` returned: `dx`, `dw`, `db`, `dz` (None
+    where there is no such input), and with `recompute_output` the forward's output, written to
+    `out` where that is given."""
+    groups = 1 if group_size is None else x.shape[-1] // group_size
+    mean, rstd = (
+        None if s is None else s.view(groups, x.shape[0]).t().contiguous() for s in (mean, rstd)
+    )
+    options = (eps, group_size, norm_before_gate, is_rms_norm)
+    grads = layernorm_backward(dy, x, weight, bias, z, mean, rstd, *options, dz=dz)
+    if not recompute_output:
+        return grads
+    return *grads, layernorm_forward(x, weight, bias, z, *options, out=out)[0]
