@@ -2,6 +2,7 @@
 
 Training: `RMSNorm`, `LayerNorm`, `rmsnorm_fn`, `layernorm_fn`, `LayerNormFn`.
 Inference: `rms_norm_gated`.
+Models and packages that exist: `patch`.
 For your own autograd Function: `layernorm_forward`, `layernorm_backward`.
 The equation in plain PyTorch: `rms_norm_ref`, `gated_norm_ref`.
 """
@@ -16,6 +17,7 @@ from .functional import (
     rmsnorm_fn,
 )
 from .modules import LayerNorm, RMSNorm
+from .patching import patch
 from .reference import gated_norm_ref, rms_norm_ref
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "layernorm_backward",
     "layernorm_fn",
     "layernorm_forward",
+    "patch",
     "rms_norm_gated",
     "rms_norm_ref",
     "rmsnorm_fn",

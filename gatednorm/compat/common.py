@@ -42,6 +42,7 @@ def gated_norm(
     is_rms_norm: bool = False,
     activation: str = "swish",
     out_dtype: torch.dtype | None = None,
+    numerics: str = "fp32",
 ) -> Tensor:
     """The gated norm with the peers' freedom of shapes; nothing is saved where gradients are off.
 
@@ -64,7 +65,7 @@ def gated_norm(
     function = layernorm_fn if torch.is_grad_enabled() else rms_norm_gated
     y = function(
         x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
-        is_rms_norm=is_rms_norm, activation=activation, out_dtype=out_dtype,
+        is_rms_norm=is_rms_norm, activation=activation, numerics=numerics, out_dtype=out_dtype,
     )  # fmt: skip
     return y if y.shape == shape else y.view(shape)
 
