@@ -8,9 +8,9 @@ A few layers of Qwen3.5 9B, Kimi Linear 48B-A3B and Nemotron-H 8B, in their publ
 with random weights. Each runs with three norms that share one weight, in turn: transformers' own
 ("plain"), flash-linear-attention's put in by hand ("fla"; `FusedRMSNormGated`, for Nemotron-H
 `RMSNormGated`) and ours (`gatednorm.patch`). Everything else is the same, with the scans of
-flash-linear-attention and mamba_ssm where these are installed. Figures are medians over the rounds;
-"norm_ms" is what benchmarks/profiles.py attributes to the gated norms, and "errors" are relative, in
-the 2-norm, to the model with transformers' own norm.
+flash-linear-attention and mamba_ssm where these are installed. Figures are medians over the
+rounds; "norm_ms" is what benchmarks/profiles.py attributes to the gated norms; errors are relative,
+in the 2-norm, to the model with transformers' own norm.
 """
 
 import copy
@@ -32,7 +32,7 @@ import gatednorm
 from benchmarks import report
 from benchmarks.profiles import kernel_times, norm_times, record
 from benchmarks.timing import synchronize, wall_time, wall_times
-from gatednorm import compat
+from gatednorm.compat import fla, mamba, sglang, vllm
 
 LINEAR, FULL, MLP = "linear_attention", "full_attention", "mlp"
 
@@ -53,6 +53,8 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "pad_token_id": 0} | HEADS
 TINY = {
     "qwen3_5": {
+        "num_hidden_layers": 2,
+        "layer_types": [LINEAR, FULL],
         "head_dim": 32,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
@@ -60,6 +62,9 @@ TINY = {
         "linear_value_head_dim": 16,
     },
     "kimi_linear": {
+        "num_hidden_layers": 2,
+        "layer_types": [LINEAR, FULL],
+        "mlp_layer_types": ["dense", "sparse"],
         "bos_token_id": 1,
         "eos_token_id": 2,
         "kv_lora_rank": 16,
@@ -73,6 +78,7 @@ TINY = {
         "moe_intermediate_size": 32,
     },
     "nemotron_h": {
+        "layer_types": [LINEAR, MLP, FULL],
         "head_dim": 32,
         "mamba_num_heads": 4,
         "mamba_head_dim": 32,
@@ -90,7 +96,7 @@ class Subject:
         cls, options = CONFIGS[name]
         torch.manual_seed(0)
         with torch.device(device):
-            config = cls(**options, **(SMALL | TINY[name] if tiny else {}))
+            config = cls(**options | (SMALL | TINY[name] if tiny else {}))
             # Out of training mode transformers calls the norm of Nemotron-H, and not mamba_ssm's
             # fused function, which has a norm inside. No model drops anything out.
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -158,8 +164,8 @@ def by_hand(norm: nn.Module) -> nn.Module | None:
 
 
 def lift_the_guard() -> None:
-    """Let flash-linear-attention's Gated DeltaNet run its backward on Hopper with Triton 3.4 to 3.7,
-    whose gradients are wrong there and take the time of right ones: it refuses otherwise."""
+    """Let flash-linear-attention's Gated DeltaNet run its backward on Hopper with Triton 3.4 to
+    3.7.0, where it refuses to: its gradients are wrong there, and take the time of right ones."""
     if importlib.util.find_spec("fla") is not None and torch.cuda.is_available():
         from fla.ops.common import chunk_o
 
@@ -171,7 +177,7 @@ class Setup:
 
     def __init__(self, args):
         self.device, self.tiny, self.rounds = args.device, args.tiny, args.rounds
-        self.batch, self.tokens, self.steps = (2, 64, 2) if self.tiny else (4, 2048, 8)
+        self.batch, self.tokens, self.steps = (2, 32, 2) if self.tiny else (4, 2048, 8)
         self.rows = []
 
     def add(self, part: str, model: str, norm: str, **quantities) -> None:
@@ -242,8 +248,7 @@ def check(setup: Setup, name: str, subject: Subject) -> None:
 def train(setup: Setup, name: str, subject: Subject) -> None:
     """A step with AdamW."""
     tokens = setup.tokens_of(subject, setup.tokens)
-    fused = {"fused": True} if setup.device == "cuda" else {}
-    optimizer = torch.optim.AdamW(subject.model.parameters(), lr=1e-6, **fused)
+    optimizer = torch.optim.AdamW(subject.model.parameters(), lr=1e-6, fused=True)
 
     def step(way):
         loss_of(subject.use(way), tokens).backward()
@@ -276,9 +281,7 @@ def decode(setup: Setup, name: str, subject: Subject) -> None:
         def steps(way=way, cache=cache):
             model = subject.use(way)
             for _ in range(setup.steps):
-                logits[way] = model(
-                    input_ids=token, past_key_values=cache, use_cache=True
-                ).logits
+                logits[way] = model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
         calls[way] = steps
         steps()
@@ -293,33 +296,32 @@ PARTS = {"check": check, "prefill": prefill, "decode": decode, "train": train}
 def overhead(setup: Setup) -> None:
     """Wall microseconds of a call through each door, and of `rmsnorm_fn` itself; lowest of the
     rounds, taken in turn. The rows are few, so that a GPU waits for the CPU."""
-    x, z = torch.randn(2, 64, 128, device=setup.device, dtype=torch.bfloat16)
+    x, z = (torch.randn(64, 128, device=setup.device, dtype=torch.bfloat16) for _ in range(2))
     w = torch.ones(128, device=setup.device)
-    fla, mamba, sglang, vllm = compat.fla, compat.mamba, compat.sglang, compat.vllm
     calls = {
-        "rmsnorm_fn": lambda x, w: gatednorm.rmsnorm_fn(x, w, None, z),
-        "rms_norm_gated": lambda x, w: gatednorm.rms_norm_gated(x, w, None, z),
-        "fla.rms_norm_gated": lambda x, w: fla.rms_norm_gated(x, z, w, None),
-        "fla.rmsnorm_fn": lambda x, w: fla.rmsnorm_fn(x, w, None, z),
-        "mamba.rmsnorm_fn": lambda x, w: mamba.rmsnorm_fn(x, w, None, z),
-        "sglang.rms_norm_gated": lambda x, w: sglang.rms_norm_gated(
+        "rmsnorm_fn": lambda: gatednorm.rmsnorm_fn(x, w, None, z),
+        "rms_norm_gated": lambda: gatednorm.rms_norm_gated(x, w, None, z),
+        "fla.rms_norm_gated": lambda: fla.rms_norm_gated(x, z, w, None),
+        "fla.rmsnorm_fn": lambda: fla.rmsnorm_fn(x, w, None, z),
+        "mamba.rmsnorm_fn": lambda: mamba.rmsnorm_fn(x, w, None, z),
+        "sglang.rms_norm_gated": lambda: sglang.rms_norm_gated(
             x=x, weight=w, bias=None, z=z, is_rms_norm=True
         ),
-        "vllm.rmsnorm_fn": lambda x, w: vllm.rmsnorm_fn(x, w, None, z),
+        "vllm.rmsnorm_fn": lambda: vllm.rmsnorm_fn(x, w, None, z),
     }
+    loops = 20 if setup.tiny else 300
     for mode in ("inference", "training"):
-        args = x.clone(), w.clone()
         if mode == "training":
-            args = tuple(t.requires_grad_() for t in args)
+            x.requires_grad_(), w.requires_grad_()
             del calls["rms_norm_gated"]  # is for inference
         with torch.set_grad_enabled(mode == "training"):
             best = dict.fromkeys(calls, float("inf"))
             for _ in range(setup.rounds):
                 for name, call in calls.items():
-                    us = wall_time(lambda call=call: call(*args), 300, device=setup.device)
-                    best[name] = min(best[name], us)
+                    best[name] = min(best[name], wall_time(call, loops, device=setup.device))
         for name, us in best.items():
-            setup.add("overhead", mode, name, wall_us=us, over_rmsnorm_fn_us=us - best["rmsnorm_fn"])
+            extra = us - best["rmsnorm_fn"]
+            setup.add("overhead", mode, name, wall_us=us, over_rmsnorm_fn_us=extra)
 
 
 def show(setup: Setup) -> None:

@@ -3,10 +3,10 @@
     python tests/helpers/peer_tests.py --fetch peers  # needs a network: the files of FILES
     python tests/helpers/peer_tests.py --run peers    # offline; on the GPU where there is one
 
-The files are the peers', under their licences: they are fetched for a run and never committed. They
-import their packages as always; what stands under those names here are the short modules of MODULES,
-so no peer needs to be installed. What is changed in a file is in FILES, and on a machine without a
-GPU in `for_cpu`. Results are in docs/adopt-proof.md.
+The files are the peers', under their licences: they are fetched for a run and never committed.
+They import their packages as always; what stands under those names here are the short modules of
+MODULES, so no peer needs to be installed. What is changed in a file is in FILES, and on a machine
+without a GPU in `for_cpu`. Results are in docs/adopt-proof.md.
 """
 
 import argparse
