@@ -23,7 +23,6 @@ LAYERS = {
     "LightNetAttention": {},
     "MesaNet": {"num_heads": 4, "head_dim": 128, "use_output_gate": True},
     "MultiScaleRetention": {"num_heads": 2},
-    "SimpleGatedLinearAttention": {"num_heads": 2},
 }
 # Relative, in the 2-norm. In fp32 the peers' scans multiply in TF32, which turns one unit of the
 # norm's last place into an error of 1e-5.
