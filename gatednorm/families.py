@@ -32,7 +32,7 @@ def _mamba2(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     weight = self.weight
     return gated_norm(
         hidden_states, weight, None, gate, self.variance_epsilon,
-        getattr(self, "group_size", None),  # Mamba, Bamba and Granite have groups from 5.18 on
+        getattr(self, "group_size", None),  # Mamba, Bamba and Granite had no groups before
         norm_before_gate=False, is_rms_norm=True, activation="silu", numerics="mamba2",
         out_dtype=torch.promote_types(hidden_states.dtype, weight.dtype),
     )  # fmt: skip
@@ -44,7 +44,7 @@ def _per_head(numerics: str) -> Callable[..., Tensor]:
         return gated_norm(
             hidden_states, self.weight, None, gate, self.variance_epsilon, None,
             norm_before_gate=True, is_rms_norm=True, numerics=numerics,
-            activation=getattr(self, "activation", "silu"),  # a choice from 5.17 on
+            activation=getattr(self, "activation", "silu"),  # older releases had no choice
         )  # fmt: skip
 
     return forward

@@ -9,7 +9,7 @@ classes and layers call are replaced, wherever a module has a name for them.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,7 +166,7 @@ def _ours(original: type[nn.Module]) -> type[nn.Module] | None:
     else:
         return None
     own |= {"__module__": __name__, "__qualname__": name, "_original": original}
-    return type(original)(name, bases, own)
+    return type(name, bases, own)
 
 
 def _patch_model(model: nn.Module) -> Patch:
@@ -179,9 +179,9 @@ def _patch_model(model: nn.Module) -> Patch:
             continue
         if "forward" in vars(module):
             raise ValueError(
-                f"{path or 'the model'} ({cls.__name__}) has a forward of its own, from kernelize, "
-                "a hook of accelerate or other code, which would go on being called; patch the "
-                "model before that, or remove it"
+                f"{path or 'the model'} ({cls.__name__}) has a forward of its own, as kernelize "
+                "and accelerate's hooks leave, which would go on being called; patch the model "
+                "before them, or the package before the model is loaded"
             )
         swaps.append((module, cls, ours))
     if not swaps and not known:
@@ -218,11 +218,20 @@ def _check_installed(package: str) -> None:
         )
 
 
-def _bound_to(value: object) -> Iterator[tuple[ModuleType, str]]:
-    """Every module and name in it that is bound to this object."""
-    for module in {id(m): m for m in sys.modules.values() if isinstance(m, ModuleType)}.values():
-        for name in [name for name, bound in list(vars(module).items()) if bound is value]:
-            yield module, name
+def _imported(names: Iterable[str]) -> list[ModuleType]:
+    """The modules of these names, each once: some packages keep old names for one that moved."""
+    modules = [sys.modules.get(name) for name in names]
+    return list({id(m): m for m in modules if isinstance(m, ModuleType)}.values())
+
+
+def _bound_to(value: object) -> list[tuple[ModuleType, str]]:
+    """Every imported module, and name in it, that is bound to this object."""
+    return [
+        (module, name)
+        for module in _imported(list(sys.modules))
+        for name, bound in list(vars(module).items())
+        if bound is value
+    ]
 
 
 class _PackagePatch(Patch, MetaPathFinder):
@@ -236,9 +245,8 @@ class _PackagePatch(Patch, MetaPathFinder):
         super().__init__()
         self._package = package
         self._copies: list[tuple[FunctionType, object]] = []
-        for name in _FUNCTIONS[package]:
-            if name in sys.modules:
-                self._patch_module(sys.modules[name])
+        for module in _imported(_FUNCTIONS[package]):
+            self._patch_module(module)
         sys.meta_path.insert(0, self)
         _in_force[package] = self
 
@@ -252,7 +260,7 @@ class _PackagePatch(Patch, MetaPathFinder):
                 continue
             old, new = getattr(module, name), _copy(getattr(_compat(door), name))
             self._copies.append((new, old))
-            for owner, bound in list(_bound_to(old)):
+            for owner, bound in _bound_to(old):
                 self._set(owner, bound, old, new)
 
     def undo(self) -> None:
@@ -261,7 +269,7 @@ class _PackagePatch(Patch, MetaPathFinder):
             sys.meta_path.remove(self)
         while self._copies:
             new, old = self._copies.pop()
-            for owner, name in list(_bound_to(new)):
+            for owner, name in _bound_to(new):
                 setattr(owner, name, old)
         super().undo()
 

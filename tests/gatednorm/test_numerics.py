@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import gatednorm
 from gatednorm import gated_norm_ref
+from gatednorm.families import FAMILIES
 from norm_cases import (
     Case,
     Layout,
@@ -216,44 +217,26 @@ def test_extreme_values(path, norm_before_gate):
 
 # ---- rounding points of the model families ----
 
-FAMILIES = {
-    # transformers module and class: numerics, activation, gate after
-    "mamba2.Mamba": ("mamba2", "silu", False),
-    "bamba.Bamba": ("mamba2", "silu", False),
-    "zamba2.Zamba2": ("mamba2", "silu", False),
-    "nemotron_h.NemotronH": ("mamba2", "silu", False),
-    "granitemoehybrid.GraniteMoeHybrid": ("mamba2", "silu", False),
-    "qwen3_next.Qwen3Next": ("qwen3_next", "silu", True),
-    "qwen3_5.Qwen3_5": ("qwen3_next", "silu", True),
-    "qwen3_5_moe.Qwen3_5Moe": ("qwen3_next", "silu", True),
-    "olmo_hybrid.OlmoHybrid": ("qwen3_next", "silu", True),
-    "qwen4_exp.Qwen4ExpText": ("qwen3_next", "silu", True),
-    "kimi_linear.KimiLinear": ("fp32", "sigmoid", True),
-    "bailing_hybrid.BailingHybrid": ("fp32", "sigmoid", True),
-    "glm5_next.Glm5NextText": ("fp32", "sigmoid", True),
-    "falcon_h1.FalconH1": ("fp32", "silu", True),
-}
 
-
-def _installed() -> list[str]:
+def _installed() -> list:
     """The families that the installed transformers knows; `find_spec` imports no model file."""
     if importlib.util.find_spec("transformers") is None:
         return []
     return [
-        name for name in FAMILIES
-        if importlib.util.find_spec(f"transformers.models.{name.split('.')[0]}")
-    ]  # fmt: skip
+        pytest.param(*key, id=key[1].removesuffix("RMSNormGated"))
+        for key in FAMILIES
+        if importlib.util.find_spec(key[0].rpartition(".")[0])
+    ]
 
 
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32], ids=["w_bf16", "w_fp32"])
-@pytest.mark.parametrize("family", _installed())
-def test_reference_equals_the_family(family, w_dtype):
+@pytest.mark.parametrize(("where", "name"), _installed())
+def test_reference_equals_the_family(where, name, w_dtype):
     """The family's own PyTorch code on the CPU, bf16 activations: equal in every bit."""
-    module, prefix = family.split(".")
-    numerics, activation, after = FAMILIES[family]
-    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    numerics, activation, after, _ = FAMILIES[where, name]
+    module = importlib.import_module(where)
     # Before transformers 5.20 NemotronH took Zamba2's class; before 5.23 some had no groups.
-    norm = getattr(module, f"{prefix}RMSNormGated", None) or module.Zamba2RMSNormGated
+    norm = getattr(module, name, None) or module.Zamba2RMSNormGated
     group_size = 32 if "group_size" in inspect.signature(norm).parameters else None
     made = norm(96, **({"group_size": group_size} if group_size else {}))
     g = torch.Generator().manual_seed(0)
@@ -286,7 +269,7 @@ def test_the_table_of_families():
         for names, numerics, activation, after in rows
         for family in names.split(", ")
     }
-    tested = {name.split(".")[1]: options for name, options in FAMILIES.items()}
+    tested = {name.removesuffix("RMSNormGated"): f[:3] for (_, name), f in FAMILIES.items()}
     assert documented == tested
 
 
