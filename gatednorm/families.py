@@ -32,7 +32,7 @@ def _mamba2(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     weight = self.weight
     return gated_norm(
         hidden_states, weight, None, gate, self.variance_epsilon,
-        getattr(self, "group_size", None),  # Mamba, Bamba and Granite had no groups before
+        getattr(self, "group_size", None),  # Mamba, Bamba and Granite have groups from 5.23 on
         norm_before_gate=False, is_rms_norm=True, activation="silu", numerics="mamba2",
         out_dtype=torch.promote_types(hidden_states.dtype, weight.dtype),
     )  # fmt: skip

@@ -9,7 +9,7 @@ classes and layers call are replaced, wherever a module has a name for them.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,7 +89,7 @@ def patch(target: nn.Module | str) -> "Patch":
 
     Each family keeps its own rounding; docs/adopt-transformers.md says what changes. In training,
     mamba_ssm's fused functions read a norm's weight and never call the module: for these patch the
-    package and not the model.
+    package and not the model. A package is patched in this process alone.
     """
     if isinstance(target, nn.Module):
         return _patch_model(target)
@@ -218,17 +218,12 @@ def _check_installed(package: str) -> None:
         )
 
 
-def _imported(names: Iterable[str]) -> list[ModuleType]:
-    """The modules of these names, each once: some packages keep old names for one that moved."""
-    modules = [sys.modules.get(name) for name in names]
-    return list({id(m): m for m in modules if isinstance(m, ModuleType)}.values())
-
-
 def _bound_to(value: object) -> list[tuple[ModuleType, str]]:
     """Every imported module, and name in it, that is bound to this object."""
+    modules = {id(m): m for m in list(sys.modules.values()) if isinstance(m, ModuleType)}
     return [
         (module, name)
-        for module in _imported(list(sys.modules))
+        for module in modules.values()
         for name, bound in list(vars(module).items())
         if bound is value
     ]
@@ -245,20 +240,24 @@ class _PackagePatch(Patch, MetaPathFinder):
         super().__init__()
         self._package = package
         self._copies: list[tuple[FunctionType, object]] = []
-        for module in _imported(_FUNCTIONS[package]):
-            self._patch_module(module)
+        for name in _FUNCTIONS[package]:
+            if name in sys.modules:
+                self._patch_module(name)
         sys.meta_path.insert(0, self)
         _in_force[package] = self
 
-    def _patch_module(self, module: ModuleType) -> None:
-        for (path, name), family in FAMILIES.items():
-            if path == module.__name__ and (cls := getattr(module, name, None)) is not None:
-                self._set(cls, "forward", cls.forward, family.forward)
-        door, names = _FUNCTIONS[self._package][module.__name__]
+    def _patch_module(self, path: str) -> None:
+        module = sys.modules[path]
+        for name in [name for where, name in FAMILIES if where == path]:
+            cls = getattr(module, name, None)  # older releases share one class among families
+            if "forward" in vars(cls or object):
+                self._set(cls, "forward", cls.forward, FAMILIES[path, name].forward)
+        door, names = _FUNCTIONS[self._package][path]
         for name in names:
-            if not hasattr(module, name):
-                continue
-            old, new = getattr(module, name), _copy(getattr(_compat(door), name))
+            old = getattr(module, name, None)
+            if old is None or any(old is copy for copy, _ in self._copies):
+                continue  # not in this release; or a module that has an old name as well
+            new = _copy(getattr(_compat(door), name))
             self._copies.append((new, old))
             for owner, bound in _bound_to(old):
                 self._set(owner, bound, old, new)
@@ -278,8 +277,7 @@ class _PackagePatch(Patch, MetaPathFinder):
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)):
-                if spec.loader is not None:
-                    spec.loader = _ThenPatch(spec.loader, self._patch_module)
+                spec.loader = _ThenPatch(spec.loader, self._patch_module)
                 return spec
         return None
 
@@ -287,7 +285,7 @@ class _PackagePatch(Patch, MetaPathFinder):
 class _ThenPatch(Loader):
     """A module's own loader, and a call when it has run."""
 
-    def __init__(self, loader: Loader, patch_module: Callable[[ModuleType], None]):
+    def __init__(self, loader: Loader, patch_module: Callable[[str], None]):
         self._loader, self._patch_module = loader, patch_module
 
     def create_module(self, spec):
@@ -296,7 +294,7 @@ class _ThenPatch(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader  # as if we had not been here
         self._loader.exec_module(module)
-        self._patch_module(module)
+        self._patch_module(module.__name__)
 
 
 def _copy(function: FunctionType) -> FunctionType:

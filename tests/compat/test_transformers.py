@@ -108,7 +108,7 @@ def test_bits(name):
             norm.weight.data = w
             gates = (z, None) if name.startswith(("Falcon", *MAMBA)) else (z,)
             for gate in gates:
-                theirs = norm(x, gate)
+                theirs = norm(x, gate).view_as(x)  # Falcon-H1's drops one token's dimension in 5.17
                 with gatednorm.patch(norm) as handle:
                     assert handle.count == 1
                     assert same_bits(norm(x, gate), theirs), (dtypes, shape, options)
@@ -171,7 +171,9 @@ def losses(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def generated(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the model says of a prompt, and of three more tokens, one at a time."""
+    """What the model says of a prompt, and of three more tokens, one at a time. A single text:
+    before transformers 5.23 Falcon-H1 mixes those of a batch in decoding."""
+    tokens = tokens[:1]
     with torch.no_grad():
         out = model(tokens, use_cache=True)
         cache = "cache_params" if "cache_params" in out else "past_key_values"

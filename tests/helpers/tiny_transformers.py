@@ -72,7 +72,7 @@ MODELS = {
         **_KDA, "qk_rope_head_dim": 0, "q_lora_rank": 16, "n_routed_experts": 2,
         "linear_head_dim": 16, "linear_num_heads": 2, "hc_mult": 2, "index_topk": 16,
         "index_head_dim": 16, "index_n_heads": 2, "index_kpool": 4,
-        "layer_types": ["linear_attention", "indexed_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
     }),
     "lara_mini": ("LaraMiniForCausalLM", "LaraMiniConfig", {
         **_LINEAR, **_EXPERTS, "head_dim": 16,
