@@ -105,8 +105,7 @@ def conv_backward(x, weight, bias, dy, seq_idx, initial, dfinal, dx, dinitial, s
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("groups", [1, 4], ids="groups={}".format)
 def test_combined_scan_of_mamba(groups, norm_before_gate, projection, dtype, monkeypatch):
-    reason = "needs mamba_ssm's Triton files"
-    scan = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", reason)
+    scan = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", exc_type=ImportError)
     # causal_conv1d is compiled code, and not what is compared here
     monkeypatch.setattr(scan, "causal_conv1d_fwd_function", conv_forward)
     monkeypatch.setattr(scan, "causal_conv1d_bwd_function", conv_backward)
