@@ -2,6 +2,7 @@
 
 Training: `RMSNorm`, `LayerNorm`, `rmsnorm_fn`, `layernorm_fn`, `LayerNormFn`.
 Inference: `rms_norm_gated`.
+With the projection after it: `gated_norm_linear`, `GatedNormLinear`.
 Models and packages that exist: `patch`.
 For your own autograd Function: `layernorm_forward`, `layernorm_backward`.
 The equation in plain PyTorch: `rms_norm_ref`, `gated_norm_ref`.
@@ -16,6 +17,7 @@ from .functional import (
     rms_norm_gated,
     rmsnorm_fn,
 )
+from .linear import GatedNormLinear, gated_norm_linear
 from .modules import LayerNorm, RMSNorm
 from .patching import patch
 from .reference import gated_norm_ref, rms_norm_ref
@@ -24,9 +26,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NORM_PATHS",
+    "GatedNormLinear",
     "LayerNorm",
     "LayerNormFn",
     "RMSNorm",
+    "gated_norm_linear",
     "gated_norm_ref",
     "layernorm_backward",
     "layernorm_fn",

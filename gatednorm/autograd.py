@@ -25,6 +25,10 @@ from .call import (
 from .options import DTYPES, Options, make_options
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
+# `gatednorm`; another in a copy of the package that a kernel hub imports under a name of its own:
+# PyTorch takes each operator once.
+NAMESPACE = __package__.replace(".", "_")
+ops = getattr(torch.ops, NAMESPACE)
 
 
 @functools.cache
@@ -90,9 +94,10 @@ def run_backward(
     dx: Tensor | None,
     dz: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    with_output: bool = False,
+) -> tuple[Tensor | None, ...]:
     """Check, allocate what is missing and launch; returns `dx`, `dw`, `db`, `dz` (None where there
-    is no such input)."""
+    is no such input), and with a new `dx` the forward's `y` again where asked for (else None)."""
     if options.is_rms_norm:
         mean = None  # RMS norm uses none, but callers written for other copies pass one
     call = describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)
@@ -103,12 +108,13 @@ def run_backward(
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dz is None and z is not None:
         dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    y = torch.empty_like(dx, dtype=options.out_dtype) if with_output else None
     if x.numel() == 0:
         dw, db = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
     else:
         run = backend(x.device.type).backward
-        dw, db = run(call, dy, x, weight, bias, z, mean, rstd, dx, dz)
-    return dx, dw, db, dz
+        dw, db = run(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+    return dx, dw, db, dz, y
 
 
 NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those for options that were not given
@@ -127,14 +133,7 @@ class LayerNormFn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, z=None, *options):
-        options = make_options(*Options(*options))
-        if needs_operator(x, weight, bias, z):
-            check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
-            results = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
-        else:
-            results = run_forward(x, weight, bias, z, None, options, save_stats=True)
-        _save(ctx, x, weight, bias, z, *results[1:], options)
-        return results[0]
+        return save_forward(ctx, x, weight, bias, z, make_options(*Options(*options)))
 
     @staticmethod
     def backward(ctx, dy):
@@ -148,28 +147,41 @@ class LayerNormFn(torch.autograd.Function):
         )
 
 
-def _save(ctx, x, weight, bias, z, mean, rstd, options: Options) -> None:
-    """Keep what :func:`_backward` needs."""
+def save_forward(ctx, x, weight, bias, z, options: Options, *others: Tensor | None) -> Tensor:
+    """The forward's `y`; what :func:`gradients` needs is kept, and `others` after it."""
+    if needs_operator(x, weight, bias, z):
+        check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
+        y, mean, rstd = ops.forward(x, weight, bias, z, *options)
+    else:
+        y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
+    _save(ctx, x, weight, bias, z, mean, rstd, options, *others)
+    return y
+
+
+def _save(ctx, x, weight, bias, z, mean, rstd, options: Options, *others) -> None:
     saved = (x, weight, bias, z, mean, rstd)
     ctx.options, ctx.dtypes = options, [t is not None and t.dtype for t in saved]
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*saved, *others)
 
 
-def _backward(ctx, dy, *_):
-    """The gradients of `x, weight, bias, z`, and None for each option."""
-    saved = ctx.saved_tensors
+def gradients(ctx, dy, saved: tuple, with_output: bool = False) -> tuple[Tensor | None, ...]:
+    """The gradients of `x, weight, bias, z` from what :func:`save_forward` kept, and the forward's
+    `y` again where asked for, else None."""
     for name, t, dtype in zip(SAVED, saved, ctx.dtypes, strict=True):
         if t is not None and t.dtype != dtype:
             raise RuntimeError(f"{HOOKS}, got {name} as {t.dtype} and not as {dtype}")
     if torch.is_grad_enabled() or needs_operator(dy, *saved) or not _has_memory(dy):
-        grads = backward_op(dy, *saved, *ctx.options)
-    else:
-        x, _weight, _bias, z, *_ = saved
-        try:
-            grads = run_backward(_addressable(dy, x, z), *saved, None, None, ctx.options)
-        except (TypeError, ValueError) as error:  # the forward accepted all of it
-            raise RuntimeError(f"{HOOKS}, but {error}") from error
-    return *grads, *NO_GRADIENTS
+        return _backward_op(dy, *saved, *ctx.options, with_output)
+    x, _weight, _bias, z, *_ = saved
+    try:
+        return run_backward(_addressable(dy, x, z), *saved, None, None, ctx.options, with_output)
+    except (TypeError, ValueError) as error:  # the forward accepted all of it
+        raise RuntimeError(f"{HOOKS}, but {error}") from error
+
+
+def _backward(ctx, dy, *_):
+    """The gradients of `x, weight, bias, z`, and None for each option."""
+    return *gradients(ctx, dy, ctx.saved_tensors)[:4], *NO_GRADIENTS
 
 
 def _has_memory(t: Tensor) -> bool:
@@ -181,15 +193,16 @@ def _has_memory(t: Tensor) -> bool:
     return True
 
 
-def backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
-    """The gradients of `x`, `weight`, `bias`, `z` by way of the operator, None where absent; under
-    `create_graph=True` they refuse to be differentiated."""
+def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
+    """:func:`run_backward` by way of the operator; `with_output` comes after the options. Under
+    `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
         return _OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options)
     if mean is None:
         mean = x.new_empty(0)
-    grads = torch.ops.gatednorm.backward(dy, x, weight, bias, z, mean, rstd, *options)
-    return tuple(None if t is None else g for t, g in zip((x, weight, bias, z), grads, strict=True))
+    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    there = (True, weight is not None, bias is not None, z is not None, options[-1])
+    return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -197,7 +210,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return backward_op(*arguments)
+        return _backward_op(*arguments)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -214,12 +227,12 @@ _OPTIONS = (
     "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
     "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
 )
-_library = torch.library.Library("gatednorm", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 _library.define(
-    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}) "
-    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dz)"
+    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, bool with_output) "
+    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
 )
 
 
@@ -238,9 +251,10 @@ def _forward_out_impl(x, weight, bias, z, out, *options):
 
 
 def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
-    dy = _addressable(dy, x, z)
-    options = make_options(*options)
-    return _none_to_empty(x, *run_backward(dy, x, weight, bias, z, mean, rstd, None, None, options))
+    *options, with_output = options
+    arguments = (_addressable(dy, x, z), x, weight, bias, z, mean, rstd, None, None)
+    results = run_backward(*arguments, make_options(*options), with_output)
+    return _none_to_empty(x, *results)
 
 
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
@@ -309,8 +323,10 @@ def _forward_out_fake(x, weight, bias, z, out, *options):
 
 
 def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):
+    *options, with_output = options
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
-    return _none_to_empty(x, *dense)
+    dtype = Options(*options).out_dtype or x.dtype
+    return _none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
 
 
 for _name, _impl, _fake in (
@@ -320,7 +336,7 @@ for _name, _impl, _fake in (
 ):
     for _device in DEVICES:
         _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"gatednorm::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 def _save_op(ctx, inputs, output) -> None:
@@ -329,5 +345,5 @@ def _save_op(ctx, inputs, output) -> None:
 
 
 torch.library.register_autograd(
-    "gatednorm::forward", _backward, setup_context=_save_op, lib=_library
+    f"{NAMESPACE}::forward", _backward, setup_context=_save_op, lib=_library
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Rows
 from .options import ROUNDING
 
 # Under two megabytes for each of the handful of buffers in flight: they stay in cache, and each
@@ -137,7 +137,8 @@ def _affine(call: Call, xhat: Tensor, w, b, x: Tensor, weight, out: Tensor) -> T
     h = xhat
     if w is not None:
         h = torch.mul(h, w, out=out)
-        h = _round(call, h, 1, torch.promote_types(x.dtype, weight.dtype))
+        own = call.options.numerics == "torchtitan"
+        h = _round(call, h, 1, x.dtype if own else torch.promote_types(x.dtype, weight.dtype))
     return h if b is None else torch.add(h, b, out=out)
 
 
@@ -190,13 +191,17 @@ def backward(
     rstd: Tensor,
     dx: Tensor,
     dz: Tensor | None,
+    y: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
+    """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
+    return `dw`, `db` `[D]` in the dtypes of weight and bias."""
     w, b = _parameters(call, weight, bias)
     dw = None if w is None else torch.zeros_like(w)
     db = None if b is None else torch.zeros_like(b)
     buffers, options = _Buffers(call, x), call.options
-    for rows, (dyb, xb, zb, dxb, dzb) in _blocks(call, dy, x, z, dx, dz):
+    sizes, strides = call.rows
+    call = call._replace(rows=Rows(sizes, (*strides, strides[3])))
+    for rows, (dyb, xb, zb, dxb, dzb, yb) in _blocks(call, dy, x, z, dx, dz, y):
         g, xg = _grouped(call, dyb), _grouped(call, xb)
         u = xg
         if zb is None:
@@ -218,8 +223,12 @@ def backward(
         rounded = _round(call, xhat, 0, x.dtype)
         if zb is not None and call.norm_before_gate:
             h = _affine(call, rounded, w, b, x, weight, one)
+            if yb is not None:
+                yb.copy_((h * act).view(yb.shape))
             _product_into(dzb, torch.mul(g, h, out=one), slope)
             g = torch.mul(g, act, out=act)
+        elif yb is not None:
+            yb.copy_(_affine(call, rounded, w, b, x, weight, None).view(yb.shape))
         # One product serves dw, a sum over the rows, and c1, a sum over the columns.
         product = torch.mul(g, xhat, out=one)
         if dw is not None:

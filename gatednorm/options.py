@@ -9,7 +9,12 @@ import torch
 ACTIVATIONS = ("silu", "swish", "sigmoid")
 # Where a family of models rounds to the input's dtype besides the store:
 # (after the norm, after the weight). See `numerics` in functional.py.
-ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
+ROUNDING = {
+    "fp32": (False, False),
+    "mamba2": (True, False),
+    "qwen3_next": (True, True),
+    "torchtitan": (False, True),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

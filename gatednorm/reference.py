@@ -15,7 +15,12 @@ from .options import channels_in_group, make_options
 
 # Where a family of models rounds to the input's dtype besides the store:
 # (after the norm, after the weight). See `numerics` in functional.py.
-ROUNDING = {"fp32": (False, False), "mamba2": (True, False), "qwen3_next": (True, True)}
+ROUNDING = {
+    "fp32": (False, False),
+    "mamba2": (True, False),
+    "qwen3_next": (True, True),
+    "torchtitan": (False, True),
+}
 
 
 def gated_norm_ref(
@@ -76,7 +81,8 @@ def gated_norm_ref(
         w = weight.to(compute)
         h = h * (1 + w if zero_centered else w)
         if round_weight:
-            h = h.to(torch.promote_types(dtype, weight.dtype)).to(compute)
+            own = numerics == "torchtitan"
+            h = h.to(dtype if own else torch.promote_types(dtype, weight.dtype)).to(compute)
     if bias is not None:
         h = h + bias.to(compute)
     if gate is not None and norm_before_gate:

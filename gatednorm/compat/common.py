@@ -5,18 +5,17 @@ do, while :func:`gatednorm.layernorm_fn` refuses. What can be addressed is still
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd import backward_op
 from ..call import check_tensors
-from ..functional import layernorm_backward, layernorm_fn, layernorm_forward, rms_norm_gated
+from ..functional import layernorm_backward, layernorm_fn, layernorm_forward
+from ..linear import GatedNormLinearFn, check_projection
 from ..options import Options, make_options
 
 
 def addressable(t: Tensor | None) -> Tensor | None:
     """The tensor itself, or a contiguous copy where the kernels need one."""
-    if not isinstance(t, Tensor) or (0 < t.dim() <= 4 and t.stride(-1) == 1):
+    if not isinstance(t, Tensor) or t.is_contiguous() or (0 < t.dim() <= 4 and t.stride(-1) == 1):
         return t
     return t.contiguous()
 
@@ -44,7 +43,7 @@ def gated_norm(
     out_dtype: torch.dtype | None = None,
     numerics: str = "fp32",
 ) -> Tensor:
-    """The gated norm with the peers' freedom of shapes; nothing is saved where gradients are off.
+    """The gated norm with the peers' freedom of shapes.
 
     Args:
         x: `[..., D]` with any strides.
@@ -62,12 +61,11 @@ def gated_norm(
     """
     shape = x.shape
     x, z = in_one_shape(x, z)
-    function = layernorm_fn if torch.is_grad_enabled() else rms_norm_gated
-    y = function(
+    y = layernorm_fn(
         x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
         is_rms_norm=is_rms_norm, activation=activation, numerics=numerics, out_dtype=out_dtype,
     )  # fmt: skip
-    return y if y.shape == shape else y.view(shape)
+    return y if x.shape == shape else y.view(shape)
 
 
 def layernorm(
@@ -161,6 +159,8 @@ def fused_gated_norm(
         `y` in the shape and dtype of `x`; with `prenorm` also the sum, in the dtype of `residual`
         (without one: `x` itself, in fp32 with `residual_in_fp32`).
     """
+    if residual is None and not prenorm:
+        return gated_norm(x, weight, bias, g, eps, None, True, is_rms_norm, activation)
     total, rounded = _add_residual(x, residual, residual_in_fp32)
     y = gated_norm(total, weight, bias, g, eps, None, True, is_rms_norm, activation, x.dtype)
     return (y, rounded) if prenorm else y
@@ -172,13 +172,12 @@ def fused_gated_norm_linear(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`fused_gated_norm` with SiLU, then `y @ linear_weight^T + linear_bias`, in the dtype of
     autocast where that is on. `y` is not kept for the backward, which computes it again."""
-    if linear_weight is None:
-        raise TypeError("the projection's weight must be a torch.Tensor [N, D], got None; pass it")
     check_tensors(x=x, g=g)
+    check_projection(x, linear_weight, linear_bias)
     total, rounded = _add_residual(x, residual, residual_in_fp32)
     total, g = in_one_shape(total, g)
     options = Options(eps, is_rms_norm=is_rms_norm, out_dtype=x.dtype)
-    out = _NormLinear.apply(
+    out = GatedNormLinearFn.apply(
         total, addressable(weight), addressable(bias), g, linear_weight, linear_bias, options
     )
     out = out.view(*x.shape[:-1], linear_weight.shape[0])
@@ -197,33 +196,6 @@ def _add_residual(x: Tensor, residual: Tensor | None, in_fp32: bool) -> tuple[Te
         )
     total = x.to(exact) + residual.to(exact)
     return total, total.to(residual.dtype)
-
-
-class _NormLinear(torch.autograd.Function):
-    """The norm and a projection, keeping `x`, `z` and the statistics, and not the norm's output."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
-        y, mean, rstd = torch.ops.gatednorm.forward(x, weight, bias, z, *options)
-        device, dtype = x.device.type, y.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        ctx.options, ctx.dtype = options, dtype
-        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
-        ctx.save_for_backward(x, weight, bias, z, mean, rstd, linear_weight)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-        return F.linear(y.to(dtype), linear_weight.to(dtype), linear_bias)
-
-    @staticmethod
-    def backward(ctx, dout):
-        *norm, linear_weight = ctx.saved_tensors
-        x, weight, bias, z, *_ = norm
-        y = torch.ops.gatednorm.forward(x, weight, bias, z, *ctx.options)[0]
-        dy = (dout @ linear_weight.to(ctx.dtype)).to(y.dtype)
-        dout, y = dout.flatten(0, -2), y.flatten(0, -2)
-        dlinear = (dout.t() @ y.to(ctx.dtype)).to(linear_weight.dtype)
-        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
-        return *backward_op(dy, *norm, *ctx.options), dlinear, dbias, None
 
 
 # ---- the pair without autograd, with statistics as one vector, group after group

@@ -33,9 +33,9 @@ def _read(dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w, b, s, mea
           row_mask, col_start, WEIGHT_OFFSET: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
           FULL: tl.constexpr, IS_RMS: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
           SIGMOID: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr,
-          HOIST: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+          HOIST: tl.constexpr, EVICT: tl.constexpr, y_ptr=None, y_off=None):  # fmt: skip
     """One piece from memory: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, `dz` and
-    `s = sigmoid(z)` (computed where None is given).
+    `s = sigmoid(z)` (computed where None is given); the forward's `y` is stored where asked for.
 
     `dz` is all of it for a gate after the norm, its factor `x * act'(z)` for one before. What a
     caller does not use is neither read nor computed.
@@ -62,9 +62,13 @@ def _read(dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w, b, s, mea
         u = centre(u, mean, col_start, N, BLOCK, FULL)
     xhat = u * rstd[:, None]
     rounded, h = affine(xhat, w, b, w_ptr is not None, b_ptr is not None, ROUND_NORM, ROUND_WEIGHT)
+    y = h
     if z_ptr is not None and NORM_BEFORE_GATE:
         dz = g * h * slope
         g = g * act
+        y = h * act
+    if y_ptr is not None:
+        store(y_ptr, y_off, row_mask, col_start, y, N, BLOCK, FULL)
     dxhat = g
     if w_ptr is not None:
         dxhat = g * w
@@ -97,7 +101,7 @@ def _store_share(ptr, v, col_start, N: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr, z_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr,
-    dx_ptr, dw_ptr, db_ptr, dz_ptr,
+    dx_ptr, dw_ptr, db_ptr, dz_ptr, y_ptr,
     n_rows: tl.int64, n_workers: tl.int64, size1: tl.int64, size2: tl.int64,
     dy_s0: tl.int64, dy_s1: tl.int64, dy_s2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
@@ -120,6 +124,7 @@ def backward_kernel(
     Both: dxhat = g * w; dw = sum of g * xhat, db = sum of g over the rows. Each of `n_workers`
     programs of a column tile walks over its share of the row tiles and leaves its sums in row
     `worker` of `dw_ptr`, `db_ptr` `[n_workers, D]`; `reduce_kernel` adds them up in that order.
+    The forward's `y` is written again, with the strides of dx, where there is a `y_ptr`.
     """
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
     D: tl.constexpr = N * GROUPS
@@ -140,6 +145,8 @@ def backward_kernel(
     dy_ptr += group * N
     x_ptr += group * N
     dx_ptr += group * N
+    if y_ptr is not None:
+        y_ptr += group * N
     if z_ptr is not None:
         z_ptr += group * N
         dz_ptr += group * N
@@ -186,7 +193,7 @@ def backward_kernel(
         xhat_a, rounded, g, dxhat_a, act_a, dz_a, s_a = _read(
             dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w_a, b_a, None, mean, rstd,
             row_mask, col_start, WEIGHT_OFFSET, N, BLOCK_A, FULL_A, IS_RMS, NORM_BEFORE_GATE,
-            SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP)  # fmt: skip
+            SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP, y_ptr, dx_off)  # fmt: skip
         if z_ptr is not None and NORM_BEFORE_GATE:
             store(dz_ptr, dz_off, row_mask, col_start, dz_a, N, BLOCK_A, FULL_A)
         if w_ptr is not None:
@@ -197,7 +204,8 @@ def backward_kernel(
             xhat_b, rounded, g, dxhat_b, act_b, dz_b, s_b = _read(
                 dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w_b, b_b, None, mean,
                 rstd, row_mask, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, FULL, IS_RMS,
-                NORM_BEFORE_GATE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP)  # fmt: skip
+                NORM_BEFORE_GATE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP,
+                y_ptr, dx_off)  # fmt: skip
             if z_ptr is not None and NORM_BEFORE_GATE:
                 store(dz_ptr, dz_off, row_mask, BLOCK_A, dz_b, N, BLOCK_B, FULL)
             if w_ptr is not None:

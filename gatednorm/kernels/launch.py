@@ -94,7 +94,9 @@ def _constants(kind: Kind) -> dict[str, Any]:
         return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
 
     x_dtype, w_dtype = kind.dtypes[:2]
-    after_weight = x_dtype if w_dtype is None else torch.promote_types(x_dtype, w_dtype)
+    after_weight = x_dtype
+    if w_dtype is not None and kind.numerics != "torchtitan":
+        after_weight = torch.promote_types(x_dtype, w_dtype)
     round_norm, round_weight = ROUNDING[kind.numerics]
     return {
         "N": kind.group_size,
@@ -169,7 +171,10 @@ def forward(
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_launchers(kind: Kind) -> tuple[Tile, Launcher, Launcher | None]:
+def _backward_launchers(
+    kind: Kind, y_dtype: torch.dtype | None
+) -> tuple[Tile, Launcher, Launcher | None]:
+    """`y_dtype` tells apart what is compiled with and without the forward's output."""
     bias = kind.dtypes[2] is not None
     tile = backward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
@@ -211,9 +216,11 @@ def backward(
     rstd: Tensor,
     dx: Tensor,
     dz: Tensor | None,
+    y: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write `dx`, `dz` `[..., D]`; return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    tile, main, sums = _backward_launchers(call.kind)
+    """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
+    return `dw`, `db` `[D]` in the dtypes of weight and bias."""
+    tile, main, sums = _backward_launchers(call.kind, None if y is None else y.dtype)
     numbers, device, n_rows = call.numbers, call.device, x.numel() // call.width
     c1 = c2 = None
     if sums is not None:
@@ -231,7 +238,7 @@ def backward(
     if bias is not None:
         db = torch.empty_like(bias)
         db_part = torch.empty(workers, call.width, dtype=torch.float32, device=device)
-    tensors = [dy, x, weight, bias, z, mean, rstd, c1, c2, dx, dw_part, db_part, dz]
+    tensors = [dy, x, weight, bias, z, mean, rstd, c1, c2, dx, dw_part, db_part, dz, y]
     main(device, workers * column_tiles, tensors, (n_rows, workers, *numbers))
     if dw is not None or db is not None:
         dtypes = (dw is not None and dw.dtype, db is not None and db.dtype)

@@ -249,7 +249,7 @@ def test_a_residual_of_another_shape_is_refused():
 
 def test_the_projection_needs_its_weight():
     x = torch.ones(4, 8)
-    with pytest.raises(TypeError, match="the projection's weight must be"):
+    with pytest.raises(TypeError, match="linear_weight must be a"):
         fla.FusedRMSNormGatedLinear(8)(x, x)
 
 

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 OTHERS = {"AXK2GatedRMSNorm": "its gate is computed from the norm's own output"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WITHOUT_GATE = ("Mamba", "Bamba", "Zamba2", "NemotronH", "GraniteMoeHybrid", "FalconH1")
 SETTINGS = {"group_size": (96, 32), "n_groups": (1, 3), "norm_before_gate": (True, False)}
 
 
@@ -61,26 +62,18 @@ def settings_of(cls: type) -> list[dict]:
 
 
 def instances(name: str):
-    """Instances of a class with all their settings, weights that are not ones, and their options
-    for :func:`gated_norm_ref`."""
+    """Instances of a class with all settings, and their options for :func:`gated_norm_ref`."""
     cls = getattr(importlib.import_module(FOUND[name]), name)
+    after = FAMILIES[FOUND[name], name].norm_before_gate
     for settings in settings_of(cls):
         norm = cls(96, eps=1e-5, **settings)
+        options = {"eps": 1e-5, "norm_before_gate": after, **settings}
+        if "n_groups" in options:
+            options["group_size"] = 96 // options.pop("n_groups")
         for activation in ("silu", "sigmoid") if hasattr(norm, "activation") else ("silu",):
             if hasattr(norm, "activation"):
                 norm.activation = activation
-            after = FAMILIES[FOUND[name], name].norm_before_gate
-            yield (
-                norm,
-                {
-                    "eps": 1e-5,
-                    "group_size": 96 // settings.get("n_groups", 1)
-                    if "n_groups" in settings
-                    else settings.get("group_size"),
-                    "norm_before_gate": settings.get("norm_before_gate", after),
-                    "activation": activation,
-                },
-            )
+            yield norm, {**options, "activation": activation}
 
 
 def inputs(dtypes: tuple[str, str, str], shape=(3, 50, 96)) -> list[torch.Tensor]:
@@ -106,17 +99,13 @@ def test_bits(name):
         for dtypes, shape in itertools.product(MIXES, ((3, 50, 96), (7, 96), (1, 1, 96))):
             x, w, z = inputs(dtypes, shape)
             norm.weight.data = w
-            gates = (z, None) if name.startswith(("Falcon", *MAMBA)) else (z,)
-            for gate in gates:
+            for gate in (z, None) if name.startswith(WITHOUT_GATE) else (z,):
                 theirs = norm(x, gate).view_as(x)  # Falcon-H1's drops one token's dimension in 5.17
                 with gatednorm.patch(norm) as handle:
                     assert handle.count == 1
                     assert same_bits(norm(x, gate), theirs), (dtypes, shape, options)
                     with torch.no_grad():
                         assert same_bits(norm(x, gate), theirs), (dtypes, shape, options)
-
-
-MAMBA = ("Mamba", "Bamba", "Zamba2", "NemotronH", "GraniteMoeHybrid")
 
 
 def gradients(function, x, w, z) -> list[torch.Tensor]:

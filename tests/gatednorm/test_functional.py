@@ -75,7 +75,7 @@ BAD = {
     "eps_text": (ValueError, r"eps must be a finite.*'small'", {"eps": "small"}),
     "activation": (ValueError, r"activation must be one of silu, swish, sigmoid, got 'relu'", {"activation": "relu"}),
     "activation_none": (ValueError, r"activation must be one of.*None", {"activation": None}),
-    "numerics": (ValueError, r"numerics must be one of fp32, mamba2, qwen3_next, got 'bf16'", {"numerics": "bf16"}),
+    "numerics": (ValueError, r"numerics must be one of fp32, mamba2, qwen3_next, torchtitan, got 'bf16'", {"numerics": "bf16"}),
     "out_dtype": (TypeError, r"out_dtype must be float32.*torch\.int8", {"out_dtype": torch.int8}),
     "flag_text": (TypeError, r"norm_before_gate must be True or False, got 'no'", {"norm_before_gate": "no"}),
     "flag_none": (TypeError, r"norm_before_gate must be True or False, got None", {"norm_before_gate": None}),

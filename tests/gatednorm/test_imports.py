@@ -44,7 +44,8 @@ TENSORS = ("dy", "x", "weight", "bias", "z", "mean", "rstd")
 
 def test_tensors_come_in_one_order():
     """In the parameters of every function around the kernels, and wherever three or more of them
-    are handed on; the doors have the orders of the peers."""
+    are handed on. The doors have the orders of the peers, and `gated_norm_linear` has its gate
+    second."""
     for file, tree in TREES.items():
         kernel = file.parts[1] == "kernels" and file.name != "launch.py"
         if file.parts[0] != "gatednorm" or kernel or file.parts[1] == "compat":
@@ -57,7 +58,9 @@ def test_tensors_come_in_one_order():
                 given = node.args if isinstance(node, ast.Call) else node.elts
                 names = [a.id for a in given if isinstance(a, ast.Name)]
             order = [TENSORS.index(name) for name in names if name in TENSORS]
-            assert len(order) < least or order == sorted(order), f"{file}:{node.lineno}: {names}"
+            public = file.name == "linear.py" and names[:3] == ["x", "z", "weight"]
+            fits = len(order) < least or order == sorted(order) or public
+            assert fits, f"{file}:{node.lineno}: {names}"
 
 
 def test_without_triton_the_way_out_is_named(monkeypatch):

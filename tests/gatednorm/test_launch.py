@@ -198,7 +198,7 @@ def test_rows_fetched_ahead(monkeypatch, width, dtype, hopper, ahead):
     monkeypatch.setattr(launch, "_architecture", lambda device: 9 if hopper else 8)
     monkeypatch.setattr(launch, "_shared_memory", lambda device: None)
     launch._backward_launchers.cache_clear()
-    _, main, _ = launch._backward_launchers(kind_of(width=width, dtype=dtype))
+    _, main, _ = launch._backward_launchers(kind_of(width=width, dtype=dtype), None)
     names = main.kernel.arg_names[-len(main.constants) :]
     assert dict(zip(names, main.constants, strict=True))["AHEAD"] is ahead
     launch._backward_launchers.cache_clear()

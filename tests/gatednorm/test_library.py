@@ -27,7 +27,7 @@ def compiler(path):
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated", "weight"), GATES)
-@pytest.mark.parametrize("op", ["forward", "forward_out", "backward"])
+@pytest.mark.parametrize("op", ["forward", "forward_out", "backward", "backward_with_output"])
 def test_opcheck(small, op, is_rms_norm, norm_before_gate, gated, weight):
     _case, i = small(is_rms_norm, norm_before_gate, gated, weight, bias=not is_rms_norm)
     options = (1e-5, 8, norm_before_gate, is_rms_norm, "silu", False, "fp32", None)
@@ -38,8 +38,9 @@ def test_opcheck(small, op, is_rms_norm, norm_before_gate, gated, weight):
         args = (*given, torch.empty_like(i.x), *options)
     else:
         _, mean, rstd = torch.ops.gatednorm.forward(*given, *options)
-        args = (i.dy, *given, mean, rstd, *options)
-    torch.library.opcheck(getattr(torch.ops.gatednorm, op).default, args)
+        args = (i.dy, *given, mean, rstd, *options, op == "backward_with_output")
+    operator = getattr(torch.ops.gatednorm, op.removesuffix("_with_output"))
+    torch.library.opcheck(operator.default, args)
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated", "weight"), GATES)

@@ -21,7 +21,7 @@ TESTED = [
     "pyproject.toml", "tests/conftest.py",
     *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
     *(f"tests/gatednorm/{file}.py" for file in ("conftest", "test_cpu", "test_functional")),
-    *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "numerics")),
+    *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "linear", "numerics")),
 ]  # fmt: skip
 # Fast tests first; `-x` stops at the first that notices.
 SUBSETS = {
@@ -30,6 +30,7 @@ SUBSETS = {
         "test_numerics.py::test_bits_of_the_reference",
         "test_numerics.py::test_gradients_take_the_rounded_values",
         "test_cpu.py",
+        "test_linear.py",
         "-k", "cpu and not family and not kernels and not generated",
     ],
     "kernels": [
@@ -44,6 +45,7 @@ SUBSETS = {
         "test_kernels.py::test_a_row_whose_squares_overflow",
         "test_numerics.py::test_bits_of_the_reference",
         "test_numerics.py::test_gradients_take_the_rounded_values",
+        "test_linear.py",
         "-k", "not cpu",
     ],
     "calls": ["test_launch.py", "test_functional.py"],
@@ -67,6 +69,7 @@ FIRST = {
     "test_functional.py::test_any_number_of_rows_after_another": ("call: other inner",),
     "test_functional.py::test_bad_input": ("call: the gate",),
     "test_functional.py::test_bad_out": ("call: columns", "call: other strides"),
+    "test_linear.py": ("output", "cpu: output"),
     "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
     "test_cpu.py::test_blocks_that_cut_inside_outer_dimensions": ("cpu: statistics", "cpu: last"),
 }  # fmt: skip

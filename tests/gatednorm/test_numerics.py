@@ -125,7 +125,7 @@ def test_backward_keeps_to_its_group(path, is_rms_norm, norm_before_gate):
     torch.testing.assert_close(got["dx"].double(), dx, rtol=1e-4, atol=1e-5 * float(dx.abs().max()))
 
 
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_gradient_of_the_gate_takes_the_value_before_it(path, numerics):
     """flash-linear-attention#1071: a recompute kept the value from the wrong side of the gate. With
     gates near 0 the two sides differ by orders of magnitude."""
@@ -159,9 +159,11 @@ def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
     act, slope = z * s, s + z * s * (1 - s)
     u = x if case.norm_before_gate else x * act
     xhat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + case.eps)
-    if case.numerics != "fp32":
+    if case.numerics in ("mamba2", "qwen3_next"):
         xhat = xhat.to(case.dtype).float()
     h = xhat * w
+    if case.numerics == "torchtitan":
+        h = h.to(case.dtype).float()
     if case.numerics == "qwen3_next":
         h = h.to(torch.promote_types(case.dtype, inputs.weight.dtype)).float()
     g = dy * act if case.norm_before_gate else dy
@@ -173,7 +175,7 @@ def gradients_of_rounded_values(case: Case, inputs) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_gate):
     """Results kept in fp32 show which values the backward multiplied: those that the forward
     rounded, and not those of another family, by at least a factor of ten."""
@@ -186,7 +188,7 @@ def test_gradients_take_the_rounded_values(path, numerics, w_dtype, norm_before_
     got = through_autograd(case, inputs)
     truths = {
         name: gradients_of_rounded_values(replace(case, numerics=name), inputs)
-        for name in ("fp32", "mamba2", "qwen3_next")
+        for name in ("fp32", "mamba2", "qwen3_next", "torchtitan")
     }
     for name in ("dw", "dz"):
         if name not in truths[numerics] or got[name].dtype != torch.float32:
@@ -276,7 +278,7 @@ def test_the_table_of_families():
 @pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("w_dtype", [None, torch.float32], ids=["w_as_x", "w_fp32"])
-@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2", "qwen3_next", "torchtitan"])
 def test_bits_of_the_reference(path, numerics, w_dtype, norm_before_gate, is_rms_norm):
     """At least 99.99% of the elements equal the reference; the rest are one unit off, two or four
     where values are rounded on their way.

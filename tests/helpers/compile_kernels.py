@@ -42,6 +42,8 @@ MORE = (
     Case(300, 600, norm_before_gate=False, is_rms_norm=False),
 )
 
+WITH_OUTPUT = (128, 4096, 5120)
+
 
 def compiled(launcher: launch.Launcher, tensors: list[torch.Tensor | None]):
     """What Triton would start, for tensors whose addresses are divisible by 16."""
@@ -107,9 +109,12 @@ def kernels_of(case: Case):
     if sums is not None:
         yield "forward sums", sums, [x, z, mean, rstd]
     kind = described(call._describe_backward, x, x, w, b, z, mean, rstd, None, None)
-    tile, main, sums = launch._backward_launchers(kind)
+    tile, main, sums = launch._backward_launchers(kind, None)
     c1, c2 = (None, None) if sums is None else (rstd, mean)
-    yield "backward", main, [x, x, w, b, z, mean, rstd, c1, c2, x, w, b, z]
+    gradients = [x, x, w, b, z, mean, rstd, c1, c2, x, w, b, z]
+    yield "backward", main, [*gradients, None]
+    if case.width in WITH_OUTPUT:
+        yield "backward with output", main, [*gradients, x]
     if sums is not None:
         yield "backward sums", sums, [x, x, w, z, mean, rstd, c1, c2]
     workers = 132 * tile.workers_per_sm

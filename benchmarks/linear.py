@@ -1,0 +1,94 @@
+"""The gated norm and the projection after it, together and apart: GPU time and memory held.
+
+    python -m benchmarks.linear               # a table, and results/linear.csv; needs a CUDA GPU
+
+bf16, forward and backward in one CUDA graph. `apart` is `rmsnorm_fn` and `F.linear`, `together` is
+`gated_norm_linear`, which keeps no output of the norm; `FLA` is flash-linear-attention's
+`rms_norm_swish_gate_linear` where it is installed (gate after the norm alone).
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import report
+from benchmarks.timing import graph_time
+from gatednorm import gated_norm_linear, rmsnorm_fn
+
+# tokens, heads, width of a norm row, columns of the result, norm_before_gate
+CASES = (
+    (16384, 1, 4096, 4096, True),
+    (16384, 1, 4096, 4096, False),
+    (16384, 1, 5120, 2560, False),
+    (8192, 32, 128, 2048, True),
+    (16384, 1, 2048, 1024, True),
+    (4096, 1, 8192, 4096, False),
+)
+
+
+def functions(heads: int, norm_before_gate: bool) -> dict:
+    options = {"norm_before_gate": norm_before_gate}
+
+    def apart(x, z, w, linear):
+        y = rmsnorm_fn(x, w, None, z, **options)
+        return F.linear(y.flatten(-2) if heads > 1 else y, linear)
+
+    found = {
+        "apart": apart,
+        "together": lambda x, z, w, linear: gated_norm_linear(x, z, w, linear, **options),
+    }
+    if norm_before_gate and heads == 1 and importlib.util.find_spec("fla"):
+        from fla.modules.fused_norm_gate import rms_norm_swish_gate_linear
+
+        found["FLA"] = lambda x, z, w, linear: rms_norm_swish_gate_linear(
+            x, z, w, None, linear, None
+        )
+    return found
+
+
+def held(function, leaves) -> float:
+    """MiB that the graph holds between forward and backward, without inputs and output."""
+    function(*leaves)  # the first call of a product allocates a workspace
+    before = torch.cuda.memory_allocated()
+    out = function(*leaves)
+    return (torch.cuda.memory_allocated() - before - out.numel() * out.element_size()) / 2**20
+
+
+def measure(tokens: int, heads: int, width: int, columns: int, norm_before_gate: bool) -> dict:
+    """One row of the table."""
+
+    def randn(*shape):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    shape = (tokens, heads, width) if heads > 1 else (tokens, width)
+    leaves = (randn(*shape), randn(*shape), randn(width), randn(columns, heads * width))
+    dout = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    row = {
+        "case": f"{tokens} x {f'{heads} x ' if heads > 1 else ''}{width} -> {columns}",
+        "gate": "after" if norm_before_gate else "before",
+    }
+    calls = functions(heads, norm_before_gate)
+    times = {name: [] for name in calls}
+    for _ in range(3):  # in turn, so that a GPU that gets warm is warm for all
+        for name, call in calls.items():
+            step = graph_time(lambda call=call: torch.autograd.grad(call(*leaves), leaves, dout))
+            times[name].append(step)
+    for name, call in calls.items():
+        row[f"{name}_us"] = round(min(times[name]), 1)
+        row[f"{name}_held_mib"] = round(held(call, leaves), 1)
+    row["ratio"] = round(row["together_us"] / row["apart_us"], 3)
+    return row
+
+
+def main() -> None:
+    args = report.parser(__doc__, "linear.csv").parse_args()
+    rows = [measure(*case) for case in CASES]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name, "") for name in names} for row in rows]
+    report.show(rows)
+    report.write(args.out, rows, report.about("cuda", "flash-linear-attention"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The gated norm and the projection after it as one function, which keeps no output of the norm."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autograd import gradients, save_forward
+from .functional import refuse_transforms
+from .modules import LayerNorm, RMSNorm
+from .options import Options, make_options
+
+
+class GatedNormLinearFn(torch.autograd.Function):
+    """The gated norm and a projection under autograd.
+
+    `GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)`. Kept for the
+    backward: `x`, `z`, the parameters and the statistics. The norm's output, which the gradient of
+    `linear_weight` needs, is written again by the backward's own kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
+        y = save_forward(ctx, x, weight, bias, z, options, linear_weight)
+        ctx.dtype = y.dtype
+        if torch.is_autocast_enabled(y.device.type):
+            ctx.dtype = torch.get_autocast_dtype(y.device.type)
+        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+        linear_bias = None if linear_bias is None else linear_bias.to(ctx.dtype)
+        return F.linear(
+            _operand(y, linear_weight, ctx.dtype), linear_weight.to(ctx.dtype), linear_bias
+        )
+
+    @staticmethod
+    def backward(ctx, dout):
+        *saved, linear_weight = ctx.saved_tensors
+        x, options = saved[0], ctx.options
+        dy = (dout @ linear_weight.to(ctx.dtype)).view(x.shape).to(options.out_dtype or x.dtype)
+        *grads, y = gradients(ctx, dy, tuple(saved), with_output=True)
+        dout = dout.flatten(0, -2)
+        y = _operand(y, linear_weight, ctx.dtype).flatten(0, -2)
+        dlinear = (dout.t() @ y).to(linear_weight.dtype)
+        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
+        return *grads, dlinear, dbias, None
+
+
+def _operand(y: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` as the product reads it, the heads of a token side by side."""
+    y = y.to(dtype)
+    return y if y.shape[-1] == linear_weight.shape[1] else y.flatten(-2)
+
+
+def gated_norm_linear(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    linear_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = True,
+    activation: str = "silu",
+    zero_centered: bool = False,
+    numerics: str = "fp32",
+) -> Tensor:
+    """`gated_norm(x, z) @ linear_weight^T + linear_bias`, keeping `x` and `z` for the backward.
+
+    The graph holds `rows * D` elements less than norm and projection apart.
+
+    Args:
+        x, z: `[..., D]` with `linear_weight` `[N, D]`, or heads `[..., H, D]` with `linear_weight`
+            `[N, H * D]`, whose rows are the heads of a token; `z` may be None for no gate.
+        weight, bias: `[D]` or None, of the norm.
+        linear_weight, linear_bias: of the projection, the latter `[N]` or None.
+
+    Options as in :func:`gatednorm.layernorm_fn`.
+
+    Returns:
+        `[..., N]` in the dtype of `x`, or under autocast in its dtype; the product's operands are
+        converted to it.
+
+    Raises:
+        ValueError, TypeError: as :func:`gatednorm.layernorm_fn`; also for a `linear_weight` or
+            `linear_bias` that does not fit.
+        RuntimeError: as :func:`gatednorm.layernorm_fn`.
+
+    Source: flash-linear-attention's `rms_norm_swish_gate_linear` computes the output again in the
+    backward; here the backward's kernel writes it beside `dx` and `dz`.
+    """
+    refuse_transforms("gated_norm_linear")
+    values = (
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None,
+    )  # fmt: skip
+    # A trace cannot look into the memory of checked options; the operator checks them again.
+    options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)
+    check_projection(x, linear_weight, linear_bias)
+    return GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
+
+
+def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """Raises TypeError or ValueError for a projection that does not fit `x`."""
+    for name, t in (("x", x), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(t, Tensor) and (t is not None or name != "linear_bias"):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    columns = linear_weight.shape[1] if linear_weight.dim() == 2 else -1
+    of_heads = x.dim() > 2 and columns == x.shape[-2] * x.shape[-1]
+    if not of_heads and columns != x.shape[-1]:
+        raise ValueError(
+            "linear_weight must be [N, D], or [N, H * D] where x is [..., H, D], got "
+            f"{list(linear_weight.shape)} for x {list(x.shape)}; pass one with a column for each "
+            "channel"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias must be [N], got {list(linear_bias.shape)} and N="
+            f"{linear_weight.shape[0]}; pass one of that size, or linear_bias=None"
+        )
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(
+                f"{name} must be on the device of x, got {t.device} and {x.device}; "
+                f"move it with {name}.to('{x.device}')"
+            )
+
+
+class GatedNormLinear(nn.Module):
+    """The gated norm and the projection after it: `linear(norm(x, z))`, without the output of the
+    norm in the graph.
+
+    Keys of the state: `norm.weight`, `norm.bias` (layer norm), `linear.weight`, `linear.bias`. Once
+    `norm` or `linear` has a hook, an adapter or another class, both are called one after the other,
+    so that nothing of it is left out.
+
+    Args:
+        hidden_size: `D`, the channels that are normalised (of a head, where there are heads).
+        out_features: `N`.
+        num_heads: `H`; above 1, `x` and `z` are `[..., H, D]`.
+        linear_bias: whether the projection has a bias.
+
+    Other arguments as :class:`gatednorm.LayerNorm`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        out_features: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_heads: int = 1,
+        is_rms_norm: bool = True,
+        linear_bias: bool = False,
+        activation: str = "silu",
+        zero_centered: bool = False,
+        numerics: str = "fp32",
+    ):
+        super().__init__()
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+            raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
+        self.num_heads = num_heads
+        self.norm = (RMSNorm if is_rms_norm else LayerNorm)(
+            hidden_size, eps, group_size, norm_before_gate, device, dtype, activation=activation,
+            zero_centered=zero_centered, numerics=numerics,
+        )  # fmt: skip
+        self.linear = nn.Linear(
+            num_heads * hidden_size, out_features, linear_bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """`x`, `z` `[..., D]`, or `[..., H, D]` for several heads, to `[..., N]`."""
+        norm, linear = self.norm, self.linear
+        if not (is_plain(norm, RMSNorm, LayerNorm) and is_plain(linear, nn.Linear)):
+            y = norm(x, z)
+            return linear(y if self.num_heads == 1 else y.flatten(-2))
+        return gated_norm_linear(
+            x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
+            group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
+            is_rms_norm=norm.is_rms_norm, activation=norm.activation,
+            zero_centered=norm.zero_centered, numerics=norm.numerics,
+        )  # fmt: skip
+
+
+def is_plain(module: nn.Module, *classes: type) -> bool:
+    """Whether a call of the module does what its class does and nothing else: then its parameters
+    may be read in its place."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+        module._backward_pre_hooks,
+    )  # fmt: skip
+    return type(module) in classes and not any(hooks) and "forward" not in vars(module)

@@ -1,0 +1,240 @@
+"""The norm and the projection after it, against float64 and against the two apart."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gatednorm
+from gatednorm import GatedNormLinear, gated_norm_linear
+from norm_calls import ORDERS
+from norm_cases import Case, Layout, inputs_of, poisoned_memory, same_bits
+
+FEATURES = 6
+
+
+CASES = [
+    Case((5,), 24, 2),
+    Case((9,), 12, 1, activation="sigmoid", zero_centered=True),
+    Case((9,), 600, 1, bias=True),  # two pieces
+    Case((3,), 40, 3, weight=False, norm_before_gate=False),
+    Case((2, 5), 16, 1, is_rms_norm=False, bias=True, numerics="qwen3_next"),
+    Case((7,), 16, 2, is_rms_norm=False, bias=True, norm_before_gate=False, numerics="mamba2"),
+    Case((5,), 32, 1, gated=False),
+    Case((5, 2), 32, 1, layouts={"x": Layout(order=(1, 0)), "z": Layout(left=32)}),
+    Case((33,), 129, 1, is_rms_norm=False, weight=False, layouts={"z": Layout(right=3)}),
+]
+
+
+def ours(case, i, linear_weight, linear_bias):
+    leaves = [
+        None if t is None else t.detach().requires_grad_()
+        for t in (i.x, i.z, i.weight, linear_weight, i.bias, linear_bias)
+    ]
+    x, z, w, lw, b, lb = leaves
+    with poisoned_memory():
+        out = gated_norm_linear(
+            x, z, w, lw, bias=b, linear_bias=lb, is_rms_norm=case.is_rms_norm, **case.options
+        )
+        return out, [t for t in leaves if t is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id())
+def test_outputs_and_gradients_against_float64(path, case, dtype):
+    case = replace(case, dtype=dtype)
+    i = inputs_of(case, path.device)
+    g = torch.Generator().manual_seed(1)
+    linear = torch.randn(FEATURES, case.width, generator=g).to(path.device, dtype)
+    offset = torch.randn(FEATURES, generator=g).to(path.device, dtype)
+    dout = torch.randn(*case.outer, FEATURES, generator=g).to(path.device, dtype)
+    out, leaves = ours(case, i, linear, offset)
+    got = torch.autograd.grad(out, leaves, dout)
+
+    def plain(to, upcast):
+        cast = [
+            None if t is None else t.detach().to(to or t.dtype).requires_grad_()
+            for t in (i.x, i.z, i.weight, linear, i.bias, offset)
+        ]
+        x, z, w, lw, b, lb = cast
+        y = gatednorm.gated_norm_ref(
+            x, w, b, z, upcast=upcast, is_rms_norm=case.is_rms_norm, **case.options
+        )
+        out = F.linear(y.to(lw.dtype), lw, lb)
+        given = [t for t in cast if t is not None]
+        return [out, *torch.autograd.grad(out, given, dout.to(out.dtype))]
+
+    truth, other = plain(torch.float64, True), plain(None, True)
+    for mine, exact, theirs in zip((out, *got), truth, other, strict=True):
+        assert mine.dtype == theirs.dtype
+        error, allowed = ((t.double() - exact).abs().max() for t in (mine, theirs))
+        assert error <= 2 * allowed + exact.abs().max() * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "mamba2"])
+@pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
+def test_the_output_that_the_backward_writes_is_that_of_the_forward(
+    small, path, is_rms_norm, norm_before_gate, gated, numerics
+):
+    """The gradient of the projection's weight for a `dout` of one in one row is `y` of that row.
+    The two gates differ in fp32 by an ulp, which hardly ever shows after the rounding to bf16."""
+    case, i = small(
+        is_rms_norm, norm_before_gate, gated, bias=True, numerics=numerics, dtype=torch.bfloat16
+    )
+    options = {"is_rms_norm": is_rms_norm, **case.options}
+    linear = torch.zeros(1, case.width, device=path.device, dtype=case.dtype, requires_grad=True)
+    y = gatednorm.layernorm_fn(i.x, i.weight, i.bias, i.z, **options)
+    out = gated_norm_linear(i.x, i.z, i.weight, linear, bias=i.bias, **options)
+    rows = [torch.autograd.grad(row.sum(), linear, retain_graph=True)[0] for row in out]
+    found = torch.cat(rows)
+    torch.testing.assert_close(found, y, rtol=0.01, atol=0.01)
+    assert (found == y).float().mean() > 0.95
+
+
+def test_heads_of_a_token_are_one_row_of_the_product(path):
+    x, z = torch.randn(2, 3, 5, 4, 8, device=path.device).unbind(0)
+    x.requires_grad_()
+    w, linear = torch.randn(8, device=path.device), torch.randn(6, 32, device=path.device)
+    out = gated_norm_linear(x, z, w, linear)
+    y = gatednorm.rmsnorm_fn(x, w, None, z)
+    assert out.shape == (3, 5, 6)
+    assert same_bits(out.detach(), F.linear(y.flatten(-2), linear).detach())
+    dout = torch.randn_like(out)
+    got, want = (torch.autograd.grad(o, x, dout)[0] for o in (out, F.linear(y.flatten(-2), linear)))
+    assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+def test_the_graph_holds_one_tensor_of_rows_less_than_the_two_apart(path, dtype, is_rms_norm):
+    rows, width = 32, 64
+    x, z = (
+        torch.randn(rows, width, device=path.device, dtype=dtype, requires_grad=True)
+        for _ in range(2)
+    )
+    w = torch.ones(width, device=path.device, requires_grad=True)
+    linear = torch.randn(FEATURES, width, device=path.device, dtype=dtype, requires_grad=True)
+
+    def held(function):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({(t.data_ptr(), t.shape): t.numel() * t.element_size()}) or t,
+            lambda t: t,
+        ):
+            out = function()
+        assert out.requires_grad
+        return sum(saved.values())
+
+    options = {"is_rms_norm": is_rms_norm}
+    together = held(lambda: gated_norm_linear(x, z, w, linear, **options))
+    apart = held(lambda: F.linear(gatednorm.layernorm_fn(x, w, None, z, **options), linear))
+    assert apart - together == rows * width * x.element_size()
+
+
+def test_autocast_runs_the_product_in_its_dtype(path):
+    x, z = torch.randn(2, 4, 8, device=path.device).unbind(0)
+    linear = torch.randn(6, 8, device=path.device, requires_grad=True)
+    offset = torch.randn(6, device=path.device, requires_grad=True)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = gated_norm_linear(x, z, None, linear, linear_bias=offset)
+    want = F.linear(
+        gatednorm.rmsnorm_fn(x, None, None, z).bfloat16(), linear.bfloat16(), offset.bfloat16()
+    )
+    assert same_bits(out.detach(), want.detach())
+    out.sum().backward()
+    assert linear.grad.dtype == offset.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", ["hook", "pre_hook", "class", "forward", "norm"])
+def test_a_projection_that_is_not_plain_is_called(change):
+    """A LoRA adapter, a quantised layer or a hook must never be skipped."""
+    module, x = GatedNormLinear(8, 6), torch.randn(4, 8)
+    want = module(x, x) + 1
+    linear = module.linear
+    if change == "hook":
+        linear.register_forward_hook(lambda m, i, out: out + 1)
+    elif change == "pre_hook":
+        bias = torch.linalg.lstsq(linear.weight.detach(), torch.ones(6, 1)).solution[:, 0]
+        linear.register_forward_pre_hook(lambda m, i: (i[0] + bias,))
+    elif change == "class":
+        module.linear = torch.nn.Sequential(linear, AddOne())
+    elif change == "forward":
+        plain = linear.forward
+        linear.forward = lambda y: plain(y) + 1
+    else:
+        bias = torch.linalg.lstsq(linear.weight.detach(), torch.ones(6, 1)).solution[:, 0]
+        module.norm.register_forward_hook(lambda m, i, out: out + bias)
+    torch.testing.assert_close(module(x, x), want, rtol=1e-4, atol=1e-4)
+
+
+class AddOne(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+def test_the_module_is_norm_and_projection(heads, is_rms_norm):
+    module = GatedNormLinear(8, 6, num_heads=heads, is_rms_norm=is_rms_norm, linear_bias=True)
+    keys = ["norm.weight", *([] if is_rms_norm else ["norm.bias"]), "linear.weight", "linear.bias"]
+    assert list(module.state_dict()) == keys
+    shape = (4, 8) if heads == 1 else (4, heads, 8)
+    x, z = torch.randn(2, *shape).unbind(0)
+    y = module.norm(x, z)
+    want = module.linear(y if heads == 1 else y.flatten(-2))
+    assert same_bits(module(x, z).detach(), want.detach())
+    assert repr(module)
+
+
+def test_it_compiles_into_one_graph_for_any_number_of_rows():
+    module = GatedNormLinear(8, 6)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x, z = torch.randn(2, rows, 8).unbind(0)
+        grads = []
+        for function in (module, compiled):
+            out = function(x, z)
+            grads.append([out.detach(), *torch.autograd.grad(out.sum(), list(module.parameters()))])
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_second_derivative_is_refused(path):
+    x = torch.randn(4, 8, device=path.device, requires_grad=True)
+    linear = torch.randn(6, 8, device=path.device)
+    (dx,) = torch.autograd.grad(gated_norm_linear(x, x, None, linear).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        dx.sum().backward()
+
+
+X = torch.ones(4, 3, 8)
+MISTAKES = {
+    "no_x": ({"x": None}, TypeError, "x must be a torch.Tensor, got NoneType"),
+    "no_weight": ({"linear_weight": None}, TypeError, "linear_weight must be a torch.Tensor"),
+    "columns": ({"linear_weight": torch.ones(6, 9)}, ValueError, "got [6, 9] for x [4, 3, 8]"),
+    "one_dimension": ({"linear_weight": X[0, 0]}, ValueError, "linear_weight must be [N, D]"),
+    "device": (
+        {"linear_weight": torch.ones(6, 8, device="meta")}, ValueError, "of x, got meta and cpu",
+    ),
+    "bias": ({"linear_bias": torch.ones(5)}, ValueError, "linear_bias must be [N], got [5]"),
+    "number": ({"linear_bias": 1.0}, TypeError, "linear_bias must be a torch.Tensor, got float"),
+    "gate": ({"z": torch.ones(3, 8)}, ValueError, "z must have the shape of x"),
+    "eps": ({"eps": -1.0}, ValueError, "eps must be a finite number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "error", "rule"), MISTAKES.values(), ids=MISTAKES)
+def test_bad_input_is_one_clear_error(arguments, error, rule):
+    given = {"x": X, "z": X, "weight": None, "linear_weight": torch.ones(6, 8), **arguments}
+    x, z, weight, linear = (given.pop(name) for name in ("x", "z", "weight", "linear_weight"))
+    with pytest.raises(error, match=re.escape(rule)):
+        gated_norm_linear(x, z, weight, linear, **given)
+
+
+def test_the_module_refuses_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="num_heads must be an int of at least 1, got 0"):
+        GatedNormLinear(8, 6, num_heads=0)
+    with pytest.raises(ValueError, match="group_size must divide hidden_size"):
+        GatedNormLinear(8, 6, group_size=3)
