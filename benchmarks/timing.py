@@ -114,16 +114,16 @@ def peak(training, t) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def wall_time(function, calls: int = 1000) -> float:
+def wall_time(function, calls: int = 1000, device: str = "cuda") -> float:
     """Microseconds per call of a loop with one synchronisation at its end; best of five."""
     function()
     best = float("inf")
     for _ in range(5):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, (time.perf_counter() - start) / calls * 1e6)
     return best
 

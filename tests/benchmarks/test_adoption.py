@@ -1,0 +1,42 @@
+"""benchmarks/adoption.py on small sizes: every part makes its rows, and patching keeps the bits."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+from benchmarks import adoption
+
+
+def rows(folder, *arguments, monkeypatch):
+    command = ["adoption", "--device", "cpu", "--tiny", "--rounds", "1", "--out", str(folder)]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    adoption.main()
+    with (folder / "adoption.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_model_keeps_its_bits(tmp_path, monkeypatch, capsys):
+    table = rows(tmp_path, "--parts", "check", monkeypatch=monkeypatch)
+    assert "Traceback" not in capsys.readouterr().err
+    same = {(r["model"], r["norm"]): r["value"] for r in table if r["quantity"] == "same_logits"}
+    assert same == {(name, norm): "1" for name in adoption.CONFIGS for norm in ("plain", "ours")}
+    assert all(row["torch"] == torch.__version__ and row["commit"] for row in table)
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode", "train"])
+def test_every_part_makes_its_rows(part, tmp_path, monkeypatch, capsys):
+    table = rows(tmp_path, "--parts", part, "--models", "kimi_linear", monkeypatch=monkeypatch)
+    assert "Traceback" not in capsys.readouterr().err
+    for norm in ("plain", "ours"):
+        figures = {r["quantity"]: float(r["value"]) for r in table if r["norm"] == norm}
+        assert figures["wall_ms"] > 0
+        assert 0 < figures["norm_ms"] < figures["gpu_ms"]
+
+
+def test_overhead_of_every_door(tmp_path, monkeypatch, capsys):
+    table = rows(tmp_path, "--parts", "overhead", monkeypatch=monkeypatch)
+    assert "Traceback" not in capsys.readouterr().err
+    doors = {row["norm"].split(".")[0] for row in table}
+    assert doors >= {"rmsnorm_fn", "fla", "mamba", "sglang", "vllm"}

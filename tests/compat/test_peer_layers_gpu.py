@@ -1,0 +1,146 @@
+"""Layers of flash-linear-attention and mamba_ssm's combined scan with our norm inside: results and
+gradients as with their own. Needs a GPU and these packages; their Triton files are enough."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gatednorm
+from gatednorm.compat import common
+
+pytestmark = pytest.mark.gpu
+
+LAYERS = {
+    "ABCAttention": {"num_heads": 4, "use_output_gate": True},
+    "DeltaNet": {"num_heads": 4, "use_gate": True},
+    "GatedDeltaNet": {"num_heads": 4, "head_dim": 128, "expand_v": 1},
+    "GatedLinearAttention": {"num_heads": 2},
+    "HGRNAttention": {},
+    "KimiDeltaAttention": {"num_heads": 4, "head_dim": 128},
+    "LightNetAttention": {},
+    "MesaNet": {"num_heads": 4, "head_dim": 128, "use_output_gate": True},
+    "MultiScaleRetention": {"num_heads": 2},
+}
+# Relative, in the 2-norm. In fp32 the peers' scans multiply in TF32, which turns one unit of the
+# norm's last place into an error of 1e-5.
+BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "bf16"])
+
+
+def assert_close(ours, theirs, dtype) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
+        assert error <= BOUNDS[dtype], f"{name}: {error:.2e}"
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the doors' functions that are called."""
+    names = []
+
+    def spy(name):
+        function = getattr(common, name)
+
+        def call(*args):
+            names.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(common, name, call)
+
+    spy("fused_gated_norm")
+    spy("fused_gated_norm_linear")
+    return names
+
+
+@DTYPES
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.skipif(not importlib.util.find_spec("fla"), reason="needs flash-linear-attention")
+def test_layer_of_fla(name, dtype, calls):
+    layers = importlib.import_module("fla.layers")
+    torch.manual_seed(0)
+    layer = getattr(layers, name)(hidden_size=512, layer_idx=0, **LAYERS[name])
+    layer = layer.to("cuda", dtype)
+    x = torch.randn(2, 256, 512, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def results():
+        y = layer(x)[0]
+        wanted = {"x": x} | dict(layer.named_parameters())
+        try:
+            grads = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+        except RuntimeError as error:
+            if "Hopper" not in str(error):  # its refusal, with Triton 3.4 to 3.7.0
+                raise
+            grads = []
+        pairs = zip(wanted, grads, strict=False)
+        return {"y": y} | {key: grad for key, grad in pairs if grad is not None}
+
+    theirs = results()
+    assert not calls
+    with gatednorm.patch("fla"):
+        ours = results()
+    assert calls
+    assert_close(ours, theirs, dtype)
+
+
+def conv_forward(x, weight, bias, seq_idx, initial, final, silu):
+    y = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight))
+    y = y[..., : x.shape[-1]]
+    return F.silu(y) if silu else y
+
+
+def conv_backward(x, weight, bias, dy, seq_idx, initial, dfinal, dx, dinitial, silu):
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    with torch.enable_grad():
+        y = conv_forward(*inputs, None, None, None, silu)
+    return *torch.autograd.grad(y, inputs, dy), None
+
+
+@DTYPES
+@pytest.mark.parametrize("projection", [True, False], ids=["projection", "no-projection"])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
+@pytest.mark.parametrize("groups", [1, 4], ids="groups={}".format)
+def test_combined_scan_of_mamba(groups, norm_before_gate, projection, dtype, monkeypatch):
+    scan = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", exc_type=ImportError)
+    # causal_conv1d is compiled code, and not what is compared here
+    monkeypatch.setattr(scan, "causal_conv1d_fwd_function", conv_forward)
+    monkeypatch.setattr(scan, "causal_conv1d_bwd_function", conv_backward)
+    heads, head_dim, state, tokens = 8, 64, 64, 256
+    dim, conv_dim = heads * head_dim, heads * head_dim + 2 * groups * state
+
+    def randn(*shape, kind=dtype, scale=1.0):
+        return (scale * torch.randn(*shape, device="cuda")).to(kind).requires_grad_()
+
+    torch.manual_seed(0)
+    leaves = {
+        "zxbcdt": randn(2, tokens, dim + conv_dim + heads),
+        "conv1d_weight": randn(conv_dim, 4, scale=0.5),
+        "conv1d_bias": randn(conv_dim, scale=0.5),
+        "dt_bias": randn(heads, kind=torch.float32),
+        "A": (-torch.rand(heads, device="cuda") - 0.5).requires_grad_(),
+        "D": randn(heads, kind=torch.float32),
+        "rmsnorm_weight": randn(dim, kind=torch.float32),
+    }
+    if projection:
+        leaves["outproj_weight"] = randn(128, dim, scale=dim**-0.5)
+    options = {"chunk_size": 128, "headdim": head_dim, "ngroups": groups}
+    dy = torch.randn(2, tokens, 128 if projection else dim, device="cuda", dtype=dtype)
+
+    def results():
+        y = scan.mamba_split_conv1d_scan_combined(
+            **leaves, **options, norm_before_gate=norm_before_gate
+        )
+        grads = torch.autograd.grad(y, list(leaves.values()), dy)
+        return {"y": y} | dict(zip(leaves, grads, strict=True))
+
+    theirs, pair = results(), (scan._layer_norm_fwd, scan._layer_norm_bwd)
+    with gatednorm.patch("mamba_ssm"):
+        assert scan._layer_norm_fwd is common.layer_norm_fwd
+        assert scan._layer_norm_bwd is common.layer_norm_bwd
+        ours = results()
+    assert (scan._layer_norm_fwd, scan._layer_norm_bwd) == pair
+    assert_close(ours, theirs, dtype)
