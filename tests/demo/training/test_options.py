@@ -11,6 +11,7 @@ import torch
 import train
 from demo.config.command import compose
 from demo.training.module import LitLanguageModel, prepare_blocks
+from models import token_log_probs
 from models.language_model import LanguageModel
 from small_runs import (
     SMALL,
@@ -30,6 +31,7 @@ from small_runs import (
     [
         "trainer.accumulate=4",
         "trainer.activation_checkpointing=true",
+        "exact=true",
         pytest.param("trainer.compile=true", marks=pytest.mark.slow),
     ],
 )
@@ -37,6 +39,14 @@ def test_an_option_leaves_the_loss_curve_as_it_is(option, undisturbed, tmp_path)
     summary = train_in(tmp_path, *STOPPABLE, option)
     check_curves(summary.run, undisturbed.run)
     assert summary.tokens == undisturbed.tokens
+
+
+def test_the_loss_of_exact_mode_is_the_mean_of_what_generation_reports(tmp_path):
+    config = config_in(tmp_path, *SMALL, "model=fla", "exact=true")
+    model = LanguageModel(config.model, exact=config.exact)
+    batch = torch.randint(0, 256, (3, 50), generator=torch.Generator().manual_seed(0))
+    expected = token_log_probs(model(batch[:, :-1])[0].flatten(0, 1), batch[:, 1:].flatten())
+    assert torch.equal(LitLanguageModel(model, config.optim).loss(batch), -expected.mean())
 
 
 @pytest.mark.slow
