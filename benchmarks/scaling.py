@@ -84,6 +84,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.processes import find_processes
     from demo.training.run import Run
+    from demo.training.stopping import Signals
     from demo.training.trainer import build_trainer, record
     from models.language_model import LanguageModel
 
@@ -102,7 +103,8 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
                 torch.cuda.synchronize()
             return time.perf_counter()
 
-    config = compose("train", ["optim.steps=100000", "trainer.checkpoint_every=100000", *overrides])
+    alone = ["trainer.checkpoint_every=100000", "trainer.validate_every=0"]
+    config = compose("train", ["optim.steps=100000", *alone, *overrides])
     data, optim = config.data, config.optim
     processes = find_processes(config)
     torch.manual_seed(config.seed)
@@ -120,7 +122,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     )
     trainer, _ = build_trainer(config, processes, model)
     run = Run.create(config, rank=processes.rank)
-    record(trainer, run, config.trainer)
+    record(trainer, run, config, Signals())
     window = Window()
     trainer.callbacks = [window] + [c for c in trainer.callbacks if not isinstance(c, Progress)]
     prepare_blocks(model, config.trainer)

@@ -223,7 +223,7 @@ def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
     return config
 
 
-def infer_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset()) -> InferConfig:
+def infer_config(values: Mapping[str, Any], _: frozenset[str] = frozenset()) -> InferConfig:
     """As `train_config`, for a composed infer.yaml."""
     if isinstance(values.get("stop"), str):  # as it stands on the command line
         values = {**values, "stop": _stop_strings(values["stop"])}

@@ -2,13 +2,14 @@
 Lightning's own logger.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from demo.checkpoints.checkpoint import as_values
-from demo.config.errors import ConfigError
+from demo.config.errors import ConfigError, first_line
 from demo.config.schema import TrainConfig, TrainerConfig
 from demo.training.run import Run
 
@@ -58,15 +59,25 @@ def _installed(package: str) -> bool:
 
 
 def loggers_of(run: Run, config: TrainConfig) -> list[Logger]:
-    """That of metrics.csv, and those that `config` asks for, which know all of its values."""
+    """That of metrics.csv, and those that `config` asks for, which get all of its values. Raises
+    ConfigError where one cannot begin."""
     folder = run.folder
+    # mlflow has no store of plain files any more. Of all runs, so that it can compare them.
+    database = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent}/mlflow.db"
     build = {
         "tensorboard": lambda: EventFile(folder, name="", version="tensorboard"),
         # The same one after the run was stopped.
         "wandb": lambda: WandbLogger(folder.name, folder, id=folder.name, resume="allow"),
-        "mlflow": lambda: MLFlowLogger("gatednorm", folder.name, save_dir=str(folder / "mlruns")),
+        "mlflow": lambda: MLFlowLogger("gatednorm", folder.name, database),
     }
-    others = [build[name]() for name in config.trainer.loggers]
-    for logger in others:
-        logger.log_hyperparams(as_values(config))
-    return [MetricsLogger(run), *others]
+    made: list[Logger] = [MetricsLogger(run)]
+    for name in config.trainer.loggers:
+        try:
+            made.append(build[name]())
+            made[-1].log_hyperparams(as_values(config))
+        except Exception as error:  # no server, no key: each package has its own for that
+            raise ConfigError(
+                f"trainer.loggers must name those that can begin here, got {name} "
+                f"({first_line(error)}); set it up, or leave it out"
+            ) from error
+    return made

@@ -65,7 +65,7 @@ def plot_loss(metrics: Rows, target: Path, title: str, yardsticks: dict[str, flo
     smoothed = smooth(losses, max(1.0, len(losses) / 60))
     axes.plot(steps, smoothed, color=INK, linewidth=1.8, label="training, smoothed")
     if len(sample_losses):
-        style = {"color": ACCENT, "linewidth": 1, "markersize": 3.5, "zorder": 2}
+        style = {"color": ACCENT, "linewidth": 1, "markersize": 3.5, "clip_on": False}
         axes.plot(sample_steps, sample_losses, "o-", label="validation on the way", **style)
     dots = {"color": ACCENT, "markersize": 7, "zorder": 3, "clip_on": False}
     axes.plot(val_steps, val_losses, "o", label="validation, held-out text", **dots)

@@ -124,10 +124,11 @@ class Run:
         with ExitStack() as locks:
             self._lock(locks)
             if config is not None:
+                # In this order: another process may read both at any moment.
+                (self.folder / PICTURE).unlink(missing_ok=True)
                 with self._must_fit(CONFIG):
                     save_config(self.folder, config)
                 self._lock(locks)  # it is another file now
-                (self.folder / PICTURE).unlink(missing_ok=True)
             with self._must_fit(METRICS):
                 text = ",".join(COLUMNS) + "\n" + "".join(_csv_row(*row) for row in rows)
                 write_atomically(self.folder / METRICS, lambda part: part.write_text(text))

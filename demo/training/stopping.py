@@ -46,9 +46,10 @@ class Signals:
 
     def of_all(self, processes: int, device: torch.device) -> int:
         """The signal that one of the processes has received, 0 for none. Each has to ask."""
+        if processes == 1:
+            return self._received
         received = torch.tensor(self._received, device=device)
-        if processes > 1:
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         return int(received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -59,6 +59,16 @@ def test_others_get_the_same_and_the_whole_config(name, tmp_path, monkeypatch):
     assert logger.hyperparams["optim"]["steps"] == config.optim.steps
 
 
+def test_one_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no server\nat all")
+
+    monkeypatch.setattr(loggers, "MLFlowLogger", fails)
+    monkeypatch.setattr(loggers, "version", lambda name: "1")
+    with pytest.raises(ConfigError, match=r"got mlflow \(no server\); set it up, or leave it out"):
+        train_in(tmp_path, *STOPPABLE, "trainer.loggers=mlflow")
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_each_is_optional(name, monkeypatch):
     def missing(name):
