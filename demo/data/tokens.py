@@ -33,8 +33,6 @@ TOKENS_VERSION = 1  # of what `_generate_tokens` makes of texts: raise it when t
 MARGIN, ALIKE = 1024, 8  # characters on each side of a piece; tokens on each side of a join
 LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
 
-# The number of a document, and a piece of its text.
-Texts = Iterator[tuple[int, memoryview]]
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -143,15 +141,15 @@ def _generate_tokens(
         results = _progress(chain.from_iterable(results), total)
         part = None
         for window, found in results:
-            if not (window.left or window.right):
-                tokens = found
+            tokens = []
+            if window.left:
+                tokens = part.join(window, found)
+            elif window.right:
+                part = Part(tokenizer.tokenizer, window, found)
             else:
-                if not window.left:
-                    part, tokens = Part(tokenizer.tokenizer, window, found), []
-                else:
-                    tokens = part.join(window, found)
-                if not window.right:
-                    tokens = tokens + part.ids[part.first :] + eos
+                tokens = found
+            if window.left and not window.right:
+                tokens = tokens + part.ids[part.first :] + eos
             yield {"document": window.document, "tokens": np.array(tokens, dtype)}
 
 
@@ -176,16 +174,13 @@ class Part:
         end = len(self.text) - self.right  # of all pieces so far
         after = window.text[window.left :]
         if self.encoding:
-            if (
-                given := self._cross(window.text, end - window.left, window.right, encoding)
-            ) is not None:
-                return given
-            token = next(
-                filter(None, map(self.encoding.char_to_token, range(end - MARGIN, end))), 0
-            )
-            begin = word_start(self.encoding, token) if token else 0
-            text = self.text[begin:end] + after
-            given = self._cross(text, begin, window.right, self.tokenizer.encode(text))
+            given = self._cross(window.text, end - window.left, window.right, encoding)
+            if given is None:
+                near = map(self.encoding.char_to_token, range(max(0, end - MARGIN), end))
+                token = next(filter(None, near), 0)
+                begin = word_start(self.encoding, token) if token else 0
+                text = self.text[begin:end] + after
+                given = self._cross(text, begin, window.right, self.tokenizer.encode(text))
             if given is not None:
                 return given
             self.wanted = 2 * len(self.text)  # each text is encoded when it is twice as long
@@ -226,9 +221,7 @@ def word_start(encoding: Any, token: int) -> int:
 
 
 def _windows(found: Iterable[tuple[int, str, memoryview]]) -> Iterator[Window]:
-    decoded = (
-        (document, str(piece, "utf-8", "replace"), len(piece)) for document, _, piece in found
-    )
+    decoded = ((doc, str(piece, "utf-8", "replace"), len(piece)) for doc, _, piece in found)
     left = ""
     for (document, text, size), (following, after, _) in pairwise(chain(decoded, [(None, "", 0)])):
         goes_on = following == document

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from zlib import crc32
@@ -146,6 +147,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     **{kind.__name__: kind for kind in (gpt4, prefix_space, llama2, whitespace)},
     **{kind.__name__: kind for kind in (unigram, wordpiece, wordlevel)},
 }
+KINDS = {name: cache(kind) for name, kind in KINDS.items()}
 HARD = {
     "prose": PROSE,
     "one word": "import" + "ab" * PIECE + " os",
@@ -186,7 +188,7 @@ def test_long_files_have_their_tokens_and_are_held_out_as_short_ones_are(
     texts = {f"{i}.txt": PROSE[1000 * i :].encode() for i in range(files)}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text)
-    tokenizer = TextTokenizer(gpt4(), eos=0)
+    tokenizer = TextTokenizer(KINDS["gpt4"](), eos=0)
     data = settings("data=text", "data.hold_out=3", path=tmp_path).data
     corpus = load_corpus(data, tokenizer)
     held_out = [crc32(name.encode()) % 3 == 0 for name in texts]
@@ -202,6 +204,20 @@ def test_long_files_have_their_tokens_and_are_held_out_as_short_ones_are(
         assert np.diff(part.starts).tolist() == list(map(len, expected))
         assert part.size == sum(map(len, own))
     assert "tokenized 100% of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [1, PIECE - 3, PIECE, 2 * PIECE - 5, 2 * PIECE + 7])
+@pytest.mark.parametrize("kind", ["gpt4", "llama2"])
+def test_a_document_may_begin_or_end_just_beside_a_piece(kind, cut, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(sources, "PIECE", PIECE)
+    tokenizer, text = TextTokenizer(KINDS[kind](), eos=0), PROSE.encode()
+    rows = _generate_tokens(datasets.Dataset.from_dict({"text": [text]}), tokenizer, cut)
+    found = [[], []]
+    for row in rows:
+        found[row["document"]] += row["tokens"].tolist()
+    assert found == [[*tokenizer.encode(part), 0] for part in (text[:cut], text[cut:])]
 
 
 LOAD = """
