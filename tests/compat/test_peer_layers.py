@@ -1,8 +1,10 @@
 """Layers of flash-linear-attention and mamba_ssm's combined scan with our norm inside: results and
-gradients as with their own. Needs a GPU and these packages; their Triton files are enough."""
+gradients as with their own. Needs these packages, of which the Triton files are enough, and a GPU;
+layers also run on a CPU, small and in fp32, under Triton's interpreter."""
 
 import importlib
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ import torch.nn.functional as F
 
 import gatednorm
 from gatednorm.compat import common
+from paths import GPU, TRITON
 
-pytestmark = pytest.mark.gpu
-
+needs_fla = pytest.mark.skipif(
+    not importlib.util.find_spec("fla"), reason="needs flash-linear-attention"
+)
 LAYERS = {
     "ABCAttention": {"num_heads": 4, "use_output_gate": True},
-    "DeltaNet": {"num_heads": 4, "use_gate": True},
+    "Comba": {"num_heads": 4, "head_dim": 128, "expand_v": 1},
+    "DeltaNet": {"num_heads": 4, "use_gate": True, "mode": "fused_recurrent"},  # not chunks in fp32
     "GatedDeltaNet": {"num_heads": 4, "head_dim": 128, "expand_v": 1},
     "GatedLinearAttention": {"num_heads": 2},
     "HGRNAttention": {},
@@ -56,15 +61,7 @@ def calls(monkeypatch) -> list[str]:
     return names
 
 
-@DTYPES
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.skipif(not importlib.util.find_spec("fla"), reason="needs flash-linear-attention")
-def test_layer_of_fla(name, dtype, calls):
-    layers = importlib.import_module("fla.layers")
-    torch.manual_seed(0)
-    layer = getattr(layers, name)(hidden_size=512, layer_idx=0, **LAYERS[name])
-    layer = layer.to("cuda", dtype)
-    x = torch.randn(2, 256, 512, device="cuda", dtype=dtype, requires_grad=True)
+def compare(layer, x, dtype, calls) -> None:
     dy = torch.randn_like(x)
 
     def results():
@@ -87,6 +84,65 @@ def test_layer_of_fla(name, dtype, calls):
     assert_close(ours, theirs, dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.gpu
+@needs_fla
+def test_layer_of_fla(name, dtype, calls):
+    torch.manual_seed(0)
+    cls = getattr(importlib.import_module("fla.layers"), name)
+    layer = cls(hidden_size=512, layer_idx=0, **LAYERS[name]).to("cuda", dtype)
+    x = torch.randn(2, 256, 512, device="cuda", dtype=dtype, requires_grad=True)
+    compare(layer, x, dtype, calls)
+
+
+def interpreted_range(*args):
+    """Kernels loop over tensors; Triton's interpreter gives them Python's integers."""
+    import triton.language as tl
+
+    frame = sys._getframe(1)
+    while frame and not frame.f_code.co_filename.endswith("triton/runtime/interpreter.py"):
+        frame = frame.f_back
+    if frame is None:  # called by host code
+        return range(*args)
+    numbers = (getattr(arg, "value", arg) for arg in args)
+    numbers = (int(n.handle.data.item()) if hasattr(n, "handle") else n for n in numbers)
+    return [tl.full([], i, tl.int32) for i in range(*numbers)]
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """What flash-linear-attention's kernels need to run under Triton's interpreter: one
+    configuration each, and loops over tensors."""
+    from triton.runtime.autotuner import Autotuner
+
+    importlib.import_module("fla.layers")
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("fla.ops.", "fla.modules.")):
+            monkeypatch.setattr(module, "range", interpreted_range, raising=False)
+            for kernel in list(vars(module).values()):
+                while hasattr(kernel, "fn"):
+                    if isinstance(kernel, Autotuner):
+                        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+                    kernel = kernel.fn
+
+
+NOT_INTERPRETED = {"KimiDeltaAttention", "LightNetAttention"}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS.keys() - NOT_INTERPRETED))
+@pytest.mark.skipif(GPU or not TRITON, reason="for a machine without a GPU")
+@pytest.mark.slow
+@needs_fla
+def test_layer_of_fla_under_the_interpreter(name, interpreter, calls):
+    torch.manual_seed(0)
+    small = {"num_heads": 2, "head_dim": 32}
+    options = {key: small.get(key, value) for key, value in LAYERS[name].items()}
+    cls = getattr(importlib.import_module("fla.layers"), name)
+    x = torch.randn(1, 64, 64, requires_grad=True)
+    compare(cls(hidden_size=64, layer_idx=0, **options), x, torch.float32, calls)
+
+
 def conv_forward(x, weight, bias, seq_idx, initial, final, silu):
     y = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight))
     y = y[..., : x.shape[-1]]
@@ -104,6 +160,7 @@ def conv_backward(x, weight, bias, dy, seq_idx, initial, dfinal, dx, dinitial, s
 @pytest.mark.parametrize("projection", [True, False], ids=["projection", "no-projection"])
 @pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate_after", "gate_before"])
 @pytest.mark.parametrize("groups", [1, 4], ids="groups={}".format)
+@pytest.mark.gpu
 def test_combined_scan_of_mamba(groups, norm_before_gate, projection, dtype, monkeypatch):
     scan = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined", exc_type=ImportError)
     # causal_conv1d is compiled code, and not what is compared here
@@ -139,8 +196,8 @@ def test_combined_scan_of_mamba(groups, norm_before_gate, projection, dtype, mon
 
     theirs, pair = results(), (scan._layer_norm_fwd, scan._layer_norm_bwd)
     with gatednorm.patch("mamba_ssm"):
-        assert scan._layer_norm_fwd is common.layer_norm_fwd
-        assert scan._layer_norm_bwd is common.layer_norm_bwd
+        assert scan._layer_norm_fwd is not pair[0]
+        assert scan._layer_norm_bwd is not pair[1]
         ours = results()
     assert (scan._layer_norm_fwd, scan._layer_norm_bwd) == pair
     assert_close(ours, theirs, dtype)
