@@ -189,6 +189,14 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(how, tmp_path):
     assert find_start(config_in(tmp_path / "runs", *asked, "resume=auto")).run.folder == run
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Where a shell starts the tests in the background, they ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def told_to_stop(monkeypatch, method: str, when, *signals: int) -> None:
     """Have a signal come in the middle of a step or of a validation of the Lightning module."""
     original = getattr(LitLanguageModel, method)
@@ -205,7 +213,7 @@ def told_to_stop(monkeypatch, method: str, when, *signals: int) -> None:
 @pytest.mark.parametrize("method", ["training_step", "validation_step"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
 def test_a_signal_keeps_the_step_that_was_reached(
-    method, number, undisturbed, tmp_path, monkeypatch, capsys
+    method, number, heeds_ctrl_c, undisturbed, tmp_path, monkeypatch, capsys
 ):
     """In a step and in a validation on the way, and the run goes on to the same bits."""
     config = config_in(tmp_path, *STOPPABLE)
@@ -225,7 +233,16 @@ def test_a_signal_keeps_the_step_that_was_reached(
     check_same_run(run, undisturbed.run)
 
 
-def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(heeds_ctrl_c):
+    """As one that `nohup` or a shell's `&` started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.of_all(1, torch.device("cpu")) == 0
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_second_signal_stops_at_once(heeds_ctrl_c, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stopping, "ONE_KEY", -1)
     step = lambda module: module.global_step == 6  # noqa: E731
     told_to_stop(monkeypatch, "training_step", step, signal.SIGTERM, signal.SIGINT)
