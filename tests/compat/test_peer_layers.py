@@ -1,6 +1,6 @@
 """Layers of flash-linear-attention and mamba_ssm's combined scan with our norm inside: results and
 gradients as with their own. Needs these packages, of which the Triton files are enough, and a GPU;
-layers also run on a CPU, small and in fp32, under Triton's interpreter."""
+layers also run on a CPU, small, under Triton's interpreter."""
 
 import importlib
 import importlib.util
@@ -127,20 +127,30 @@ def interpreter(monkeypatch):
                     kernel = kernel.fn
 
 
+# The interpreter has no constants of bf16, and loses what retention does in it.
 NOT_INTERPRETED = {"KimiDeltaAttention", "LightNetAttention"}
+NOT_IN_BF16 = {"ABCAttention", "MesaNet", "MultiScaleRetention"}
+INTERPRETED = [
+    pytest.param(name, dtype, id=f"{name}-{kind}")
+    for dtype, kind, without in (
+        (torch.float32, "fp32", NOT_INTERPRETED),
+        (torch.bfloat16, "bf16", NOT_INTERPRETED | NOT_IN_BF16),
+    )
+    for name in sorted(LAYERS.keys() - without)
+]
 
 
-@pytest.mark.parametrize("name", sorted(LAYERS.keys() - NOT_INTERPRETED))
+@pytest.mark.parametrize(("name", "dtype"), INTERPRETED)
 @pytest.mark.skipif(GPU or not TRITON, reason="for a machine without a GPU")
 @pytest.mark.slow
 @needs_fla
-def test_layer_of_fla_under_the_interpreter(name, interpreter, calls):
+def test_layer_of_fla_under_the_interpreter(name, dtype, interpreter, calls):
     torch.manual_seed(0)
     small = {"num_heads": 2, "head_dim": 32}
     options = {key: small.get(key, value) for key, value in LAYERS[name].items()}
     cls = getattr(importlib.import_module("fla.layers"), name)
-    x = torch.randn(1, 64, 64, requires_grad=True)
-    compare(cls(hidden_size=64, layer_idx=0, **options), x, torch.float32, calls)
+    x = torch.randn(1, 64, 64, dtype=dtype, requires_grad=True)
+    compare(cls(hidden_size=64, layer_idx=0, **options).to(dtype), x, dtype, calls)
 
 
 def conv_forward(x, weight, bias, seq_idx, initial, final, silu):
