@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Rows
-from .options import ROUNDING
+from .options import rounding
 
 # Under two megabytes for each of the handful of buffers in flight: they stay in cache, and each
 # operator still has enough to do that its own cost does not count.
@@ -126,19 +126,18 @@ def _parameters(call: Call, weight, bias) -> tuple[Tensor | None, Tensor | None]
     return (1 + w if call.options.zero_centered and w is not None else w), b
 
 
-def _round(call: Call, t: Tensor, point: int, dtype: torch.dtype) -> Tensor:
-    """`t` rounded to `dtype`, where the numerics ask for it at this point: 0 after the norm, 1
-    after the weight."""
-    return t.to(dtype).to(call.compute_dtype) if ROUNDING[call.options.numerics][point] else t
+def _round(call: Call, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`t` rounded to `dtype`, or itself."""
+    return t if dtype is None else t.to(dtype).to(call.compute_dtype)
 
 
-def _affine(call: Call, xhat: Tensor, w, b, x: Tensor, weight, out: Tensor) -> Tensor:
-    """`xhat * w + b` in `out`, rounded where the numerics ask for it, or `xhat` itself."""
+def _affine(
+    call: Call, xhat: Tensor, w, b, dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
+    """`xhat * w`, rounded to `dtype`, `+ b` in `out` (new if None), or `xhat` itself."""
     h = xhat
     if w is not None:
-        h = torch.mul(h, w, out=out)
-        own = call.options.numerics == "torchtitan"
-        h = _round(call, h, 1, x.dtype if own else torch.promote_types(x.dtype, weight.dtype))
+        h = _round(call, torch.mul(h, w, out=out), dtype)
     return h if b is None else torch.add(h, b, out=out)
 
 
@@ -155,6 +154,7 @@ def forward(
     """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
     w, b = _parameters(call, weight, bias)
     buffers, options = _Buffers(call, x), call.options
+    after_norm, after_weight = rounding(options.numerics, *call.kind.dtypes[:2])
     for rows, (xb, zb, ob) in _blocks(call, x, z, out):
         u = _grouped(call, xb)
         two, one, spare = buffers.of(u, 3, ob)
@@ -172,8 +172,8 @@ def forward(
         r = torch.rsqrt(square + options.eps)
         if rstd is not None:
             rstd[rows] = r.squeeze(-1)
-        xhat = _round(call, torch.mul(u, r, out=two), 0, x.dtype)
-        h = _affine(call, xhat, w, b, x, weight, two)
+        xhat = _round(call, torch.mul(u, r, out=two), after_norm)
+        h = _affine(call, xhat, w, b, after_weight, two)
         if act is not None and call.norm_before_gate:
             _product_into(ob, h, act)
         elif h.data_ptr() != ob.data_ptr():
@@ -199,6 +199,7 @@ def backward(
     dw = None if w is None else torch.zeros_like(w)
     db = None if b is None else torch.zeros_like(b)
     buffers, options = _Buffers(call, x), call.options
+    after_norm, after_weight = rounding(options.numerics, *call.kind.dtypes[:2])
     sizes, strides = call.rows
     call = call._replace(rows=Rows(sizes, (*strides, strides[3])))
     for rows, (dyb, xb, zb, dxb, dzb, yb) in _blocks(call, dy, x, z, dx, dz, y):
@@ -220,15 +221,15 @@ def backward(
             u = torch.sub(u, mu, out=xhat)
         r = rstd[rows].unsqueeze(-1)
         torch.mul(u, r, out=xhat)
-        rounded = _round(call, xhat, 0, x.dtype)
+        rounded = _round(call, xhat, after_norm)
         if zb is not None and call.norm_before_gate:
-            h = _affine(call, rounded, w, b, x, weight, one)
+            h = _affine(call, rounded, w, b, after_weight, one)
             if yb is not None:
                 yb.copy_((h * act).view(yb.shape))
             _product_into(dzb, torch.mul(g, h, out=one), slope)
             g = torch.mul(g, act, out=act)
         elif yb is not None:
-            yb.copy_(_affine(call, rounded, w, b, x, weight, None).view(yb.shape))
+            yb.copy_(_affine(call, rounded, w, b, after_weight, None).view(yb.shape))
         # One product serves dw, a sum over the rows, and c1, a sum over the columns.
         product = torch.mul(g, xhat, out=one)
         if dw is not None:

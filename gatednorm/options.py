@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 
 ACTIVATIONS = ("silu", "swish", "sigmoid")
-# Where a family of models rounds to the input's dtype besides the store:
-# (after the norm, after the weight). See `numerics` in functional.py.
+# What a family of models rounds to besides the store, after the norm and after the weight: not at
+# all, the dtype of x, or the wider one of x and weight. See `numerics` in functional.py.
 ROUNDING = {
-    "fp32": (False, False),
-    "mamba2": (True, False),
-    "qwen3_next": (True, True),
-    "torchtitan": (False, True),
+    "fp32": (None, None),
+    "mamba2": ("x", None),
+    "qwen3_next": ("x", "wider"),
+    "torchtitan": (None, "x"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,6 +68,17 @@ def _checked(*values) -> Options:
         )
     activation = "silu" if options.activation == "swish" else options.activation
     return options._replace(eps=float(eps), activation=activation)
+
+
+@functools.cache
+def rounding(
+    numerics: str, x: torch.dtype, weight: torch.dtype | None
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The dtypes that a value is rounded to after the norm and after the weight, None for not."""
+    wider = x if weight is None else torch.promote_types(x, weight)
+    dtypes = {None: None, "x": x, "wider": wider}
+    after_norm, after_weight = ROUNDING[numerics]
+    return dtypes[after_norm], dtypes[after_weight]
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

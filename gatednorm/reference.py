@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .options import channels_in_group, make_options
 
-# Where a family of models rounds to the input's dtype besides the store:
-# (after the norm, after the weight). See `numerics` in functional.py.
+# What a family of models rounds to besides the store, after the norm and after the weight. See
+# `numerics` in functional.py.
 ROUNDING = {
-    "fp32": (False, False),
-    "mamba2": (True, False),
-    "qwen3_next": (True, True),
-    "torchtitan": (False, True),
+    "fp32": (None, None),
+    "mamba2": ("x", None),
+    "qwen3_next": ("x", "wider"),
+    "torchtitan": (None, "x"),
 }
 
 
@@ -62,7 +62,7 @@ def gated_norm_ref(
     channels = channels_in_group(group_size, x.shape[-1], "the last dimension of x", "D")
     dtype, out_dtype = x.dtype, out_dtype or x.dtype
     compute = torch.promote_types(dtype, torch.float32) if upcast else dtype
-    round_norm, round_weight = ROUNDING[numerics]
+    after_norm, after_weight = ROUNDING[numerics]
     gate = None
     if z is not None:
         gate = z.to(compute)
@@ -75,14 +75,14 @@ def gated_norm_ref(
         h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     h = rearrange(h, "... groups channels -> ... (groups channels)")
-    if round_norm:
+    if after_norm:
         h = h.to(dtype).to(compute)
     if weight is not None:
         w = weight.to(compute)
         h = h * (1 + w if zero_centered else w)
-        if round_weight:
-            own = numerics == "torchtitan"
-            h = h.to(dtype if own else torch.promote_types(dtype, weight.dtype)).to(compute)
+        if after_weight:
+            wider = torch.promote_types(dtype, weight.dtype)
+            h = h.to(dtype if after_weight == "x" else wider).to(compute)
     if bias is not None:
         h = h + bias.to(compute)
     if gate is not None and norm_before_gate:

@@ -14,7 +14,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..call import Call, Kind
-from ..options import ROUNDING
+from ..options import rounding
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
@@ -90,14 +90,10 @@ def _hooked(runtime=knobs.runtime) -> bool:
 def _constants(kind: Kind) -> dict[str, Any]:
     """The constants that all kernels of a call share."""
 
-    def rounds(when: bool, dtype: torch.dtype):
-        return TL_DTYPES[dtype] if when and dtype != torch.float32 else None
-
-    x_dtype, w_dtype = kind.dtypes[:2]
-    after_weight = x_dtype
-    if w_dtype is not None and kind.numerics != "torchtitan":
-        after_weight = torch.promote_types(x_dtype, w_dtype)
-    round_norm, round_weight = ROUNDING[kind.numerics]
+    round_norm, round_weight = (
+        None if dtype in (None, torch.float32) else TL_DTYPES[dtype]
+        for dtype in rounding(kind.numerics, *kind.dtypes[:2])
+    )
     return {
         "N": kind.group_size,
         "GROUPS": kind.n_groups,
@@ -108,8 +104,8 @@ def _constants(kind: Kind) -> dict[str, Any]:
         "NORM_BEFORE_GATE": kind.norm_before_gate,
         "SIGMOID": {"silu": False, "sigmoid": True}[kind.activation],
         "WEIGHT_OFFSET": float(kind.zero_centered),
-        "ROUND_NORM": rounds(round_norm, x_dtype),
-        "ROUND_WEIGHT": rounds(round_weight, after_weight),
+        "ROUND_NORM": round_norm,
+        "ROUND_WEIGHT": round_weight,
     }
 
 
