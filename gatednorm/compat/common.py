@@ -78,6 +78,13 @@ def layernorm(
     )
 
 
+def rmsnorm(
+    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, activation="swish"
+):
+    """:func:`layernorm` with RMS norm, as `rmsnorm_fn` in every peer."""
+    return gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, True, activation)
+
+
 class LayerNormFn:
     """`LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
     activation)`, for code that calls the peers' autograd Function by name."""

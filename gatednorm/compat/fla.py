@@ -13,6 +13,8 @@ from ..options import make_options
 from ..reference import rms_norm_ref
 from . import common
 from .common import LayerNormFn, layer_norm_bwd, layer_norm_fwd
+from .common import layernorm as layernorm_fn
+from .common import rmsnorm as rmsnorm_fn
 
 __all__ = [
     "FusedLayerNormGated",
@@ -242,18 +244,6 @@ class FusedLayerNormSwishGateLinear(FusedLayerNormGatedLinear):
 # ---- fla.modules.layernorm_gated ----
 
 
-def layernorm_fn(
-    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False
-):
-    """:func:`gatednorm.layernorm_fn`, with a copy of what cannot be addressed."""
-    return common.gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm)
-
-
-def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
-    """:func:`layernorm_fn` with RMS norm."""
-    return common.gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, True)
-
-
 class LayerNormGated(common.GatedNorm):
     """Gated layer norm over groups of the last dimension, with the gate after the norm by default.
 
@@ -263,7 +253,7 @@ class LayerNormGated(common.GatedNorm):
 
 class RMSNormGated(common.GatedNorm):
     """Gated RMS norm over groups of the last dimension, with the gate BEFORE the norm by default,
-    as in flash-linear-attention; mamba_ssm's class has it after."""
+    as in flash-linear-attention and vLLM; mamba_ssm's class has it after."""
 
     is_rms_norm = True
 
@@ -275,5 +265,6 @@ class RMSNormGated(common.GatedNorm):
         norm_before_gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activation: str = "swish",
     ):
-        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
+        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype, activation)

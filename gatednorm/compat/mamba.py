@@ -11,7 +11,8 @@ from . import common
 from .common import LayerNormFn
 from .common import layer_norm_bwd as _layer_norm_bwd
 from .common import layer_norm_fwd as _layer_norm_fwd
-from .fla import layernorm_fn, rmsnorm_fn
+from .common import layernorm as layernorm_fn
+from .common import rmsnorm as rmsnorm_fn
 
 __all__ = [
     "LayerNorm",

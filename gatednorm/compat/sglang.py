@@ -8,7 +8,6 @@ that one is in :mod:`gatednorm.compat.fla`. Signatures of SGLang 0.5.23
 """
 
 from ..reference import rms_norm_ref
-from . import common
 from .common import LayerNormFn
 from .common import layernorm as layernorm_fn
 from .mamba import LayerNorm, RMSNorm
@@ -21,6 +20,6 @@ def rms_norm_gated(
     activation="swish",
 ):  # fmt: skip
     """:func:`layernorm_fn` by keyword; LAYER norm unless `is_rms_norm` is set, as in SGLang."""
-    return common.gated_norm(
+    return layernorm_fn(
         x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, activation
     )
