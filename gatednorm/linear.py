@@ -125,6 +125,46 @@ def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             )
 
 
+def _noting(name: str):
+    def register(self, *args, **kwargs):
+        self.hooked = True
+        return getattr(super(_NotesHooks, self), name)(*args, **kwargs)
+
+    return register
+
+
+class _NotesHooks(nn.Module):
+    """Notes that a hook was registered, since what `nn.Module` keeps of hooks is not public. One
+    that was removed again counts too: its module goes on being called, which is only slower."""
+
+    hooked = False
+
+    register_forward_pre_hook = _noting("register_forward_pre_hook")
+    register_forward_hook = _noting("register_forward_hook")
+    register_full_backward_pre_hook = _noting("register_full_backward_pre_hook")
+    register_full_backward_hook = _noting("register_full_backward_hook")
+    register_backward_hook = _noting("register_backward_hook")
+
+
+class _RMSNorm(_NotesHooks, RMSNorm):
+    pass
+
+
+class _LayerNorm(_NotesHooks, LayerNorm):
+    pass
+
+
+class _Linear(_NotesHooks, nn.Linear):
+    pass
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module does what its class does and nothing else: then its parameters
+    may be read in its place."""
+    ours = type(module) in (_RMSNorm, _LayerNorm, _Linear)
+    return ours and not module.hooked and "forward" not in vars(module)
+
+
 class GatedNormLinear(nn.Module):
     """The gated norm and the projection after it: `linear(norm(x, z))`, without the output of the
     norm in the graph.
@@ -163,18 +203,18 @@ class GatedNormLinear(nn.Module):
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
             raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
         self.num_heads = num_heads
-        self.norm = (RMSNorm if is_rms_norm else LayerNorm)(
+        self.norm = (_RMSNorm if is_rms_norm else _LayerNorm)(
             hidden_size, eps, group_size, norm_before_gate, device, dtype, activation=activation,
             zero_centered=zero_centered, numerics=numerics,
         )  # fmt: skip
-        self.linear = nn.Linear(
+        self.linear = _Linear(
             num_heads * hidden_size, out_features, linear_bias, device=device, dtype=dtype
         )
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """`x`, `z` `[..., D]`, or `[..., H, D]` for several heads, to `[..., N]`."""
         norm, linear = self.norm, self.linear
-        if not (is_plain(norm, RMSNorm, LayerNorm) and is_plain(linear, nn.Linear)):
+        if not (_is_plain(norm) and _is_plain(linear)):
             y = norm(x, z)
             return linear(y if self.num_heads == 1 else y.flatten(-2))
         return gated_norm_linear(
@@ -183,13 +223,3 @@ class GatedNormLinear(nn.Module):
             is_rms_norm=norm.is_rms_norm, activation=norm.activation,
             zero_centered=norm.zero_centered, numerics=norm.numerics,
         )  # fmt: skip
-
-
-def is_plain(module: nn.Module, *classes: type) -> bool:
-    """Whether a call of the module does what its class does and nothing else: then its parameters
-    may be read in its place."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-        module._backward_pre_hooks,
-    )  # fmt: skip
-    return type(module) in classes and not any(hooks) and "forward" not in vars(module)
