@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.language_model import LanguageModel, State
-from models.log_probs import token_log_probs
+from models.log_probs import log_probs_of
 
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # lower ones count as this one
 PREFILL_TOKENS = 1 << 14  # in one call; with 50,000 words their logits alone are 3 GB
@@ -176,9 +176,7 @@ class _Chooser:
             self.seen.scatter_(1, token[:, None], True)
         if not self.log_probs:
             return token, None
-        if self.exact:
-            return token, token_log_probs(logits, token)
-        return token, logits.float().log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
+        return token, log_probs_of(logits, token, self.exact)
 
     def _seen_in_prompts(self, logits: Tensor) -> Tensor:
         seen = torch.zeros_like(logits, dtype=torch.bool)

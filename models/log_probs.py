@@ -34,6 +34,14 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad.to(logits.dtype), None
 
 
+def log_probs_of(logits: Tensor, tokens: Tensor, exact: bool) -> Tensor:
+    """What a model in this mode reports: ``token_log_probs``, or the faster ``log_softmax``, which
+    makes no promise of bits; arguments and result as there."""
+    if exact:
+        return token_log_probs(logits, tokens)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """The natural log-probability of each token under its logits.
 

@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from demo.checkpoints.checkpoint import Loaded
+from models.log_probs import log_probs_of
 
 PIECE = 1024  # tokens at a time: what a long prompt takes in memory does not grow with it
 
@@ -71,8 +72,7 @@ def _score(loaded: Loaded, prompt: str | bytes) -> Score:
     for start in track(pieces, "Scoring", console=console, transient=True, disable=hidden):
         piece = ids[start : start + PIECE + 1]
         logits, state = model(piece[None, :-1], state, output_state=True)
-        log_probs = logits[0].float().log_softmax(-1)
-        found += log_probs.gather(-1, piece[1:, None])[:, 0].tolist()
+        found += log_probs_of(logits[0], piece[1:], model.exact).tolist()
     model.train(training)
     size = len(text) - _size(loaded.tokenizer.decode(tokens[:1]))
     total = math.fsum(found)

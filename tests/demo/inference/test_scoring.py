@@ -10,6 +10,7 @@ from demo import score
 from demo.checkpoints.checkpoint import Loaded
 from demo.checkpoints.tokenizer import TextTokenizer
 from demo.inference import scoring
+from demo.inference.measure import training_log_probs
 from demo.inference.printing import print_scores
 from small_runs import run, write_checkpoint
 from text_sets import TEXTS, byte_level
@@ -34,6 +35,17 @@ def test_each_token_has_its_log_probability(piece, loaded, monkeypatch):
     assert found.bytes == len(TEXT.encode()) - 1
     assert found.bits_per_byte == pytest.approx(-found.log_prob / math.log(2) / found.bytes)
     assert found.prompt == TEXT
+
+
+@pytest.mark.parametrize("piece", [1024, 7], ids=["at once", "in pieces"])
+def test_in_exact_mode_they_are_those_of_the_training_forward(piece, loaded, monkeypatch):
+    """To the bit, as those that generation reports are."""
+    monkeypatch.setattr(scoring, "PIECE", piece)
+    monkeypatch.setattr(loaded.model, "exact", True)
+    found = score(loaded, TEXT)
+    tokens = torch.tensor(found.tokens)
+    want = training_log_probs(loaded.model, tokens[:1], tokens[1:])
+    assert torch.equal(torch.tensor(found.log_probs[1:]), want)
 
 
 @pytest.mark.parametrize("norm_path", ["training", "inference"])
