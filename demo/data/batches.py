@@ -7,6 +7,7 @@ reads its own rows of each batch. (A stream cannot be looked up: see demo/data/s
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,7 +57,7 @@ def make_batch(
 
 
 @dataclass(eq=False, kw_only=True)
-class Loader:
+class Loader(ABC):
     """Batches of training rows for one of several processes, with a position to resume from.
 
     What it reads is up to a subclass: `TrainLoader` here, `StreamLoader` in demo/data/stream.py.
@@ -96,9 +97,9 @@ class Loader:
             yield batch
         self.position = 0
 
+    @abstractmethod
     def batches(self) -> Iterator[Batch]:
         """From `position` on, without end."""
-        raise NotImplementedError
 
     def gather(self, own: Any) -> list[Any]:
         """What each process has, by rank. Every process has to call it."""

@@ -171,7 +171,7 @@ class Run:
         """Write what is read as data.json."""
         with self._must_fit(DATA):
             text = json.dumps(values, indent=2) + "\n"
-            (self.folder / DATA).write_text(text, encoding="utf-8")
+            write_atomically(self.folder / DATA, lambda part: part.write_text(text, "utf-8"))
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row to metrics.csv."""
