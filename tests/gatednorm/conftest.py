@@ -1,8 +1,10 @@
-"""A small call of the norm, on both paths."""
+"""A small call of the norm, on both paths, and which kernels are launched."""
 
 import pytest
 
+from gatednorm import cpu
 from norm_cases import Case, inputs_of
+from paths import TRITON
 
 
 @pytest.fixture
@@ -12,3 +14,24 @@ def small(path):
         return case, inputs_of(case, path.device)
 
     return make
+
+
+@pytest.fixture
+def launched(path, monkeypatch) -> list:
+    """The launches, forward and backward, of whichever path runs."""
+    calls = []
+    modules = [cpu]
+    if TRITON:
+        from gatednorm.kernels import launch
+
+        modules.append(launch)
+    for module in modules:
+        for name in ("forward", "backward"):
+            run = getattr(module, name)
+
+            def counted(*args, run=run, name=name):
+                calls.append(name)
+                return run(*args)
+
+            monkeypatch.setattr(module, name, counted)
+    return calls

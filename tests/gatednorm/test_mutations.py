@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
     "pyproject.toml", "tests/conftest.py",
     *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
-    *(f"tests/gatednorm/{file}.py" for file in ("conftest", "test_cpu", "test_functional")),
-    *(f"tests/gatednorm/test_{name}.py" for name in ("kernels", "launch", "linear", "numerics")),
+    "tests/gatednorm/conftest.py",
+    *(
+        f"tests/gatednorm/test_{name}.py"
+        for name in ("cpu", "functional", "kernels", "launch", "linear", "numerics", "refusals")
+    ),
 ]  # fmt: skip
 # Fast tests first; `-x` stops at the first that notices.
 SUBSETS = {
@@ -48,7 +51,7 @@ SUBSETS = {
         "test_linear.py",
         "-k", "not cpu",
     ],
-    "calls": ["test_launch.py", "test_functional.py"],
+    "calls": ["test_launch.py", "test_refusals.py", "test_functional.py"],
 }  # fmt: skip
 
 
@@ -67,8 +70,8 @@ FIRST = {
     ),
     "test_numerics.py::test_the_slope_of_a_gate_that_is_nearly_open": ("slope of an open",),
     "test_functional.py::test_any_number_of_rows_after_another": ("call: other inner",),
-    "test_functional.py::test_bad_input": ("call: the gate",),
-    "test_functional.py::test_bad_out": ("call: columns", "call: other strides"),
+    "test_refusals.py::test_bad_input": ("call: the gate",),
+    "test_refusals.py::test_bad_out": ("call: columns", "call: other strides"),
     "test_linear.py": ("output", "cpu: output"),
     "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
     "test_cpu.py::test_blocks_that_cut_inside_outer_dimensions": ("cpu: statistics", "cpu: last"),

@@ -23,6 +23,11 @@ GATES = [
 ]
 
 
+def x_of(*shape, dtype=torch.float32) -> torch.Tensor:
+    """The same random values each time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
 def leaves_of(i: Inputs) -> list[torch.Tensor | None]:
     """x, weight, bias and z of their own, that gradients are asked for."""
     given = (i.x, i.weight, i.bias, i.z)
