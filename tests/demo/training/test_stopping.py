@@ -111,10 +111,10 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 3, 5, 6])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4, 6, 7])
 def test_a_full_disk_is_one_line_and_keeps_the_last_good(writes, tmp_path, monkeypatch):
-    """After the config, metrics.csv, the best weights of step 3, and the weights and last.ckpt of
-    step 4."""
+    """After the config, metrics.csv, data.json, the best weights of step 3, and the weights and
+    last.ckpt of step 4."""
     fsync, left = os.fsync, [None] * writes
     monkeypatch.setattr(
         os, "fsync", lambda file: fsync(file) if left and not left.pop() else full()
@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good(writes, tmp_path, monke
         return
     (run,) = tmp_path.iterdir()
     assert f"free some space, then go on with: python train.py resume={run}" in str(error.value)
-    if writes >= 5:
+    if writes >= 6:
         check_last_good(tmp_path, 4)
 
 
