@@ -227,12 +227,15 @@ _OPTIONS = (
     "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
     "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
 )
+# Programs that torch.compile has kept on a disk call these after an upgrade too, since PyTorch looks
+# at the graph that it was given and not at what a backward had become: a new argument comes last and
+# has a default, a new result comes last.
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
 _library.define(
-    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, bool with_output) "
-    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
+    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, "
+    "bool with_output=False) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
 )
 
 
@@ -251,10 +254,16 @@ def _forward_out_impl(x, weight, bias, z, out, *options):
 
 
 def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
-    *options, with_output = options
+    options, with_output = _split(*options)
     arguments = (_addressable(dy, x, z), x, weight, bias, z, mean, rstd, None, None)
     results = run_backward(*arguments, make_options(*options), with_output)
     return _none_to_empty(x, *results)
+
+
+def _split(*options) -> tuple[tuple, bool]:
+    """The options, and `with_output`, which PyTorch leaves out where it has its default."""
+    n = len(Options())
+    return options[:n], any(options[n:])
 
 
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
@@ -323,7 +332,7 @@ def _forward_out_fake(x, weight, bias, z, out, *options):
 
 
 def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):
-    *options, with_output = options
+    options, with_output = _split(*options)
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
     dtype = Options(*options).out_dtype or x.dtype
     return _none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
