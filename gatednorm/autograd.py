@@ -227,9 +227,9 @@ _OPTIONS = (
     "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
     "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
 )
-# Programs that torch.compile has kept on a disk call these after an upgrade too, since PyTorch looks
-# at the graph that it was given and not at what a backward had become: a new argument comes last and
-# has a default, a new result comes last.
+# What torch.compile has kept on a disk calls these after an upgrade too, since PyTorch looks at the
+# graph it was given and not at what a backward has become: a new argument comes last and has a
+# default, a new result comes last.
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
