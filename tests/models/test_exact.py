@@ -198,6 +198,32 @@ def test_exact_is_an_attribute_and_no_weight(model):
 # ---- what must be noticed ----
 
 
+def with_a_tail(function):
+    """As PyTorch's functions are on some processors: the end of a buffer, which fills no vector,
+    gets other bits."""
+
+    def call(*tensors):
+        y = function(*tensors)
+        tail = torch.zeros_like(y)
+        tail.view(-1)[-3:] = 2 * torch.finfo(y.dtype).eps
+        return y * (1 + tail)
+
+    return call
+
+
+def functions_of_all_chunks(exact, function, *tensors):
+    return with_a_tail(function)(*tensors)
+
+
+def test_chunk_by_chunk_a_function_with_a_tail_keeps_its_bits(model, monkeypatch):
+    def by_chunks(on, function, *tensors):
+        return exact.by_chunks(on, with_a_tail(function), *tensors)
+
+    for module in (language_model, mixer, short_conv):
+        monkeypatch.setattr(module, "by_chunks", by_chunks)
+    assert count_differences(model)[0] == 0
+
+
 def sees_later_rows(total, dtype):
     pair = (total[..., :, None] - total[..., None, :]).to(dtype)
     return torch.exp(torch.where(pair <= 0, pair, -pair))
@@ -210,15 +236,14 @@ def adds_otherwise_in_large_products(x, weight, bias):
 
 
 MUTANTS = {  # the second is given to every module that has the first
-    "functions_of_all_chunks": ("by_chunks", lambda exact, f, *tensors: f(*tensors)),
+    "functions_of_all_chunks": ("by_chunks", functions_of_all_chunks),
     "split_product": ("_blocks", adds_otherwise_in_large_products),
     "later_rows": ("decay_matrix", sees_later_rows),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_count_notices(model, mutant, monkeypatch, threads):
-    threads(3)
+def test_the_count_notices(model, mutant, monkeypatch):
     name, wrong = MUTANTS[mutant]
     for module in (gated_delta_rule, language_model, mixer, products, short_conv, ssd):
         if hasattr(module, name):
