@@ -42,7 +42,7 @@ def unigram_entropy(text: np.ndarray) -> float:
 @pytest.mark.parametrize("model", ["fla", "mamba2"])
 def test_a_model_learns_and_its_checkpoint_generates_what_it_did(model, tmp_path):
     sizes = ["data.sequence_length=128", "optim.batch_size=8", "data.val_tokens=65536"]
-    steps = ["optim.steps=110", "optim.warmup_steps=20", "trainer=cpu"]
+    steps = ["optim.steps=110", "optim.warmup_steps=20", "trainer=cpu", "model.num_layers=2"]
     summary = train_in(tmp_path, f"model={model}", *steps, *sizes)
 
     entropy = unigram_entropy(load_corpus(compose("train").data).val.tokens)
