@@ -2,7 +2,8 @@
 
 Training: `RMSNorm`, `LayerNorm`, `rmsnorm_fn`, `layernorm_fn`, `LayerNormFn`.
 Inference: `rms_norm_gated`.
-With the projection after it: `gated_norm_linear`, `GatedNormLinear`.
+With the projection after it: `gated_norm_linear`, `GatedNormLinear`; for two modules that are there
+`norm_then_linear`, where the projection's class is a `NotesHooks`.
 Models and packages that exist: `patch`.
 For your own autograd Function: `layernorm_forward`, `layernorm_backward`.
 The equation in plain PyTorch: `rms_norm_ref`, `gated_norm_ref`.
@@ -17,8 +18,8 @@ from .functional import (
     rms_norm_gated,
     rmsnorm_fn,
 )
-from .linear import GatedNormLinear, gated_norm_linear
-from .modules import LayerNorm, RMSNorm
+from .linear import GatedNormLinear, gated_norm_linear, norm_then_linear
+from .modules import LayerNorm, NotesHooks, RMSNorm
 from .patching import patch
 from .reference import gated_norm_ref, rms_norm_ref
 
@@ -29,12 +30,14 @@ __all__ = [
     "GatedNormLinear",
     "LayerNorm",
     "LayerNormFn",
+    "NotesHooks",
     "RMSNorm",
     "gated_norm_linear",
     "gated_norm_ref",
     "layernorm_backward",
     "layernorm_fn",
     "layernorm_forward",
+    "norm_then_linear",
     "patch",
     "rms_norm_gated",
     "rms_norm_ref",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .autograd import gradients, save_forward
 from .functional import refuse_transforms
-from .modules import LayerNorm, RMSNorm
+from .modules import LayerNorm, NotesHooks, RMSNorm
 from .options import Options, make_options
 
 
@@ -125,44 +125,34 @@ def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             )
 
 
-def _noting(name: str):
-    def register(self, *args, **kwargs):
-        self.hooked = True
-        return getattr(super(_NotesHooks, self), name)(*args, **kwargs)
-
-    return register
+class _Linear(NotesHooks, nn.Linear):
+    PLAIN_FORWARD = nn.Linear.forward
 
 
-class _NotesHooks(nn.Module):
-    """Notes that a hook was registered, since what `nn.Module` keeps of hooks is not public. One
-    that was removed again counts too: its module goes on being called, which is only slower."""
+def norm_then_linear(
+    norm: nn.Module, linear: nn.Module, x: Tensor, z: Tensor | None, *, heads: bool = False
+) -> Tensor:
+    """`linear(norm(x, z))`, by :func:`gated_norm_linear` where both modules are plain. Where one
+    has a hook, an adapter or another class, both are called, so that nothing of it is left out.
 
-    hooked = False
+    Args:
+        norm: such as :class:`gatednorm.RMSNorm`, of `D` channels.
+        linear: of `D` columns, or `H * D`; plain if it is a :class:`gatednorm.NotesHooks`.
+        x, z: `[..., D]`; with `heads` `[..., H, D]`; `z` may be None for no gate.
 
-    register_forward_pre_hook = _noting("register_forward_pre_hook")
-    register_forward_hook = _noting("register_forward_hook")
-    register_full_backward_pre_hook = _noting("register_full_backward_pre_hook")
-    register_full_backward_hook = _noting("register_full_backward_hook")
-    register_backward_hook = _noting("register_backward_hook")
-
-
-class _RMSNorm(_NotesHooks, RMSNorm):
-    pass
-
-
-class _LayerNorm(_NotesHooks, LayerNorm):
-    pass
-
-
-class _Linear(_NotesHooks, nn.Linear):
-    pass
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module does what its class does and nothing else: then its parameters
-    may be read in its place."""
-    ours = type(module) in (_RMSNorm, _LayerNorm, _Linear)
-    return ours and not module.hooked and "forward" not in vars(module)
+    Returns:
+        `[..., N]`.
+    """
+    plain = all(isinstance(module, NotesHooks) and module.is_plain() for module in (norm, linear))
+    if not plain or norm.path != "training":
+        y = norm(x, z)
+        return linear(y.flatten(-2) if heads else y)
+    return gated_norm_linear(
+        x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
+        group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
+        is_rms_norm=norm.is_rms_norm, activation=norm.activation,
+        zero_centered=norm.zero_centered, numerics=norm.numerics,
+    )  # fmt: skip
 
 
 class GatedNormLinear(nn.Module):
@@ -203,7 +193,7 @@ class GatedNormLinear(nn.Module):
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
             raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
         self.num_heads = num_heads
-        self.norm = (_RMSNorm if is_rms_norm else _LayerNorm)(
+        self.norm = (RMSNorm if is_rms_norm else LayerNorm)(
             hidden_size, eps, group_size, norm_before_gate, device, dtype, activation=activation,
             zero_centered=zero_centered, numerics=numerics,
         )  # fmt: skip
@@ -213,13 +203,4 @@ class GatedNormLinear(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """`x`, `z` `[..., D]`, or `[..., H, D]` for several heads, to `[..., N]`."""
-        norm, linear = self.norm, self.linear
-        if not (_is_plain(norm) and _is_plain(linear)):
-            y = norm(x, z)
-            return linear(y if self.num_heads == 1 else y.flatten(-2))
-        return gated_norm_linear(
-            x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
-            group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
-            is_rms_norm=norm.is_rms_norm, activation=norm.activation,
-            zero_centered=norm.zero_centered, numerics=norm.numerics,
-        )  # fmt: skip
+        return norm_then_linear(self.norm, self.linear, x, z, heads=self.num_heads > 1)

@@ -1,5 +1,7 @@
 """The modules: parameters, and one call of a function."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,40 @@ from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
 from .options import channels_in_group, make_options, one_of
 
 
-class LayerNorm(nn.Module):
+def _noting(name: str):
+    def register(self, *args, **kwargs):
+        self.hooked = True
+        return getattr(super(NotesHooks, self), name)(*args, **kwargs)
+
+    return register
+
+
+class NotesHooks(nn.Module):
+    """A module that knows whether others may read its parameters instead of calling it.
+
+    It notes that a hook was registered, since what `nn.Module` keeps of hooks is not public. One
+    that was removed again counts too: its module goes on being called, which is only slower. A
+    class with a `forward` of its own that does nothing but what its base's parameters say names
+    it as `PLAIN_FORWARD`.
+    """
+
+    hooked = False
+    PLAIN_FORWARD: Callable | None = None
+
+    def is_plain(self) -> bool:
+        """Whether a call does what `PLAIN_FORWARD` does and nothing else."""
+        cls = type(self)
+        own = cls.forward is cls.PLAIN_FORWARD and "forward" not in vars(self)
+        return own and not self.hooked
+
+    register_forward_pre_hook = _noting("register_forward_pre_hook")
+    register_forward_hook = _noting("register_forward_hook")
+    register_full_backward_pre_hook = _noting("register_full_backward_pre_hook")
+    register_full_backward_hook = _noting("register_full_backward_hook")
+    register_backward_hook = _noting("register_backward_hook")
+
+
+class LayerNorm(NotesHooks):
     """Gated layer norm over the last dimension; `y = (norm(x) * w + b) * act(z)` or gate before.
 
     Args:
@@ -98,6 +133,8 @@ class LayerNorm(nn.Module):
             zero_centered=self.zero_centered,
             numerics=self.numerics,
         )
+
+    PLAIN_FORWARD = forward
 
     def extra_repr(self) -> str:
         return (

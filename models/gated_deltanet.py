@@ -108,7 +108,7 @@ class GatedDeltaNet(Mixer):
 
     def mix(
         self, scan: Callable, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         qk, v = qkv.split([2 * self.num_heads * self.head_dim, self.inner_size], -1)
         qk = qk.unflatten(-1, (2 * self.num_heads, self.head_dim))
         qk = self.by_rows(self._l2_norm, qk)
@@ -121,7 +121,7 @@ class GatedDeltaNet(Mixer):
         g = -self.A_log.to(acc).exp() * self.by_rows(F.softplus, a.to(acc) + self.dt_bias.to(acc))
         o, state = scan(q, k, v, g, beta)
         z = z.unflatten(-1, (self.num_v_heads, self.v_head_dim)) if z.shape[-1] else None
-        return self.by_rows(self.norm, o, z).flatten(2), state
+        return o, z, state
 
     def _l2_norm(self, x: Tensor) -> Tensor:
         return rmsnorm_fn(x, self.l2_scale, None, eps=L2_EPS / self.head_dim)

@@ -114,7 +114,7 @@ class Mamba2(Mixer):
 
     def mix(
         self, scan: Callable, z: Tensor, xbc: Tensor, dt: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         maps = self.n_groups * self.d_state
         inputs, b, c = xbc.split([self.inner_size, maps, maps], dim=-1)
         inputs = inputs.unflatten(-1, (self.num_heads, self.head_dim))
@@ -124,4 +124,4 @@ class Mamba2(Mixer):
         if self.exact:
             dt, steps = self.by_rows(functools.partial(step_size, **steps, acc=acc), dt), {}
         y, state = scan(inputs, dt, -self.A_log.to(acc).exp(), b, c, D=self.D, **steps)
-        return self.by_rows(self.norm, y.flatten(2), z), state
+        return y.flatten(2), z, state

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatednorm import RMSNorm
+from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
 from models.products import Linear
 from models.short_conv import short_conv
@@ -56,10 +56,13 @@ class Mixer(nn.Module, ABC):
         chunk_size: tokens per chunk of the scan, outside exact mode; None for its default.
     Attributes:
         exact: whether this is part of a model in exact mode; see `models.exact`.
+        fuse_norm_linear: whether training keeps no output of the norm for the backward, which
+            writes it again; outside exact mode.
     """
 
     SCANS: tuple[Callable, Callable]
     exact = False
+    fuse_norm_linear = False
 
     def __init__(
         self,
@@ -144,14 +147,19 @@ class Mixer(nn.Module, ABC):
             cu_seqlens=cu_seqlens,
             exact=self.exact,
         )
-        y, scan_state = self.mix(scan, *parts)
-        return self.out_proj(y), (conv_state, scan_state) if output_state else None
+        y, z, scan_state = self.mix(scan, *parts)
+        if self.fuse_norm_linear and not self.exact and torch.is_grad_enabled():
+            y = norm_then_linear(self.norm, self.out_proj, y, z, heads=y.dim() == 4)
+            y = y.view(*x.shape)  # one head would keep its dimension
+        else:
+            y = self.out_proj(self.by_rows(self.norm, y, z).flatten(2))
+        return y, (conv_state, scan_state) if output_state else None
 
     def by_rows(self, function: Callable, *tensors: Tensor | None) -> Tensor:
         """``function(*tensors)``, which works row by row on tensors [B, T, ...]."""
         return by_chunks(self.exact, function, *tensors)
 
     @abstractmethod
-    def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The parts of the projection, [B, T, width] each, through the scan and the norm:
-        [B, T, inner_size] and the scan's final state."""
+    def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The parts of the projection, [B, T, width] each, through the scan: what the norm reads,
+        its gate or None, [B, T, inner_size] or heads [B, T, HV, V], and the scan's final state."""

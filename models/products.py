@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatednorm import NotesHooks
 from models import kernels
 from models.exact import CHUNK
 
@@ -44,7 +45,7 @@ def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-class Linear(nn.Linear):
+class Linear(NotesHooks, nn.Linear):
     """`nn.Linear` with an exact mode, in which a row's bits do not depend on the other rows.
 
     Attributes:
@@ -63,3 +64,5 @@ class Linear(nn.Linear):
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
         rows = x.reshape(-1, self.in_features).contiguous()
         return _Product.apply(rows, weight, bias).view(*x.shape[:-1], self.out_features)
+
+    PLAIN_FORWARD = forward  # outside exact mode

@@ -76,6 +76,7 @@ class TrainerConfig:
     accumulate: int = number(at_least=1, below=2**31)
     compile: bool
     activation_checkpointing: bool
+    fuse_norm_linear: bool = False
     loggers: list[str] = field(metadata={"choices": LOGGERS})
     checkpoint_every: int = number(at_least=1)
     validate_every: int | None = number(None, at_least=0)

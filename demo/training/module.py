@@ -132,11 +132,13 @@ class LitLanguageModel(L.LightningModule):
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
-    """Have each block recompute its activations in the backward, and compile it, as `config` says.
+    """Have each block recompute its activations or its norm's output in the backward, and compile
+    it, as `config` says.
 
     The blocks are alike, so the first one's compiled code serves all. Names of parameters stay.
     """
     for block in model.blocks:
+        block.mixer.fuse_norm_linear = config.fuse_norm_linear
         if config.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:

@@ -27,7 +27,7 @@ from models.ranges import as_written
 FREE = {
     *("exact", "resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
     *("trainer.compile", "trainer.activation_checkpointing", "trainer.loggers"),
-    "trainer.checkpoint_every",
+    *("trainer.checkpoint_every", "trainer.fuse_norm_linear"),
 }
 
 # What somebody chose who chose a file of a group.

@@ -29,11 +29,15 @@ def padded(request, monkeypatch):
     monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: request.param)
 
 
-@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize(
+    ("tokens", "fuse"), [(1, False), (300, False), (300, True)], ids=["1", "300", "300-fused"]
+)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_submodule_is_called(mixer, tokens, padded):
+def test_every_submodule_is_called(mixer, tokens, fuse, padded):
     """A forward hook of each sees every call, and a module in its place does the work."""
     model = small_model(mixer, mlp_ratio=1.0)
+    for block in model.blocks:
+        block.mixer.fuse_norm_linear = fuse
     text, called = torch.randint(0, 32, (1, tokens)), []
     leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
     for name, module in leaves.items():
@@ -50,6 +54,36 @@ def test_every_submodule_is_called(mixer, tokens, padded):
     for block in model.blocks:
         for linear in (block.mixer.in_proj, block.mixer.out_proj):
             assert all(p.grad.any() for p in linear.adapter[1].parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("gated_deltanet", {}),
+        ("gated_deltanet", {"num_heads": 1, "use_gate": False}),
+        ("mamba2", {"bias": True}),
+        ("mamba2", {"n_groups": 2}),
+    ],
+    ids=["heads", "one_head_no_gate", "bias", "groups"],
+)
+def test_norm_and_projection_as_one_keep_less_for_the_same_result(mixer, options, dtype):
+    layer = make_mixer(mixer, **options).to(dtype)
+    x = torch.randn(2, 40, 32, dtype=dtype, requires_grad=True)
+    results, held = [], []
+    for layer.fuse_norm_linear in (False, True):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            y, _ = layer(x)
+        held.append(sum(saved.values()))
+        results.append((y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])))
+    assert held[0] - held[1] == 2 * 40 * layer.inner_size * x.element_size()
+    for apart, fused in zip(*results, strict=True):  # the weight's gradient adds in another order
+        torch.testing.assert_close(fused, apart)
+    assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("bias", [True, False])

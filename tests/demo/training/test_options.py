@@ -31,6 +31,7 @@ from small_runs import (
     [
         "trainer.accumulate=4",
         "trainer.activation_checkpointing=true",
+        "trainer.fuse_norm_linear=true",
         "exact=true",
         pytest.param("trainer.compile=true", marks=pytest.mark.slow),
     ],
