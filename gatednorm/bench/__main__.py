@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .providers import PROVIDERS
 from .sheet import Sheet, about
 
 NUMBERS = ("rows", "width", "value", "ratio", "gb_per_s", "low", "speedup", "high")
+PATIENCE = 40  # seconds on a CPU after which no further model is begun
 TOKENS = {"cuda": 8192, "cpu": 512}
 
 
@@ -95,8 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
         load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count() or 1
         if load > cores:
             print(f"this machine is busy, load {load:.1f} on {cores} cores: the times are noise\n")
-    complete = True
+    complete, late, began = True, [], time.monotonic()
     for number, (name, case) in enumerate(cases.items(), 1):
+        if device == "cpu" and time.monotonic() - began > PATIENCE:
+            late.append(name)
+            continue
         say(f"{number}/{len(cases)} {name}: {case.name}")
         try:
             if device == "cuda":
@@ -108,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"  {str(problem).splitlines()[0]}{more}")
         complete &= "gatednorm" in sheet.get(case, "both")
     print(tables.report(sheet, cases, device))
+    if late:
+        print(f"Left out after {PATIENCE} s: {', '.join(late)}; `--models` times some alone.")
     if args.json:
         write(args.json, sheet)
         say(f"written to {args.json}")

@@ -42,7 +42,7 @@ def report(sheet: Sheet, cases: dict[str, Case], device: str) -> str:
         absent = sorted(sheet.missing - peers.keys())
         lines.append(
             f"Versions: {', '.join(peers.values())}."
-            + (f" Not installed: {', '.join(absent)}." if absent else "")
+            + (f" Left out: {', '.join(absent)}." if absent else "")
         )
     return "\n".join(lines)
 
