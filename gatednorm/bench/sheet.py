@@ -57,7 +57,9 @@ def machine(device: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def version(distribution: str) -> str:

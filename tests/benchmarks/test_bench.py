@@ -172,6 +172,22 @@ def test_who_is_wrong_or_fails_is_named_and_not_timed(timed):
     assert text.endswith("Left out: absent.")
 
 
+@pytest.mark.parametrize("place", range(4), ids="xwbz")
+def test_an_error_of_any_gradient_counts(place):
+    case = Case(8, 16, bias=True)
+    right = providers.reference(case)
+
+    def training(*tensors):
+        t = tensors[place]
+        steeper = t + 0.01 * (t - t.detach())  # the same value
+        return right(*tensors[:place], steeper, *tensors[place + 1 :])
+
+    t = timing.inputs(case, "cpu", torch.float32)
+    assert timing.error(case, (None, right), t) < 1e-6
+    assert timing.error(case, (right, right), t) < 1e-6
+    assert timing.error(case, (training, right), t) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_table_of_a_gpu():
     sheet = Sheet([], ABOUT)
     one, two = MODELS["qwen3-next"].case(8192), MODELS["nemotron-h"].case(8192)
