@@ -5,7 +5,7 @@
 
 On a GPU: this norm, and every other that is installed, against what the memory allows. Without one:
 the CPU path against plain PyTorch. Each is compared with float64 before it is timed. The table goes
-to standard output, and what is being done to standard error.
+to standard output, what is being done to standard error. The exit code is 1 where this norm fails.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 
 from . import tables
 from .cases import MODELS
-from .measure import on_cpu, throughput
+from .measure import on_cpu, reason, throughput
 from .providers import PROVIDERS
 from .sheet import Sheet, about
 
@@ -110,13 +110,16 @@ def main(arguments: list[str] | None = None) -> int:
                 on_cpu(case, sheet, say)
         except RuntimeError as problem:  # of the inputs or the ceiling; a provider's is caught
             more = "; try fewer --tokens" if isinstance(problem, torch.OutOfMemoryError) else ""
-            say(f"  {str(problem).splitlines()[0]}{more}")
+            say(f"  {reason(problem)}{more}")
         complete &= "gatednorm" in sheet.get(case, "both")
     print(tables.report(sheet, cases, device))
     if late:
         print(f"Left out after {PATIENCE} s: {', '.join(late)}; `--models` times some alone.")
     if args.json:
-        write(args.json, sheet)
+        try:
+            write(args.json, sheet)
+        except OSError as problem:
+            parser.error(f"--json cannot be written: {problem}")
         say(f"written to {args.json}")
     return 0 if complete else 1
 

@@ -19,6 +19,11 @@ Say = Callable[[str], object]
 Measure = Callable[[str, Functions], object]
 
 
+def reason(problem: Exception) -> str:
+    """In one line."""
+    return f"{type(problem).__name__} {(str(problem).strip().splitlines() or [''])[0]}"
+
+
 def each_provider(
     case: Case, names: Iterable[str], sheet: Sheet, t: Inputs, say: Say, measure: Measure
 ) -> None:
@@ -42,9 +47,8 @@ def each_provider(
                 sheet.missing.add(name)
         except Exception as problem:
             timing.synchronize(t.x.device.type)
-            reason = f"{type(problem).__name__} {(str(problem).strip().splitlines() or [''])[0]}"
-            say(f"  {name} fails: {reason[:150]}")
-            sheet.add(case, name, "failed", float("nan"), reason[:80])
+            say(f"  {name} fails: {reason(problem)[:150]}")
+            sheet.add(case, name, "failed", float("nan"), reason(problem)[:80])
 
 
 def throughput(

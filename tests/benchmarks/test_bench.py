@@ -243,6 +243,29 @@ def test_without_a_gpu_it_says_so_and_times_the_cpu(tmp_path, monkeypatch, capsy
     assert 0 < ours["low"] <= ours["speedup"] <= ours["high"]
 
 
+def test_on_a_gpu_a_model_that_does_not_fit_does_not_stop_the_others(monkeypatch, capsys):
+    def throughput(case, names, sheet, say):
+        assert list(names) == list(providers.PROVIDERS)
+        if case.width > 5000:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        for quantity in ("forward", "backward", "both"):
+            sheet.add(case, "ceiling", quantity, 1, "us")
+            sheet.add(case, "gatednorm", quantity, 2, "us")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "about", lambda *_: ABOUT)
+    monkeypatch.setattr(bench, "throughput", throughput)
+    assert bench.main(["--models", "mamba2-2.7b", "falcon-h1"]) == 1
+    out, err = capsys.readouterr()
+    assert (
+        "  OutOfMemoryError CUDA out of memory.; try fewer --tokens\n2/2 Falcon-H1R 7B: 8192 x 3072"
+        in err
+    )
+    assert out.startswith("NVIDIA H200: torch 2.11.0, triton 3.6.0; 2026-11-29\n\n| model")
+    assert "Mamba2" not in out
+    assert bench.main(["--models", "falcon-h1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
