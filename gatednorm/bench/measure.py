@@ -92,6 +92,8 @@ def on_cpu(case: Case, sheet: Sheet, say: Say) -> None:
     t = timing.inputs(case, "cpu", torch.float32)
     found: dict[str, Functions] = {}
     each_provider(case, ("eager", "gatednorm"), sheet, t, say, found.__setitem__)
+    if "eager" not in found:
+        return
 
     def forward(inference: Norm) -> None:
         with torch.no_grad():
