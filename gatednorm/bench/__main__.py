@@ -96,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no GPU found: {why_no_gpu()}; the CPU path beside plain PyTorch\n", flush=True)
         load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count() or 1
         if load > cores:
-            print(f"this machine is busy, load {load:.1f} on {cores} cores: the times are noise\n")
+            print(
+                f"this machine is busy, load {load:.1f} on {cores} cores: the times are noise; "
+                "OMP_NUM_THREADS=1 makes them steadier\n"
+            )
     complete, late, began = True, [], time.monotonic()
     for number, (name, case) in enumerate(cases.items(), 1):
         if device == "cpu" and time.monotonic() - began > PATIENCE:
