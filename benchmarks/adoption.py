@@ -33,7 +33,7 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 import gatednorm
 from benchmarks import report
 from benchmarks.profiles import kernel_times, norm_times, record
-from benchmarks.timing import synchronize, wall_time, wall_times
+from gatednorm.bench.timing import synchronize, wall_time, wall_times
 from gatednorm.compat import fla, mamba, sglang, vllm
 
 LINEAR, FULL, MLP = "linear_attention", "full_attention", "mlp"

@@ -18,7 +18,7 @@ import torch
 
 import gatednorm
 from benchmarks import report
-from benchmarks.timing import wall_times
+from gatednorm.bench.timing import speed_up, wall_times
 
 SHAPES = ((8192, 512), (32768, 64))
 ROUNDS = 40
@@ -43,8 +43,7 @@ def main() -> None:
         times = wall_times(ways, ROUNDS, warm_up=2)
         plain = times["plain PyTorch"]
         for name, way in ways.items():
-            ratios = [one / other for one, other in zip(plain, times[name], strict=True)]
-            low, ratio, high = statistics.quantiles(ratios, n=4)
+            low, ratio, high = speed_up(plain, times[name])
             rows.append(
                 {
                     "rows": shape[0],

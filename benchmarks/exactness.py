@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.models import MODELS
-from benchmarks.timing import synchronize
+from gatednorm.bench.timing import synchronize
 from models import generation, token_log_probs
 from models.language_model import LanguageModel
 

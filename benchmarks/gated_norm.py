@@ -17,82 +17,19 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.ceiling_kernels import backward_ceiling, forward_ceiling
-from benchmarks.providers import CASES, DECODE, PROVIDERS, QUICK, ROWS, WIDTHS, Case
-from benchmarks.report import version
-from benchmarks.sheet import Sheet, gigabytes, markdown, plot, show
-from benchmarks.timing import (
-    EmptyFunction,
-    backward_time,
-    error,
-    forward_time,
-    gradients,
-    graph_time,
-    inputs,
-    peak,
-    wall_time,
-)
+from benchmarks.cases import CASES, DECODE, QUICK, ROWS, WIDTHS
+from benchmarks.sheet import markdown, of_new_run, plot, read, show
+from gatednorm.bench.cases import Case
+from gatednorm.bench.measure import each_provider, throughput
+from gatednorm.bench.providers import PROVIDERS
+from gatednorm.bench.sheet import Sheet
+from gatednorm.bench.timing import EmptyFunction, gradients, graph_time, inputs, wall_time
 
 
-def each_provider(case: Case, names: list[str], sheet: Sheet, t, console: Console, measure) -> None:
-    """Call `measure(name, functions)` for each provider that is installed, covers the case and is
-    right. One that cannot run a case is reported and stays in the CSV."""
-    for name in names:
-        distribution, build = PROVIDERS[name]
-        try:
-            functions = build(case)
-        except ImportError:
-            if name not in sheet.missing:
-                console.print(f"  {name} is not installed, and is left out")
-                sheet.missing.add(name)
-            continue
-        if functions is None:
-            continue
-        try:
-            worst = error(case, functions, t)
-            sheet.add(case, name, "error", worst, "relative", version=version(distribution))
-            if worst > 2e-2:
-                console.print(f"  {name} is wrong: relative error {worst:.2g}; not timed")
-                continue
-            measure(name, functions)
-        except Exception as problem:
-            torch.cuda.synchronize()
-            reason = f"{type(problem).__name__} {(str(problem).strip().splitlines() or [''])[0]}"
-            console.print(f"  {name} fails: {reason[:150]}")
-            sheet.add(case, name, "failed", float("nan"), reason[:80])
-
-
-def throughput(case: Case, names, sheet, console, backward: bool = True) -> None:
-    t = inputs(case)
-    x, z, dy = (t[k].detach() for k in ("x", "z", "dy"))
-    one, two = torch.empty_like(x), torch.empty_like(x)
-    ceilings = {"forward": (forward_ceiling(x, z, one), 3)}
-    if backward:
-        ceilings["backward"] = (backward_ceiling(dy, x, z, one, two), 5)
-    for quantity, (best, tensors) in ceilings.items():
-        rate = {"gb_per_s": f"{gigabytes(case, tensors) / best * 1e6:.0f}"}
-        sheet.add(case, "ceiling", quantity, best, "us", **rate)
-
-    def measure(name, functions) -> None:
-        training, inference = functions
-        times = {"forward": forward_time(inference, t)}
-        if backward and training is not None:
-            times["backward"] = backward_time(training, t)
-            both = graph_time(lambda: gradients(training, t))
-            sheet.add(case, name, "both", both, "us")
-            sheet.add(case, name, "peak memory", peak(training, t), "MiB")
-        for quantity, value in times.items():
-            best, tensors = ceilings[quantity]
-            rate = {"gb_per_s": f"{gigabytes(case, tensors) / value * 1e6:.0f}"}
-            sheet.add(case, name, quantity, value, "us", ratio=f"{value / best:.3f}", **rate)
-
-    each_provider(case, names, sheet, t, console, measure)
-
-
-def decoding(case: Case, names, sheet, console) -> None:
+def decoding(case: Case, names, sheet: Sheet, say) -> None:
     """Wall time of an eager call, and GPU time of a call inside a CUDA graph."""
     t = inputs(case)
-    x, w, b, z = (None if t[k] is None else t[k].detach() for k in "xwbz")
+    x, w, b, z = (v if v is None else v.detach() for v in t[:4])
     with torch.no_grad():
         sheet.add(case, "torch.add", "wall forward", wall_time(lambda: torch.add(x, z)), "us")
         graph = graph_time(lambda: torch.add(x, z), calls=100)
@@ -110,7 +47,7 @@ def decoding(case: Case, names, sheet, console) -> None:
             both = wall_time(lambda: gradients(training, t), calls=300)
             sheet.add(case, name, "wall both", both, "us")
 
-    each_provider(case, names, sheet, t, console, measure)
+    each_provider(case, names, sheet, t, say, measure)
 
 
 def main() -> None:
@@ -125,7 +62,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the CSV's earlier runs")
     args = parser.parse_args()
     if args.replot:
-        sheet = Sheet.read(args.out / "gated_norm.csv")
+        sheet = read(args.out / "gated_norm.csv")
         plot(sheet, QUICK, args.out)
         markdown(sheet, list(PROVIDERS), Console())
         return
@@ -133,25 +70,25 @@ def main() -> None:
         parser.error("no CUDA GPU here; benchmarks/cpu.py is the benchmark of the CPU path")
     names = [n for n in args.only if n not in args.skip]
     path = args.out / "gated_norm.csv"
-    earlier = Sheet.read(path).rows if args.append and path.exists() else []
-    console, sheet = Console(width=240), Sheet.of_new_run(earlier)
+    earlier = read(path).rows if args.append and path.exists() else []
+    console, sheet = Console(width=240), of_new_run(earlier)
     cases = CASES[: args.cases]
     for case in DECODE:
         console.print(case.name)
-        decoding(case, names, sheet, console)
+        decoding(case, names, sheet, console.print)
     for case in cases:
         console.print(case.name)
-        throughput(case, names, sheet, console)
+        throughput(case, names, sheet, console.print)
         report.write(path, sheet.rows)
     show(sheet, cases, ("forward", "backward", "both"), names, console)
     show(sheet, DECODE, ("wall forward", "graph forward", "wall both"), names, console)
     if not args.no_plots:
         quick = [n for n in names if n in QUICK]
         for case in WIDTHS:
-            throughput(case, quick, sheet, console)
+            throughput(case, quick, sheet, console.print)
             report.write(path, sheet.rows)
         for case in ROWS:
-            throughput(case, quick, sheet, console, backward=False)
+            throughput(case, quick, sheet, console.print, backward=False)
         plot(sheet, quick, args.out)
     report.write(path, sheet.rows)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.timing import wall_times
+from gatednorm.bench.timing import wall_times
 from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.language_model import LanguageModel
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.timing import graph_time
 from gatednorm import gated_norm_linear, rmsnorm_fn
+from gatednorm.bench.timing import graph_time
 
 # tokens, heads, width of a norm row, columns of the result, norm_before_gate
 CASES = (

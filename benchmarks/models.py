@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from benchmarks import report
 from benchmarks.profiles import kernel_times, label_norms, norm_times, record
 from benchmarks.scans import delta_inputs, ssd_inputs
-from benchmarks.timing import relative_error, synchronize, wall_times
+from gatednorm.bench.timing import relative_error, synchronize, wall_times
 from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.generation import generate

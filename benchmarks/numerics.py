@@ -7,14 +7,14 @@ Runs on a GPU where there is one, else on the CPU (where the Triton peers are le
 """
 
 import argparse
-import importlib
 from pathlib import Path
 
 import torch
 
-from benchmarks.providers import EPS, PROVIDERS, Case, reference
-from benchmarks.report import version
-from benchmarks.timing import relative_error
+from gatednorm.bench.cases import Case
+from gatednorm.bench.providers import PROVIDERS, reference
+from gatednorm.bench.sheet import version
+from gatednorm.bench.timing import relative_error
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
@@ -25,23 +25,6 @@ CASES = (
     Case(1024, 2048, is_rms_norm=False, bias=True),
 )
 RESULTS = ("y", "dx", "dz", "dw")
-
-
-def transformers_class(case: Case):
-    """The class of a family with this formula, with its own rounding points."""
-    if not case.is_rms_norm:
-        return None
-    if case.norm_before_gate:
-        family = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-        norm = family.Qwen3NextRMSNormGated(case.width, EPS)
-    else:
-        family = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-        norm = family.MambaRMSNormGated(case.width, case.group_size or case.width, EPS)
-
-    def call(x, w, b, z):
-        return torch.func.functional_call(norm, {"weight": w}, (x, z))
-
-    return call
 
 
 def inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
@@ -73,22 +56,20 @@ def providers(case: Case, device: str) -> dict:
     """Name and functions; `None` for the training function of one that has no backward."""
     plain = reference(case, upcast=False)
     found = {"PyTorch, all in bf16": (plain, plain)}
-    try:
-        family = transformers_class(case)
-    except (ImportError, TypeError):  # none, or one from before these classes had groups
-        family = None
-    if family is not None:
-        name = "Qwen3-Next" if case.norm_before_gate else "Mamba-2"
-        found[f"transformers {version('transformers')}, {name}"] = (family, family)
+    family = "Qwen3-Next" if case.norm_before_gate else "Mamba-2"
+    label = {
+        "gatednorm": "**gatednorm**",
+        "eager": "PyTorch, in fp32 inside",
+        "transformers": f"transformers {version('transformers')}, {family}",
+    }
     for name, (distribution, make) in PROVIDERS.items():
-        if device == "cpu" and name not in ("gatednorm", "eager"):
+        if device == "cpu" and name not in ("gatednorm", "eager", "transformers"):
             continue
         try:
             functions = make(case)
-        except ImportError:
+        except (ImportError, TypeError):  # a transformers from before its classes had groups
             continue
         if functions is not None:
-            label = {"gatednorm": "**gatednorm**", "eager": "PyTorch, in fp32 inside"}
             found[label.get(name, f"{name} {version(distribution)}")] = functions
     return found
 

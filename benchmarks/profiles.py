@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import gatednorm
-from benchmarks.timing import synchronize
+from gatednorm.bench.timing import synchronize
 from models import gated_deltanet
 from models.language_model import LanguageModel
 

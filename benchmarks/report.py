@@ -2,19 +2,14 @@
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import subprocess
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import gatednorm
+from gatednorm.bench import sheet
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,16 +21,6 @@ def parser(doc: str, out: str = "") -> argparse.ArgumentParser:
     return made
 
 
-def machine(device: str) -> str:
-    """The GPU's name, or the CPU's and how many threads torch uses."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def commit() -> str:
     """Of the code, `-dirty` where it was changed since; GATEDNORM_COMMIT says it without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
@@ -43,24 +28,9 @@ def commit() -> str:
     return os.environ.get("GATEDNORM_COMMIT") or git.stdout.strip() or "unknown"
 
 
-def version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return gatednorm.__version__ if distribution == "gatednorm" else "from source"
-
-
 def about(device: str, *packages: str) -> dict[str, str]:
-    """What the figures depend on: the machine, versions of torch, triton and `packages`."""
-    return {
-        "device": machine(device),
-        "torch": torch.__version__,
-        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    """What the figures depend on: the machine, versions of torch, triton and `packages`, commit."""
+    return sheet.about(device, *packages) | {"commit": commit()}
 
 
 def show(rows: list[dict], title: str | None = None, console: Console | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.timing import wall_times
+from gatednorm.bench.timing import wall_times
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.ssd import chunk_ssd
 

@@ -2,65 +2,33 @@
 
 import csv
 import datetime
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.providers import CASES, PROVIDERS, ROWS, WIDTHS, Case
-from benchmarks.report import commit, version
+from benchmarks.cases import CASES, ROWS, WIDTHS
+from gatednorm.bench.providers import PROVIDERS
+from gatednorm.bench.sheet import Sheet, gigabytes, version
 
 
-@dataclass
-class Sheet:
-    """Rows of the CSV, each with what is needed to read it alone, `common`, and the providers that
-    are not installed. Of what was timed twice, the last counts."""
-
-    rows: list[dict]
-    common: dict
-    missing: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of_new_run(cls, earlier: list[dict]) -> "Sheet":
-        common = {
-            "run": 1 + max((int(row["run"]) for row in earlier), default=0),
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-        }
-        return cls(earlier, common)
-
-    @classmethod
-    def read(cls, path: Path) -> "Sheet":
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        return cls(rows, rows[0])
-
-    def add(
-        self, case: Case, provider: str, quantity: str, value: float, unit: str, **more
-    ) -> None:
-        shape = {"case": case.name, "rows": case.rows, "width": case.width, "dtype": "bfloat16"}
-        self.rows.append(
-            self.common | shape
-            | {"provider": provider, "quantity": quantity, "value": f"{value:.6g}", "unit": unit}
-            | more
-        )  # fmt: skip
-
-    def get(self, case: Case, quantity: str) -> dict[str, float]:
-        """Provider to value."""
-        return {
-            r["provider"]: float(r["value"])
-            for r in self.rows
-            if r["case"] == case.name and r["quantity"] == quantity
-        }
+def of_new_run(earlier: list[dict[str, str]]) -> Sheet:
+    common = {
+        "run": str(1 + max((int(row["run"]) for row in earlier), default=0)),
+        "date": datetime.date.today().isoformat(),
+        "commit": report.commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+    return Sheet(earlier, common)
 
 
-def gigabytes(case: Case, tensors: int) -> float:
-    return tensors * case.rows * case.width * 2 / 1e9
+def read(path: Path) -> Sheet:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Sheet(rows, rows[0])
 
 
 def show(sheet: Sheet, cases, quantities, names, console: Console) -> None:

@@ -2,7 +2,8 @@
 
 import torch
 
-from benchmarks.providers import CASES, compiled
+from benchmarks.cases import CASES
+from gatednorm.bench.providers import compiled
 
 
 def test_the_backward_of_a_compiled_norm_can_be_timed_alone():

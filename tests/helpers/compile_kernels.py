@@ -25,8 +25,9 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from benchmarks.providers import CASES, Case  # noqa: E402
+from benchmarks.cases import CASES  # noqa: E402
 from gatednorm import call  # noqa: E402
+from gatednorm.bench.cases import Case  # noqa: E402
 from gatednorm.kernels import launch  # noqa: E402
 from gatednorm.options import make_options  # noqa: E402
 

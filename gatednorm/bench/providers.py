@@ -1,4 +1,4 @@
-"""Which cases are timed, and who can be.
+"""Who can be timed.
 
 A provider says which cases it covers and returns two functions of tensors:
 
@@ -8,78 +8,32 @@ installed is left out, and the benchmark says so.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._functorch.config
+from torch import Tensor
 
-import gatednorm
+from .. import gated_norm_ref, layernorm_fn, rms_norm_gated
+from .cases import Case
 
 EPS = 1e-6
 
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table: `rows x width` in groups, gate order, strides of z, norm."""
-
-    rows: int
-    width: int
-    group_size: int | None = None
-    norm_before_gate: bool = True
-    z_strided: bool = False
-    is_rms_norm: bool = True
-    bias: bool = False
-    activation: str = "silu"
-
-    @property
-    def name(self) -> str:
-        parts = [f"{self.rows} x {self.width}"]
-        if self.group_size:
-            parts.append(f"{self.width // self.group_size} groups")
-        parts.append("gate after" if self.norm_before_gate else "gate before")
-        if self.z_strided:
-            parts.append("z strided")
-        if not self.is_rms_norm:
-            parts.append("layer norm")
-        if self.bias:
-            parts.append("bias")
-        if self.activation != "silu":
-            parts.append(self.activation)
-        return ", ".join(parts)
-
-
-CASES = (
-    Case(262144, 128),
-    Case(262144, 128, z_strided=True),
-    Case(16384, 2048, norm_before_gate=False, z_strided=True),
-    Case(16384, 5120, norm_before_gate=False, z_strided=True),
-    Case(8192, 8192, 1024, norm_before_gate=False, z_strided=True),
-    Case(16384, 4096),
-    Case(4096, 16384),
-    Case(4096, 16384, norm_before_gate=False),
-    Case(131072, 256),
-    Case(30011, 1000, is_rms_norm=False, bias=True, activation="sigmoid"),
-    Case(20011, 1536, norm_before_gate=False),
-    Case(10007, 3072, bias=True),
-    Case(16384, 2048, norm_before_gate=False, is_rms_norm=False, bias=True),
-)
-DECODE = (Case(2048, 128), Case(64, 5120, norm_before_gate=False))
-WIDTHS = tuple(Case(2**25 // width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192))
-ROWS = tuple(Case(2**k, 4096, norm_before_gate=False) for k in range(4, 16, 2))
-
-Functions = tuple[Callable | None, Callable]  # training (None: no backward), inference
+Norm = Callable[[Tensor, Tensor, Tensor | None, Tensor], Any]  # of x, w, b, z; returns y
+Functions = tuple[Norm | None, Norm]  # training (None: no backward), inference
+Provider = Callable[[Case], Functions | None]
 
 
 def ours(case: Case) -> Functions:
-    options = {"is_rms_norm": case.is_rms_norm, "activation": case.activation}
+    options: dict[str, Any] = {"is_rms_norm": case.is_rms_norm, "activation": case.activation}
     place = (EPS, case.group_size, case.norm_before_gate)
     return (
-        lambda x, w, b, z: gatednorm.layernorm_fn(x, w, b, z, *place, **options),
-        lambda x, w, b, z: gatednorm.rms_norm_gated(x, w, b, z, *place, **options),
+        lambda x, w, b, z: layernorm_fn(x, w, b, z, *place, **options),
+        lambda x, w, b, z: rms_norm_gated(x, w, b, z, *place, **options),
     )
 
 
-def one_origin(path: str) -> Callable[[Case], Functions | None]:
+def one_origin(path: str) -> Provider:
     """Of a copy that still has the functions and arguments of mamba's first one."""
 
     def provider(case: Case) -> Functions | None:
@@ -87,7 +41,7 @@ def one_origin(path: str) -> Callable[[Case], Functions | None]:
         if case.activation != "silu":
             return None
 
-        def call(x, w, b, z):
+        def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
             place = (EPS, case.group_size, case.norm_before_gate)
             return module.layernorm_fn(x, w, b, z, *place, case.is_rms_norm)
 
@@ -102,7 +56,7 @@ def fla_fused(case: Case) -> Functions | None:
         return None
     function = module.rms_norm_gated if case.is_rms_norm else module.layer_norm_gated
 
-    def call(x, w, b, z):
+    def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
         return function(x, z, w, b, activation=case.activation, eps=EPS)
 
     return call, call
@@ -111,7 +65,7 @@ def fla_fused(case: Case) -> Functions | None:
 def sglang(case: Case) -> Functions | None:
     module = importlib.import_module("sglang.kernels.ops.attention.fla.layernorm_gated")
 
-    def call(x, w, b, z):
+    def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
         return module.rms_norm_gated(
             x=x, weight=w, bias=b, z=z, eps=EPS, group_size=case.group_size,
             norm_before_gate=case.norm_before_gate, is_rms_norm=case.is_rms_norm,
@@ -126,17 +80,38 @@ def vllm(case: Case) -> Functions | None:
     if case.activation != "silu" or not case.is_rms_norm:
         return None
 
-    def call(x, w, b, z):
+    def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
         return module.rms_norm_gated(x, w, b, z, EPS, case.group_size, case.norm_before_gate)
 
     return None, call
 
 
-def reference(case: Case, upcast: bool = True) -> Callable:
+def transformers(case: Case) -> Functions | None:
+    """The plain class of a family with this formula, with its own rounding points."""
+    importlib.import_module("transformers")
+    groups = () if case.norm_before_gate else (case.group_size or case.width,)
+    model, prefix = {
+        (True, "silu"): ("qwen3_next", "Qwen3Next"),
+        (True, "sigmoid"): ("kimi_linear", "KimiLinear"),
+        (False, "silu"): ("mamba2", "Mamba"),
+    }.get((case.norm_before_gate, case.activation), ("", ""))
+    if not model or not case.is_rms_norm or case.bias or (case.group_size and not groups):
+        return None
+    family = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    norm = getattr(family, f"{prefix}RMSNormGated")(case.width, *groups, EPS)
+
+    def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
+        # A model has its weight in the dtype of x; in a wider one the results would be wider too.
+        return torch.func.functional_call(norm, {"weight": w.to(x.dtype)}, (x, z))
+
+    return call, call
+
+
+def reference(case: Case, upcast: bool = True) -> Norm:
     """The equation in plain PyTorch; with `upcast` in fp32 inside."""
 
-    def call(x, w, b, z):
-        return gatednorm.gated_norm_ref(
+    def call(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor) -> Any:
+        return gated_norm_ref(
             x, w, b, z, EPS, case.group_size, case.norm_before_gate, upcast,
             is_rms_norm=case.is_rms_norm, activation=case.activation,
         )  # fmt: skip
@@ -155,7 +130,8 @@ def compiled(case: Case) -> Functions:
     return (torch.compile(reference(case), dynamic=False),) * 2
 
 
-PROVIDERS = {
+# By the name in the tables: the distribution whose version is shown, and the provider.
+PROVIDERS: dict[str, tuple[str, Provider]] = {
     "gatednorm": ("gatednorm", ours),
     "FLA fused": ("flash-linear-attention", fla_fused),
     "FLA": ("flash-linear-attention", one_origin("fla.modules.layernorm_gated")),
@@ -164,6 +140,5 @@ PROVIDERS = {
     "vLLM": ("vllm", vllm),
     "torch.compile": ("torch", compiled),
     "eager": ("torch", eager),
+    "transformers": ("transformers", transformers),
 }
-# What the plots show: torch.compile would compile anew for every point.
-QUICK = [name for name in PROVIDERS if name not in ("eager", "torch.compile")]

@@ -1,12 +1,19 @@
 """What the memory allows: elementwise kernels that move the bytes of a gated norm and compute next
-to nothing. The best of several tile sizes on a shape is its ceiling."""
+to nothing. The best of several tile sizes on a shape is its ceiling; `gatednorm.bench` times them.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.testing import do_bench
 
-from benchmarks.timing import graph_time
+__all__ = ["backward_ways", "do_bench", "forward_ways"]
 
 TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))  # elements, warps
+Ways = list[Callable[[], object]]
 
 
 @triton.jit
@@ -31,7 +38,7 @@ def _read_three_write_two(
     tl.store(dz_ptr + i, x * dy + z, mask=i < n)
 
 
-def _best(kernel, tensors, z) -> float:
+def _ways(kernel: Any, tensors: tuple[Tensor, ...], z: Tensor) -> Ways:
     n, z_stride, width = z.numel(), z.stride(0), z.shape[1]
     if z.is_contiguous():
         # Any rows will do, and up to 15 elements less: with a width of a power of two and a count
@@ -39,18 +46,18 @@ def _best(kernel, tensors, z) -> float:
         z_stride = width = TILES[0][0]
         n -= n % 16
 
-    def time(block: int, num_warps: int) -> float:
+    def way(block: int, num_warps: int) -> Callable[[], object]:
         start = kernel[(triton.cdiv(n, block),)]
-        return graph_time(lambda: start(*tensors, n, z_stride, width, block, num_warps=num_warps))
+        return lambda: start(*tensors, n, z_stride, width, block, num_warps=num_warps)
 
-    return min(time(*tile) for tile in TILES)
-
-
-def forward_ceiling(x, z, y) -> float:
-    """Best time, in microseconds, of reading `x`, `z` `[rows, D]` and writing `y`."""
-    return _best(_read_two_write_one, (x, z, y), z)
+    return [way(*tile) for tile in TILES]
 
 
-def backward_ceiling(dy, x, z, dx, dz) -> float:
-    """Best time, in microseconds, of reading `dy`, `x`, `z` `[rows, D]` and writing `dx`, `dz`."""
-    return _best(_read_three_write_two, (dy, x, z, dx, dz), z)
+def forward_ways(x: Tensor, z: Tensor, y: Tensor) -> Ways:
+    """Calls that read `x`, `z` `[rows, D]` and write `y`, one for each tile."""
+    return _ways(_read_two_write_one, (x, z, y), z)
+
+
+def backward_ways(dy: Tensor, x: Tensor, z: Tensor, dx: Tensor, dz: Tensor) -> Ways:
+    """Calls that read `dy`, `x`, `z` `[rows, D]` and write `dx`, `dz`, one for each tile."""
+    return _ways(_read_three_write_two, (dy, x, z, dx, dz), z)
