@@ -5,6 +5,7 @@ paragraph that is nothing but a link to a section of the README is replaced by t
 """
 
 import csv
+import html
 import posixpath
 import re
 from pathlib import Path
@@ -68,23 +69,21 @@ def section(anchor: str) -> str:
 
 
 def table(path: Path) -> str:
-    """A CSV as a page: what is the same in all rows above the table, and a link to the file."""
+    """A CSV as a page: a link to it, what all rows have in common, and a table of the rest."""
     with path.open(encoding="utf-8") as file:
         head, *rows = csv.reader(file)
-    columns = [
-        [cell.replace("|", "\\|") for cell in column] for column in zip(head, *rows, strict=True)
-    ]
+    columns = list(zip(head, *rows, strict=True))
     same = [column for column in columns if len(rows) > 1 and len(set(column[1:])) == 1]
-    kept = [column for column in columns if column not in same]
-    lines = [" | ".join(row) for row in zip(*kept, strict=True)]
-    name = path.relative_to(ROOT / "benchmarks/results").as_posix()
+    lines = zip(*(column for column in columns if column not in same), strict=True)
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines)
+    first, *rest = (f"<tr>{line}</tr>" for line in cells)
     return "\n".join(
         [
-            f"# {name}\n",
-            f"[The file]({path.name}); {len(rows):,} rows, each of which has:\n",
+            f"# {path.relative_to(ROOT / 'benchmarks/results').as_posix()}\n",
+            f"[The file]({path.name}), {len(rows):,} rows. Each has:\n",
             *(f"- {name}: {value}" for name, value, *_ in same),
-            "",
-            *(f"| {line} |" for line in (lines[0], " | ".join("---" for _ in kept), *lines[1:])),
+            f"\n<div class=csv><table><thead>{first.replace('td>', 'th>')}</thead>",
+            f"<tbody>{''.join(rest)}</tbody></table></div>",
         ]
     )
 
