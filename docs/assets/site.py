@@ -89,7 +89,7 @@ def table(path: Path) -> str:
 
 
 class Roles(griffe.Extension):
-    """`:func:` and `:class:` of a docstring become links."""
+    """`:func:` and `:class:` of a docstring become links, and pages that it names."""
 
     def on_instance(self, *, obj, **_):
         def link(role):
@@ -97,4 +97,5 @@ class Roles(griffe.Extension):
             return f"[`{role[1]}`][{path}]"
 
         if obj.docstring:
-            obj.docstring.value = re.sub(r":\w+:`(?:gatednorm\.)?(\w+)`", link, obj.docstring.value)
+            text = re.sub(r":\w+:`(?:gatednorm\.)?(\w+)`", link, obj.docstring.value)
+            obj.docstring.value = re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
