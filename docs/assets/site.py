@@ -33,6 +33,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     place = page.file.src_uri
     if place.startswith("benchmarks/results/"):
+        page.meta["search"] = {"exclude": True}
         return markdown
     if page.is_homepage:
         page.meta["hide"] = ["navigation", "toc"]
