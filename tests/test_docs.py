@@ -4,7 +4,9 @@ with `# needs:` and what is lacking here."""
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ COMMANDS = [
     for page in PAGES
     for block in blocks(page, "sh")
     for line in block.replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
 ]
 
 
@@ -86,9 +89,11 @@ def test_a_command_runs(page, line, repository, own_cache_and_no_network):
     words = subprocess.run([*shell, f"printf '%s\\0' {command}"], capture_output=True, check=True)
     program, script, *arguments = words.stdout.decode().split("\0")[:-1]
     if program != "python" or script == "-m":
-        few = " ".join(TRAINED_A_LITTLE) if "train.py" in line else ""
-        paths = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*shell, f"{line} {few}"], capture_output=True, text=True, env=paths)
+        few = TRAINED_A_LITTLE if "train.py" in line else []
+        line = shlex.join([program, script, *arguments, *few])
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*shell, line], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         return
     arguments = shortened(script, arguments)
