@@ -3,9 +3,7 @@
 import copy
 import io
 import pickle
-import re
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,10 +245,3 @@ def test_a_forward_on_the_instance(model, monkeypatch):
 def test_a_target_that_is_none(target, error, message):
     with pytest.raises(error, match=message):
         gatednorm.patch(target)
-
-
-def test_the_example_of_the_page(capsys):
-    page = Path(__file__).parents[2].joinpath("docs/adopt-transformers.md").read_text("utf-8")
-    blocks = dict(re.findall(r"^```(python|text)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
-    exec(blocks["python"], {})  # the last of them, which needs no model
-    assert capsys.readouterr().out == blocks["text"]
