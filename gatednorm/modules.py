@@ -26,6 +26,8 @@ class LayerNorm(nn.Module):
     """
 
     is_rms_norm = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
