@@ -146,9 +146,9 @@ def describe_backward(
             gradient that overlaps what is read after it is written.
     """
     call = _describe_backward(
-        options,
         _meta("dy", dy), _meta("x", x), _meta("weight", weight), _meta("bias", bias),
         _meta("z", z), _meta("mean", mean), _meta("rstd", rstd), _meta("dx", dx), _meta("dz", dz),
+        options,
     )  # fmt: skip
     if dx is not None or dz is not None:
         read = {"dy": dy, "x": x, "weight": weight, "bias": bias, "z": z, "mean": mean}
@@ -173,10 +173,10 @@ def _remembered(
     long = _long(shape)
     try:
         if all(meta is None or meta[0] == shape for meta in (z, out)):
-            return _describe(options, long, *map(_of_any_rows, metas))
+            return _describe(*map(_of_any_rows, metas), options, long)
     except (TypeError, ValueError):
         pass
-    return _describe.__wrapped__(options, long, *metas)  # an error names the real shapes
+    return _describe.__wrapped__(*metas, options, long)  # an error names the real shapes
 
 
 def _of_any_rows(meta: _Fields | None) -> _Fields | None:
@@ -198,10 +198,17 @@ def _metas(*metas: _Fields | None) -> list[_Meta | None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe(options: Options, long: bool, *fields: _Fields | None) -> Call:
-    """`fields` of `x`, `weight`, `bias`, `z` and `out`."""
-    given, weight, bias, z, out = _metas(*fields)
-    x = _check_inputs(given, weight, bias, z)
+def _describe(
+    x: _Fields | None,
+    weight: _Fields | None,
+    bias: _Fields | None,
+    z: _Fields | None,
+    out: _Fields | None,
+    options: Options,
+    long: bool,
+) -> Call:
+    x, weight, bias, z, out = _metas(x, weight, bias, z, out)
+    x = _check_inputs(x, weight, bias, z)
     out_dtype = options.out_dtype
     if out_dtype == torch.float64 and x.device.type != "cpu":
         raise TypeError(
@@ -220,11 +227,22 @@ def _describe(options: Options, long: bool, *fields: _Fields | None) -> Call:
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe_backward(options: Options, *fields: _Fields | None) -> Call:
-    """`fields` in the order of :func:`describe_backward`."""
-    given_dy, given_x, weight, bias, z, mean, rstd, dx, dz = _metas(*fields)
-    x = _check_inputs(given_x, weight, bias, z)
-    dy = _check_like_x("dy", given_dy, x)
+def _describe_backward(
+    dy: _Fields | None,
+    x: _Fields | None,
+    weight: _Fields | None,
+    bias: _Fields | None,
+    z: _Fields | None,
+    mean: _Fields | None,
+    rstd: _Fields | None,
+    dx: _Fields | None,
+    dz: _Fields | None,
+    options: Options,
+) -> Call:
+    dy, x, weight, bias, z = _metas(dy, x, weight, bias, z)
+    mean, rstd, dx, dz = _metas(mean, rstd, dx, dz)
+    x = _check_inputs(x, weight, bias, z)
+    dy = _check_like_x("dy", dy, x)
     for name, given, like in (("dx", dx, x), ("dz", dz, z)):
         if given is None:
             continue
