@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -111,6 +112,13 @@ def test_what_is_in_them(built, wheel):
         "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md",
         "SECURITY.md", "pyproject.toml", "setup.cfg",
     }  # fmt: skip
+
+
+def test_a_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == gatednorm.__version__
+    released = f"## {gatednorm.__version__} ({citation['date-released']})"
+    assert released in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def examples() -> str:
