@@ -23,7 +23,7 @@ from .modules import LayerNorm, NotesHooks, RMSNorm
 from .patching import patch
 from .reference import gated_norm_ref, rms_norm_ref
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NORM_PATHS",

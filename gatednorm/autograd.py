@@ -9,6 +9,7 @@ wraps around it, would make a forward plus backward take half as long again (ben
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .call import (
 )
 from .options import DTYPES, Options, make_options
 
+Maybe = Tensor | None
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 # `gatednorm`; another in a copy of the package that a kernel hub imports under a name of its own:
 # PyTorch takes each operator once.
@@ -95,7 +97,7 @@ def run_backward(
     dz: Tensor | None,
     options: Options,
     with_output: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Check, allocate what is missing and launch; returns `dx`, `dw`, `db`, `dz` (None where there
     is no such input), and with a new `dx` the forward's `y` again where asked for (else None)."""
     if options.is_rms_norm:
@@ -119,6 +121,7 @@ def run_backward(
 
 NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those for options that were not given
 SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
+Saved = tuple[Tensor, Maybe, Maybe, Maybe, Maybe, Tensor]
 HOOKS = "hooks of saved tensors must bring back what was saved"
 
 
@@ -132,39 +135,43 @@ class LayerNormFn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z=None, *options):
+    def forward(
+        ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe = None, *options: Any
+    ) -> Tensor:
         return save_forward(ctx, x, weight, bias, z, make_options(*Options(*options)))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
         return _backward(ctx, dy)
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
         raise RuntimeError(
             "the gated norm has no forward-mode derivative, and an input has a tangent; use "
             "gatednorm.gated_norm_ref there, or torch.autograd"
         )
 
 
-def save_forward(ctx, x, weight, bias, z, options: Options, *others: Tensor | None) -> Tensor:
+def save_forward(
+    ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, options: Options, *others: Maybe
+) -> Tensor:
     """The forward's `y`; what :func:`gradients` needs is kept, and `others` after it."""
+    y: Tensor
     if needs_operator(x, weight, bias, z):
         check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
         y, mean, rstd = ops.forward(x, weight, bias, z, *options)
     else:
         y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
-    _save(ctx, x, weight, bias, z, mean, rstd, options, *others)
+    _save(ctx, (x, weight, bias, z, mean, rstd), options, *others)
     return y
 
 
-def _save(ctx, x, weight, bias, z, mean, rstd, options: Options, *others) -> None:
-    saved = (x, weight, bias, z, mean, rstd)
+def _save(ctx: Any, saved: Saved, options: Options, *others: Maybe) -> None:
     ctx.options, ctx.dtypes = options, [t is not None and t.dtype for t in saved]
     ctx.save_for_backward(*saved, *others)
 
 
-def gradients(ctx, dy, saved: tuple, with_output: bool = False) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, dy: Tensor, saved: Saved, with_output: bool = False) -> tuple[Maybe, ...]:
     """The gradients of `x, weight, bias, z` from what :func:`save_forward` kept, and the forward's
     `y` again where asked for, else None."""
     for name, t, dtype in zip(SAVED, saved, ctx.dtypes, strict=True):
@@ -179,7 +186,7 @@ def gradients(ctx, dy, saved: tuple, with_output: bool = False) -> tuple[Tensor 
         raise RuntimeError(f"{HOOKS}, but {error}") from error
 
 
-def _backward(ctx, dy, *_):
+def _backward(ctx: Any, dy: Tensor, *_: Maybe) -> tuple[Maybe, ...]:
     """The gradients of `x, weight, bias, z`, and None for each option."""
     return *gradients(ctx, dy, ctx.saved_tensors)[:4], *NO_GRADIENTS
 
@@ -193,11 +200,14 @@ def _has_memory(t: Tensor) -> bool:
     return True
 
 
-def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
+def _backward_op(
+    dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Maybe, rstd: Tensor,
+    *options: Any,
+) -> tuple[Maybe, ...]:  # fmt: skip
     """:func:`run_backward` by way of the operator; `with_output` comes after the options. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
-        return _OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options)
+        return tuple(_OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options))
     if mean is None:
         mean = x.new_empty(0)
     results = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
@@ -209,11 +219,11 @@ class _OnceDifferentiable(torch.autograd.Function):
     """The backward as a function that has no derivative itself."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
         return _backward_op(*arguments)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
         raise RuntimeError(
             "the gated norm has no second derivative, which was asked for by way of "
             "create_graph=True; use gatednorm.gated_norm_ref, which PyTorch differentiates at will"
@@ -244,23 +254,32 @@ def _none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
-def _forward_impl(x, weight, bias, z, *options):
+def _forward_impl(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *options: Any
+) -> tuple[Tensor, ...]:
     results = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
     return _none_to_empty(x, *results)
 
 
-def _forward_out_impl(x, weight, bias, z, out, *options):
+def _forward_out_impl(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
+) -> None:
     run_forward(x, weight, bias, z, out, make_options(*options), save_stats=False)
 
 
-def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
-    options, with_output = _split(*options)
-    arguments = (_addressable(dy, x, z), x, weight, bias, z, mean, rstd, None, None)
-    results = run_backward(*arguments, make_options(*options), with_output)
+def _backward_impl(
+    dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
+    *values: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    options, with_output = _split(*values)
+    dy = _addressable(dy, x, z)
+    results = run_backward(
+        dy, x, weight, bias, z, mean, rstd, None, None, make_options(*options), with_output
+    )
     return _none_to_empty(x, *results)
 
 
-def _split(*options) -> tuple[tuple, bool]:
+def _split(*options: Any) -> tuple[tuple[Any, ...], bool]:
     """The options, and `with_output`, which PyTorch leaves out where it has its default."""
     n = len(Options())
     return options[:n], any(options[n:])
@@ -284,7 +303,9 @@ def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy.contiguous()
 
 
-def _check_shapes(x, weight, bias, z, out, group_size) -> None:
+def _check_shapes(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, group_size: int | None
+) -> None:
     """The rules of `describe` for devices, and for sizes that may be symbols."""
     torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
     width = x.shape[-1]
@@ -315,8 +336,10 @@ def _check_shapes(x, weight, bias, z, out, group_size) -> None:
             )
 
 
-def _forward_fake(x, weight, bias, z, *options):
-    options = Options(*options)
+def _forward_fake(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*values)
     _check_shapes(x, weight, bias, z, None, options.group_size)
     rows, width = 1, x.shape[-1]
     for size in x.shape[:-1]:
@@ -327,12 +350,17 @@ def _forward_fake(x, weight, bias, z, *options):
     return x.new_empty(x.shape, dtype=options.out_dtype or x.dtype), mean, rstd
 
 
-def _forward_out_fake(x, weight, bias, z, out, *options):
+def _forward_out_fake(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
+) -> None:
     _check_shapes(x, weight, bias, z, out, Options(*options).group_size)
 
 
-def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):
-    options, with_output = _split(*options)
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
+    *values: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    options, with_output = _split(*values)
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
     dtype = Options(*options).out_dtype or x.dtype
     return _none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
@@ -348,9 +376,9 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
-def _save_op(ctx, inputs, output) -> None:
+def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, *inputs[:4], *output[1:], Options(*inputs[4:]))
+    _save(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
 
 
 torch.library.register_autograd(

@@ -68,10 +68,13 @@ class Call(NamedTuple):
 class _Meta(NamedTuple):
     """What the checks look at in a tensor."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+_Fields = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]  # of a _Meta
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -81,7 +84,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
 
 
-def _meta(name: str, t: Tensor | None) -> tuple | None:
+def _meta(name: str, t: Tensor | None) -> _Fields | None:
     """The fields of a :class:`_Meta`, in a plain tuple: this runs at every call."""
     if t is None:
         return None
@@ -115,7 +118,7 @@ def describe(
     )  # fmt: skip
     call = _remembered(*metas, options)
     if out is not None:
-        check_no_overlap_within("out", _Meta(*metas[-1]))
+        check_no_overlap_within("out", out.shape, out.stride())
         for name, other in (("x", x), ("z", z)):
             check_overlap("out", out, name, other)
         for name, other in (("weight", weight), ("bias", bias)):
@@ -158,23 +161,30 @@ def describe_backward(
 
 
 @functools.lru_cache(maxsize=4096)
-def _remembered(x, weight, bias, z, out, options: Options) -> Call:
-    metas, long = (x, weight, bias, z, out), x is not None and _long(x[0])
+def _remembered(
+    x: _Fields | None,
+    weight: _Fields | None,
+    bias: _Fields | None,
+    z: _Fields | None,
+    out: _Fields | None,
+    options: Options,
+) -> Call:
+    metas, shape = (x, weight, bias, z, out), () if x is None else x[0]
+    long = _long(shape)
     try:
-        if all(meta is None or meta[0] == x[0] for meta in (z, out)):
-            return _describe(*[_of_any_rows(meta) for meta in metas], options, long)
+        if all(meta is None or meta[0] == shape for meta in (z, out)):
+            return _describe(*map(_of_any_rows, metas), options, long)
     except (TypeError, ValueError):
         pass
     return _describe.__wrapped__(*metas, options, long)  # an error names the real shapes
 
 
-def _of_any_rows(meta: tuple | None) -> tuple | None:
+def _of_any_rows(meta: _Fields | None) -> _Fields | None:
     """The same for any number of rows above one. Serving meets new ones all the time, and no rule
     but that of `_long` depends on how many there are, so one check is remembered for all."""
     if meta is None or len(meta[0]) < 2 or meta[0][0] <= 2:
         return meta
-    shape, *rest = meta
-    return ((2, *shape[1:]), *rest)
+    return (2, *meta[0][1:]), *meta[1:]
 
 
 def _long(shape: tuple[int, ...]) -> bool:
@@ -183,15 +193,23 @@ def _long(shape: tuple[int, ...]) -> bool:
     return max((math.prod(shape[:-1]) + 2**20, *shape[-1:])) >= 2**31
 
 
-def _metas(*metas: tuple | None) -> list[_Meta | None]:
-    return [m and _Meta(*m) for m in metas]
+def _metas(*metas: _Fields | None) -> list[_Meta | None]:
+    return [None if m is None else _Meta(*m) for m in metas]
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe(x, weight, bias, z, out, options: Options, long: bool) -> Call:
+def _describe(
+    x: _Fields | None,
+    weight: _Fields | None,
+    bias: _Fields | None,
+    z: _Fields | None,
+    out: _Fields | None,
+    options: Options,
+    long: bool,
+) -> Call:
     x, weight, bias, z, out = _metas(x, weight, bias, z, out)
+    x = _check_inputs(x, weight, bias, z)
     out_dtype = options.out_dtype
-    _check_inputs(x, weight, bias, z)
     if out_dtype == torch.float64 and x.device.type != "cpu":
         raise TypeError(
             f"out_dtype float64 runs on the CPU only, and x is on {x.device}; use float32"
@@ -209,11 +227,22 @@ def _describe(x, weight, bias, z, out, options: Options, long: bool) -> Call:
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options: Options) -> Call:
+def _describe_backward(
+    dy: _Fields | None,
+    x: _Fields | None,
+    weight: _Fields | None,
+    bias: _Fields | None,
+    z: _Fields | None,
+    mean: _Fields | None,
+    rstd: _Fields | None,
+    dx: _Fields | None,
+    dz: _Fields | None,
+    options: Options,
+) -> Call:
     dy, x, weight, bias, z = _metas(dy, x, weight, bias, z)
     mean, rstd, dx, dz = _metas(mean, rstd, dx, dz)
-    _check_inputs(x, weight, bias, z)
-    _check_like_x("dy", dy, x)
+    x = _check_inputs(x, weight, bias, z)
+    dy = _check_like_x("dy", dy, x)
     for name, given, like in (("dx", dx, x), ("dz", dz, z)):
         if given is None:
             continue
@@ -222,17 +251,17 @@ def _describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options: Opti
         _check_like_x(name, given, x)
         if given.dtype != like.dtype:
             raise TypeError(f"{name} must be {like.dtype} like its input, got {given.dtype}")
-        check_no_overlap_within(name, given)
+        check_no_overlap_within(name, given.shape, given.stride)
     dense = dense_strides(x.shape)
     of_z = (None, None) if z is None else (z.stride, dense if dz is None else dz.stride)
     strides = (dy.stride, x.stride, of_z[0], dense if dx is None else dx.stride, of_z[1])
     rows = rows_of(x.shape, *strides)
     call = _call(x, weight, bias, z, dy.dtype, x.dtype, options, rows, _long(x.shape))
     shape = torch.Size((math.prod(x.shape[:-1]), call.n_groups))
-    wanted = (shape, call.compute_dtype, x.device)
+    wanted, steps = (shape, call.compute_dtype, x.device), steps_of(shape, dense_strides(shape))
     for name, stat in (("rstd", rstd), ("mean", mean))[: 1 if options.is_rms_norm else 2]:
         found = None if stat is None else (stat.shape, stat.dtype, stat.device)
-        if found != wanted or steps_of(*stat[:2]) != steps_of(shape, dense_strides(shape)):
+        if stat is None or found != wanted or steps_of(*stat[:2]) != steps:
             got = "None"
             if stat is not None:
                 got = f"{list(stat.shape)} in {stat.dtype} with strides {tuple(stat.stride)}"
@@ -246,11 +275,11 @@ def _describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options: Opti
 
 def _call(
     x: _Meta,
-    weight,
-    bias,
-    z,
+    weight: _Meta | None,
+    bias: _Meta | None,
+    z: _Meta | None,
     last: torch.dtype,
-    out_dtype,
+    out_dtype: torch.dtype,
     options: Options,
     rows: Rows,
     long: bool,
@@ -288,8 +317,10 @@ def _call(
     )
 
 
-def _check_inputs(x: _Meta | None, weight, bias, z) -> None:
-    """The rules for the tensors that a forward and a backward read."""
+def _check_inputs(
+    x: _Meta | None, weight: _Meta | None, bias: _Meta | None, z: _Meta | None
+) -> _Meta:
+    """`x`; the rules for the tensors that a forward and a backward read."""
     if x is None:
         raise TypeError("x must be a torch.Tensor, got NoneType")
     _check_tensor("x", x)
@@ -314,6 +345,7 @@ def _check_inputs(x: _Meta | None, weight, bias, z) -> None:
                 f"{name} must have one entry per channel, got shape {tuple(meta.shape)} and "
                 f"D={width}; pass one of shape ({width},), or {name}=None"
             )
+    return x
 
 
 def _check_tensor(name: str, meta: _Meta, x: _Meta | None = None) -> None:
@@ -341,8 +373,8 @@ def _check_tensor(name: str, meta: _Meta, x: _Meta | None = None) -> None:
         )
 
 
-def _check_like_x(name: str, meta: _Meta | None, x: _Meta) -> None:
-    """A tensor of the shape and device of `x`, with a dtype and strides of its own."""
+def _check_like_x(name: str, meta: _Meta | None, x: _Meta) -> _Meta:
+    """`meta`: a tensor of the shape and device of `x`, with a dtype and strides of its own."""
     if meta is None:
         raise TypeError(f"{name} must be a torch.Tensor, got None")
     _check_tensor(name, meta, x)
@@ -352,9 +384,10 @@ def _check_like_x(name: str, meta: _Meta | None, x: _Meta) -> None:
             f"{name} must have the shape of x, got {tuple(meta.shape)} and {tuple(x.shape)}; "
             f"pass one of that shape{without}"
         )
+    return meta
 
 
-def dense_strides(shape: torch.Size) -> tuple[int, ...]:
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     strides = [1]
     for size in reversed(shape[1:]):

@@ -9,6 +9,7 @@ round differently in the tail of a buffer.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,18 @@ from .options import rounding
 # operator still has enough to do that its own cost does not count.
 BLOCK_BYTES = 7 * 2**18
 
-Block = list[Tensor | None]
+Block = list[Any]  # a view of each tensor; None where there is none
 
 
 def _rows_per_block(call: Call) -> int:
     return max(1, BLOCK_BYTES // (call.width * call.compute_dtype.itemsize))
 
 
-def _blocks(call: Call, *tensors: Tensor | None) -> Iterator[tuple[slice, Block]]:
+def _blocks(call: Call, first: Tensor, *others: Tensor | None) -> Iterator[tuple[slice, Block]]:
     """Cut the tensors `[..., D]` of `call.rows` into blocks of rows: the rows' slice, and the
     views, which share a shape `[..., D]`."""
-    most, n_rows = _rows_per_block(call), tensors[0].numel() // call.width
+    tensors = (first, *others)
+    most, n_rows = _rows_per_block(call), first.numel() // call.width
     if n_rows <= most:
         yield slice(0, n_rows), list(tensors)
         return
@@ -51,7 +53,7 @@ def _blocks(call: Call, *tensors: Tensor | None) -> Iterator[tuple[slice, Block]
             yield slice(start + i * inner, start + stop * inner), views
 
     yield from cut(0, sizes, [
-        None if t is None else t.as_strided((*sizes, call.width), (*steps, 1))
+        None if t is None or steps is None else t.as_strided((*sizes, call.width), (*steps, 1))
         for t, steps in zip(tensors, strides, strict=True)
     ])  # fmt: skip
 
@@ -103,7 +105,8 @@ def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
 def _act(call: Call, z: Tensor, out: Tensor) -> Tensor:
     if call.options.activation == "sigmoid":
         return torch.sigmoid(z, out=out)
-    return torch.ops.aten.silu.out(z, out=out)
+    torch.ops.aten.silu.out(z, out=out)
+    return out
 
 
 def _act_and_slope(call: Call, z: Tensor, act: Tensor, slope: Tensor) -> None:
@@ -117,7 +120,9 @@ def _act_and_slope(call: Call, z: Tensor, act: Tensor, slope: Tensor) -> None:
         torch.lerp(act, act.new_ones(()), slope, out=slope)
 
 
-def _parameters(call: Call, weight, bias) -> tuple[Tensor | None, Tensor | None]:
+def _parameters(
+    call: Call, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """`[groups, group_size]` in the compute dtype; the weight with the 1 of a zero-centred one."""
     w, b = (
         None if t is None else t.to(call.compute_dtype).view(call.n_groups, call.group_size)
@@ -132,7 +137,12 @@ def _round(call: Call, t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _affine(
-    call: Call, xhat: Tensor, w, b, dtype: torch.dtype | None, out: Tensor | None
+    call: Call,
+    xhat: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
 ) -> Tensor:
     """`xhat * w`, rounded to `dtype`, `+ b` in `out` (new if None), or `xhat` itself."""
     h = xhat
@@ -159,7 +169,7 @@ def forward(
         u = _grouped(call, xb)
         two, one, spare = buffers.of(u, 3, ob)
         act = None if zb is None else _act(call, _grouped(call, zb), one)
-        if not call.norm_before_gate:
+        if act is not None and not call.norm_before_gate:
             u = torch.mul(u, act, out=one)
         if not options.is_rms_norm:
             mu = u.mean(-1, keepdim=True)
@@ -212,7 +222,7 @@ def backward(
             _act_and_slope(call, _grouped(call, zb), act, slope)
             if not call.norm_before_gate:
                 u = torch.mul(xg, act, out=xhat)
-        if not options.is_rms_norm:
+        if mean is not None:
             mu = mean[rows].unsqueeze(-1)
             if not call.norm_before_gate:
                 # This gate rounds differently from the forward's. Where a group has no variance,
@@ -249,6 +259,6 @@ def backward(
         else:
             _product_into(dxb, du, r)
     return (
-        None if dw is None else dw.view(call.width).to(weight.dtype),
-        None if db is None else db.view(call.width).to(bias.dtype),
+        None if dw is None or weight is None else dw.view(call.width).to(weight.dtype),
+        None if db is None or bias is None else db.view(call.width).to(bias.dtype),
     )

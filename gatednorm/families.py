@@ -5,7 +5,7 @@ Read in transformers 4.57 to 5.24. Nothing is imported from there; docs/numerics
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Family(NamedTuple):
     forward: Callable[..., Tensor]
 
 
-def _mamba2(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+def _mamba2(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     """`norm(x * silu(gate))` in the dtype of x, times the weight in the wider dtype of the two."""
     weight = self.weight
     return gated_norm(
@@ -39,7 +39,7 @@ def _mamba2(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 def _per_head(numerics: str) -> Callable[..., Tensor]:
-    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         """`norm(x) * w * act(gate)` over the last dimension."""
         return gated_norm(
             hidden_states, self.weight, None, gate, self.variance_epsilon, None,
@@ -50,7 +50,7 @@ def _per_head(numerics: str) -> Callable[..., Tensor]:
     return forward
 
 
-def _falcon_h1(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+def _falcon_h1(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     """`norm(x) * w * silu(gate)`, or `norm(x * silu(gate)) * w`, in `n_groups` groups."""
     return gated_norm(
         hidden_states, self.weight, None, gate, self.variance_epsilon,

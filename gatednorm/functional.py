@@ -92,15 +92,18 @@ def layernorm_fn(
         eps, group_size, norm_before_gate, is_rms_norm,
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
+    y: Tensor
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return ops.forward(x, weight, bias, z, *options)[0]
+        y = ops.forward(x, weight, bias, z, *options)[0]
+        return y
     if not torch.is_grad_enabled():  # half the time of a call, and no statistics
         return rms_norm_gated(
             x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=is_rms_norm,
             activation=activation, zero_centered=zero_centered, numerics=numerics,
             out_dtype=out_dtype,
         )  # fmt: skip
-    return LayerNormFn.apply(x, weight, bias, z, *options)
+    y = LayerNormFn.apply(x, weight, bias, z, *options)
+    return y
 
 
 def rmsnorm_fn(
@@ -212,7 +215,9 @@ def layernorm_forward(
         activation, zero_centered, numerics, out_dtype,
     )  # fmt: skip
     with torch.no_grad():
-        return run_forward(x, weight, bias, z, out, options, save_stats=True)
+        y, mean, rstd = run_forward(x, weight, bias, z, out, options, save_stats=True)
+    assert rstd is not None  # it was asked for
+    return y, mean, rstd
 
 
 def layernorm_backward(

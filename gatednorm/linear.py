@@ -1,5 +1,7 @@
 """The gated norm and the projection after it as one function, which keeps no output of the norm."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,16 @@ class GatedNormLinearFn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z, linear_weight, linear_bias, options):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        z: Tensor | None,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        options: Options,
+    ) -> Tensor:
         y = save_forward(ctx, x, weight, bias, z, options, linear_weight)
         ctx.dtype = y.dtype
         if torch.is_autocast_enabled(y.device.type):
@@ -31,11 +42,12 @@ class GatedNormLinearFn(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *saved, linear_weight = ctx.saved_tensors
         x, options = saved[0], ctx.options
         dy = (dout @ linear_weight.to(ctx.dtype)).view(x.shape).to(options.out_dtype or x.dtype)
         *grads, y = gradients(ctx, dy, tuple(saved), with_output=True)
+        assert y is not None  # it was asked for
         dout = dout.flatten(0, -2)
         y = _operand(y, linear_weight, ctx.dtype).flatten(0, -2)
         dlinear = (dout.t() @ y).to(linear_weight.dtype)
@@ -96,7 +108,8 @@ def gated_norm_linear(
     # A trace cannot look into the memory of checked options; the operator checks them again.
     options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)
     check_projection(x, linear_weight, linear_bias)
-    return GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
+    out: Tensor = GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
+    return out
 
 
 def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -143,16 +156,17 @@ def norm_then_linear(
     Returns:
         `[..., N]`.
     """
-    plain = all(isinstance(module, NotesHooks) and module.is_plain() for module in (norm, linear))
-    if not plain or norm.path != "training":
-        y = norm(x, z)
-        return linear(y.flatten(-2) if heads else y)
-    return gated_norm_linear(
-        x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
-        group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
-        is_rms_norm=norm.is_rms_norm, activation=norm.activation,
-        zero_centered=norm.zero_centered, numerics=norm.numerics,
-    )  # fmt: skip
+    if isinstance(norm, LayerNorm) and norm.is_plain() and norm.path == "training":
+        if isinstance(linear, NotesHooks) and isinstance(linear, nn.Linear) and linear.is_plain():
+            return gated_norm_linear(
+                x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias,
+                eps=norm.eps, group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
+                is_rms_norm=norm.is_rms_norm, activation=norm.activation,
+                zero_centered=norm.zero_centered, numerics=norm.numerics,
+            )  # fmt: skip
+    y: Tensor = norm(x, z)
+    y = linear(y.flatten(-2) if heads else y)
+    return y
 
 
 class GatedNormLinear(nn.Module):

@@ -1,6 +1,7 @@
 """The modules: parameters, and one call of a function."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
 from .options import channels_in_group, make_options, one_of
 
 
-def _noting(name: str):
-    def register(self, *args, **kwargs):
+def _noting(name: str) -> Any:
+    def register(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.hooked = True
         return getattr(super(NotesHooks, self), name)(*args, **kwargs)
 
@@ -27,7 +28,7 @@ class NotesHooks(nn.Module):
     """
 
     hooked = False
-    PLAIN_FORWARD: Callable | None = None
+    PLAIN_FORWARD: Callable[..., Tensor] | None = None
 
     def is_plain(self) -> bool:
         """Whether a call does what `PLAIN_FORWARD` does and nothing else."""
@@ -61,6 +62,8 @@ class LayerNorm(NotesHooks):
     """
 
     is_rms_norm = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,

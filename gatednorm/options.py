@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ class Options(NamedTuple):
     out_dtype: torch.dtype | None = None
 
 
-def make_options(*values) -> Options:
+def make_options(*values: Any) -> Options:
     """The checked options of these values, in the order of the fields of :class:`Options`; what was
     checked once is remembered.
 
@@ -47,7 +47,7 @@ def make_options(*values) -> Options:
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def _checked(*values) -> Options:
+def _checked(*values: Any) -> Options:
     options = Options(*values)
     eps, group_size, out_dtype = options.eps, options.group_size, options.out_dtype
     number = isinstance(eps, (int, float)) and not isinstance(eps, bool)

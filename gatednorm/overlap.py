@@ -3,16 +3,18 @@
 from torch import Tensor
 
 
-def check_no_overlap_within(name: str, meta) -> None:
+def check_no_overlap_within(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     """Raises ValueError for an output in which two indices name one element."""
-    if _overlaps_itself(steps_of(meta.shape, meta.stride)):
+    if _overlaps_itself(steps_of(shape, strides)):
         raise ValueError(
-            f"{name} must not overlap itself, got strides {tuple(meta.stride)} for shape "
-            f"{tuple(meta.shape)}; pass a tensor that was not expanded, or None for a new one"
+            f"{name} must not overlap itself, got strides {tuple(strides)} for shape "
+            f"{tuple(shape)}; pass a tensor that was not expanded, or None for a new one"
         )
 
 
-def check_overlap(name: str, out: Tensor, other_name: str, other: Tensor, same: str = "") -> None:
+def check_overlap(
+    name: str, out: Tensor | None, other_name: str, other: Tensor | None, same: str = ""
+) -> None:
     """Raises ValueError for an output that may share an element with an input. The same view of it
     is allowed unless `same` says why not."""
     if out is None or other is None or not out.numel():

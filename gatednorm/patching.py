@@ -9,11 +9,13 @@ classes and layers call are replaced, wherever a module has a name for them.
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -117,7 +119,7 @@ class Patch:
             grows as more of it is imported.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self._done: list[tuple[object, str, object, object]] = []
 
@@ -136,7 +138,7 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 
@@ -146,12 +148,15 @@ class Patch:
 class _Patched:
     """A patched module's class is made at run time: what is pickled is the original's name."""
 
-    def __reduce_ex__(self, protocol):
+    _original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _restore, (type(self)._original,), self.__getstate__()
 
 
 def _restore(original: type[nn.Module]) -> nn.Module:
-    cls = _ours(original)
+    cls = _ours(original)  # type: ignore[arg-type]  # mypy takes a class for an instance of it
+    assert cls is not None  # it was made once already
     return cls.__new__(cls)
 
 
@@ -159,10 +164,12 @@ def _restore(original: type[nn.Module]) -> nn.Module:
 def _ours(original: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass of a known class whose `forward` is ours; None for an unknown one."""
     name, module = original.__qualname__, original.__module__
+    own: dict[str, Any] = {}
+    bases: tuple[type, ...] = (_Patched, original)
     if (module, name) in FAMILIES:
-        bases, own = (_Patched, original), {"forward": FAMILIES[module, name].forward}
+        own["forward"] = FAMILIES[module, name].forward
     elif module in _LAYERS and hasattr(door := _compat(_LAYERS[module][0]), name):
-        bases, own = (_Patched, getattr(door, name), original), {}
+        bases = (_Patched, getattr(door, name), original)
     else:
         return None
     own |= {"__module__": __name__, "__qualname__": name, "_original": original}
@@ -174,7 +181,7 @@ def _patch_model(model: nn.Module) -> Patch:
     for path, module in model.named_modules():
         cls = type(module)
         known = known or cls.__module__.startswith("gatednorm.")
-        ours = None if issubclass(cls, _Patched) else _ours(cls)
+        ours = None if issubclass(cls, _Patched) else _ours(cls)  # type: ignore[arg-type]  # same
         if ours is None:
             continue
         if "forward" in vars(module):
@@ -250,7 +257,7 @@ class _PackagePatch(Patch, MetaPathFinder):
         module = sys.modules[path]
         for name in [name for where, name in FAMILIES if where == path]:
             cls = getattr(module, name, None)  # older releases share one class among families
-            if "forward" in vars(cls or object):
+            if cls is not None and "forward" in vars(cls):
                 self._set(cls, "forward", cls.forward, FAMILIES[path, name].forward)
         door, names = _FUNCTIONS[self._package][path]
         for name in names:
@@ -272,12 +279,15 @@ class _PackagePatch(Patch, MetaPathFinder):
                 setattr(owner, name, old)
         super().undo()
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in _FUNCTIONS[self._package]:
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)):
-                spec.loader = _ThenPatch(spec.loader, self._patch_module)
+                if spec.loader is not None:
+                    spec.loader = _ThenPatch(spec.loader, self._patch_module)
                 return spec
         return None
 
@@ -288,11 +298,13 @@ class _ThenPatch(Loader):
     def __init__(self, loader: Loader, patch_module: Callable[[str], None]):
         self._loader, self._patch_module = loader, patch_module
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # as if we had not been here
+        module.__loader__ = self._loader  # as if we had not been here
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._patch_module(module.__name__)
 
@@ -303,4 +315,5 @@ def _copy(function: FunctionType) -> FunctionType:
         function.__closure__,
     )  # fmt: skip
     copy.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(copy, function)
+    functools.update_wrapper(copy, function)
+    return copy

@@ -6,6 +6,8 @@
 Nothing here is fast, and nothing on the product's own path imports it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -99,7 +101,7 @@ def rms_norm_ref(
     group_size: int | None = None,
     norm_before_gate: bool = True,
     upcast: bool = True,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """Gated RMS norm in plain PyTorch; :func:`gated_norm_ref` with `is_rms_norm=True`."""
     return gated_norm_ref(

@@ -12,7 +12,7 @@ from .cases import Case
 from .providers import Functions, Norm, reference
 
 STREAM = (
-    torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.Stream()
     if torch.cuda.is_available()
     else None
 )

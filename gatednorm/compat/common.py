@@ -4,6 +4,8 @@ The peers copy what their kernels cannot address, and their callers rely on it; 
 do, while :func:`gatednorm.layernorm_fn` refuses. What can be addressed is still not copied.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,10 @@ from ..functional import layernorm_backward, layernorm_fn, layernorm_forward
 from ..linear import GatedNormLinearFn, check_projection
 from ..options import Options, make_options
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-def addressable(t: Tensor | None) -> Tensor | None:
+
+def addressable(t: MaybeTensor) -> MaybeTensor:
     """The tensor itself, or a contiguous copy where the kernels need one."""
     if not isinstance(t, Tensor) or t.is_contiguous() or (0 < t.dim() <= 4 and t.stride(-1) == 1):
         return t
@@ -69,9 +73,16 @@ def gated_norm(
 
 
 def layernorm(
-    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False,
-    activation="swish",
-):  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+) -> Tensor:
     """:func:`gated_norm` with the arguments that `layernorm_fn` has in every peer."""
     return gated_norm(
         x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, activation
@@ -79,8 +90,15 @@ def layernorm(
 
 
 def rmsnorm(
-    x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, activation="swish"
-):
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    activation: str = "swish",
+) -> Tensor:
     """:func:`layernorm` with RMS norm, as `rmsnorm_fn` in every peer."""
     return gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, True, activation)
 
@@ -92,13 +110,41 @@ class LayerNormFn:
     apply = staticmethod(layernorm)
 
 
-class GatedNorm(nn.Module):
+class Affine(nn.Module):
+    """`weight` and `bias` of `[size]`, or None."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def _add_parameters(
+        self,
+        size: int,
+        weight: bool,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        for name, wanted in (("weight", weight), ("bias", bias)):
+            data = torch.empty(size, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if data is None else nn.Parameter(data))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Ones and zeros."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class GatedNorm(Affine):
     """The module that mamba_ssm and its copies define: one `weight` (and `bias` for layer norm) of
     `[hidden_size]`, attributes `eps`, `group_size`, `norm_before_gate`, `activation`.
 
     It reads these attributes and no others, so that a peer's own instance can become one of ours.
     """
 
+    weight: nn.Parameter
     is_rms_norm = False
     activation = "swish"  # the instances of peers that have no choice lack the attribute
 
@@ -120,10 +166,7 @@ class GatedNorm(nn.Module):
         self.group_size = group_size
         self.norm_before_gate = norm_before_gate
         self.activation = activation
-        add_parameters(self, hidden_size, True, not self.is_rms_norm, device, dtype)
-
-    def reset_parameters(self) -> None:
-        reset(self)
+        self._add_parameters(hidden_size, True, not self.is_rms_norm, device, dtype)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """`x` `[..., hidden_size]`, `z` of as many rows or None, to the shape and dtype of `x`."""
@@ -139,27 +182,21 @@ class GatedNorm(nn.Module):
         )
 
 
-def add_parameters(module: nn.Module, size: int, weight: bool, bias: bool, device, dtype) -> None:
-    """Register `weight` and `bias` of `[size]`, or None, and set them to ones and zeros."""
-    for name, wanted in (("weight", weight), ("bias", bias)):
-        data = torch.empty(size, device=device, dtype=dtype) if wanted else None
-        module.register_parameter(name, None if data is None else nn.Parameter(data))
-    module.reset_parameters()
-
-
-def reset(module: nn.Module) -> None:
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
 # ---- flash-linear-attention's fused functions: a residual before the norm, a projection after it
 
 
 def fused_gated_norm(
-    x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps, is_rms_norm
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    g: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    eps: float,
+    is_rms_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`norm(x + residual) * w * act(g)`; the sum is made in fp32, and normalised unrounded.
 
     Returns:
@@ -174,18 +211,27 @@ def fused_gated_norm(
 
 
 def fused_gated_norm_linear(
-    x, g, weight, bias, linear_weight, linear_bias, residual, prenorm, residual_in_fp32, eps,
-    is_rms_norm,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    eps: float,
+    is_rms_norm: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`fused_gated_norm` with SiLU, then `y @ linear_weight^T + linear_bias`, in the dtype of
     autocast where that is on. `y` is not kept for the backward, which computes it again."""
     check_tensors(x=x, g=g)
     check_projection(x, linear_weight, linear_bias)
     total, rounded = _add_residual(x, residual, residual_in_fp32)
-    total, g = in_one_shape(total, g)
+    total, gate = in_one_shape(total, g)
     options = Options(eps, is_rms_norm=is_rms_norm, out_dtype=x.dtype)
     out = GatedNormLinearFn.apply(
-        total, addressable(weight), addressable(bias), g, linear_weight, linear_bias, options
+        total, addressable(weight), addressable(bias), gate, linear_weight, linear_bias, options
     )
     out = out.view(*x.shape[:-1], linear_weight.shape[0])
     return (out, rounded) if prenorm else out
@@ -254,9 +300,8 @@ def layer_norm_bwd(
     where there is no such input), and with `recompute_output` the forward's output, written to
     `out` where that is given."""
     groups = 1 if group_size is None else x.shape[-1] // group_size
-    mean, rstd = (
-        None if s is None else s.view(groups, x.shape[0]).t().contiguous() for s in (mean, rstd)
-    )
+    rstd = rstd.view(groups, x.shape[0]).t().contiguous()
+    mean = None if mean is None else mean.view(groups, x.shape[0]).t().contiguous()
     options = (eps, group_size, norm_before_gate, is_rms_norm)
     grads = layernorm_backward(dy, x, weight, bias, z, mean, rstd, *options, dz=dz)
     if not recompute_output:

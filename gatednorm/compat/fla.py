@@ -7,7 +7,7 @@ defaults of flash-linear-attention 0.6.0 (github.com/fla-org/flash-linear-attent
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..options import make_options
 from ..reference import rms_norm_ref
@@ -41,9 +41,16 @@ __all__ = [
 
 
 def rms_norm_gated(
-    x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False,
-    eps=1e-6,
-):  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm(x + residual) * w * act(g)`; see :func:`gatednorm.compat.common.fused_gated_norm`.
 
     Args:
@@ -58,9 +65,16 @@ def rms_norm_gated(
 
 
 def layer_norm_gated(
-    x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False,
-    eps=1e-6,
-):  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`rms_norm_gated` with layer norm."""
     return common.fused_gated_norm(
         x, g, weight, bias, activation, residual, prenorm, residual_in_fp32, eps, False
@@ -68,9 +82,17 @@ def layer_norm_gated(
 
 
 def rms_norm_swish_gate_linear(
-    x, g, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, prenorm=False,
-    residual_in_fp32=False, eps=1e-6,
-):  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`rms_norm_gated` with SiLU, then `y @ linear_weight^T + linear_bias`.
 
     Args:
@@ -84,9 +106,17 @@ def rms_norm_swish_gate_linear(
 
 
 def layer_norm_swish_gate_linear(
-    x, g, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, prenorm=False,
-    residual_in_fp32=False, eps=1e-6,
-):  # fmt: skip
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`rms_norm_swish_gate_linear` with layer norm."""
     return common.fused_gated_norm_linear(
         x, g, norm_weight, norm_bias, linear_weight, linear_bias, residual, prenorm,
@@ -94,22 +124,27 @@ def layer_norm_swish_gate_linear(
     )  # fmt: skip
 
 
-class _Fused(nn.Module):
+class _Fused(common.Affine):
     """What the eight fused modules share: parameters, and how they print."""
 
     is_rms_norm = True
+    activation: str
 
-    def _set_up(self, hidden_size, elementwise_affine, bias, eps, device, dtype) -> None:
+    def _set_up(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool,
+        bias: bool,
+        eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         make_options(eps, None, True, self.is_rms_norm, self.activation, False, "fp32", None)
         self.hidden_size = hidden_size
         self.elementwise_affine = elementwise_affine
         self.eps = eps
-        common.add_parameters(
-            self, hidden_size, elementwise_affine, elementwise_affine and bias, device, dtype
-        )
-
-    def reset_parameters(self) -> None:
-        common.reset(self)
+        bias = elementwise_affine and bias
+        self._add_parameters(hidden_size, elementwise_affine, bias, device, dtype)
 
     def extra_repr(self) -> str:
         affine = "" if self.elementwise_affine else ", elementwise_affine=False"
@@ -158,7 +193,14 @@ class FusedRMSNormGated(_Fused):
 class FusedRMSNormSwishGate(FusedRMSNormGated):
     """:class:`FusedRMSNormGated` without a choice of the activation."""
 
-    def __init__(self, hidden_size, elementwise_affine=True, eps=1e-5, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(hidden_size, elementwise_affine, eps, device=device, dtype=dtype)
 
 
@@ -188,7 +230,13 @@ class FusedLayerNormSwishGate(FusedLayerNormGated):
     """:class:`FusedLayerNormGated` without a choice of the activation."""
 
     def __init__(
-        self, hidden_size, elementwise_affine=True, bias=False, eps=1e-5, device=None, dtype=None
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(hidden_size, elementwise_affine, bias, "swish", eps, device, dtype)
 
@@ -222,8 +270,9 @@ class FusedRMSNormGatedLinear(_Fused):
         """`x`, `residual` `[..., D]`, `g` of as many rows, `weight` `[N, D]`, `bias` `[N]`, to
         `[..., N]`; with `prenorm` also the sum of `x` and `residual`."""
         return common.fused_gated_norm_linear(
-            x, g, self.weight, self.bias, weight, bias, residual, prenorm, residual_in_fp32,
-            self.eps, self.is_rms_norm,
+            x, g, self.weight, self.bias,
+            weight,  # type: ignore[arg-type]  # optional by its signature alone: None is an error
+            bias, residual, prenorm, residual_in_fp32, self.eps, self.is_rms_norm,
         )  # fmt: skip
 
 

@@ -124,7 +124,8 @@ def write(folder: str | Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m gatednorm.compat.hub", description=repository.__doc__.splitlines()[0]
+        prog="python -m gatednorm.compat.hub",
+        description="The files of a repository for the kernel hub.",
     )
     parser.add_argument("folder", help="a new folder, for example gated-norm")
     try:

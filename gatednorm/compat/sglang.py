@@ -7,6 +7,8 @@ that one is in :mod:`gatednorm.compat.fla`. Signatures of SGLang 0.5.23
 (github.com/sgl-project/sglang).
 """
 
+from torch import Tensor
+
 from ..reference import rms_norm_ref
 from .common import LayerNormFn
 from .common import layernorm as layernorm_fn
@@ -16,9 +18,17 @@ __all__ = ["LayerNorm", "LayerNormFn", "RMSNorm", "layernorm_fn", "rms_norm_gate
 
 
 def rms_norm_gated(
-    *, x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True, is_rms_norm=False,
-    activation="swish",
-):  # fmt: skip
+    *,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    activation: str = "swish",
+) -> Tensor:
     """:func:`layernorm_fn` by keyword; LAYER norm unless `is_rms_norm` is set, as in SGLang."""
     return layernorm_fn(
         x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, activation

@@ -7,6 +7,8 @@ vLLM has a second function called `rms_norm_gated`, with the gate as its second 
 (github.com/vllm-project/vllm).
 """
 
+from torch import Tensor
+
 from ..reference import rms_norm_ref
 from .common import LayerNormFn, layer_norm_fwd
 from .common import layernorm as layernorm_fn
@@ -25,6 +27,14 @@ __all__ = [
 ]
 
 
-def rms_norm_gated(x, weight, bias=None, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+def rms_norm_gated(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
     """:func:`rmsnorm_fn` as vLLM's Mamba2 mixer calls it."""
     return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)

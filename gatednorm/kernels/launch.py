@@ -38,21 +38,25 @@ class Launcher:
     __slots__ = ("code", "constants", "kernel", "options")
 
     def __init__(
-        self, kernel, constants: dict[str, Any], device: torch.device, num_warps: int,
+        self, kernel: Any, constants: dict[str, Any], device: torch.device, num_warps: int,
         maxnreg: int | None = None, early: bool = True,
     ):  # fmt: skip
         constants = constants | {"PDL": not INTERPRETED and _since_hopper(device)}
         self.kernel = kernel
         self.constants = [constants[name] for name in kernel.arg_names if name in constants]
-        self.code = None  # what Triton has compiled, with its entry
-        self.options = {}
+        self.code: tuple[Any, Any, Any] | None = None  # what Triton has compiled, with its entry
+        self.options: dict[str, Any] = {}
         if not INTERPRETED:
             self.options = {"num_warps": num_warps, "enable_fp_fusion": False}
             if NVIDIA:
                 self.options |= {"launch_pdl": early and constants["PDL"], "maxnreg": maxnreg}
 
     def __call__(
-        self, device: torch.device, grid: int, tensors: list[Tensor | None], numbers: tuple
+        self,
+        device: torch.device,
+        grid: int,
+        tensors: list[Tensor | None],
+        numbers: tuple[float, ...],
     ) -> None:
         if device.type == "cpu":  # under the interpreter
             self.kernel[(grid, 1, 1)](*tensors, *numbers, *self.constants)
@@ -62,7 +66,9 @@ class Launcher:
             with torch.get_device_module(device).device(device.index):
                 self._start(device.index, grid, tensors, numbers)
 
-    def _start(self, index: int, grid: int, tensors: list[Tensor | None], numbers: tuple) -> None:
+    def _start(
+        self, index: int, grid: int, tensors: list[Tensor | None], numbers: tuple[float, ...]
+    ) -> None:
         addresses, bits = [], 0
         for t in tensors:
             address = None if t is None else t.data_ptr()
@@ -80,7 +86,7 @@ class Launcher:
             self.code = compiled.run, compiled.function, compiled.packed_metadata
 
 
-def _hooked(runtime=knobs.runtime) -> bool:
+def _hooked(runtime: Any = knobs.runtime) -> bool:
     """Whether somebody, a profiler say, wants to be called at every launch."""
     # From Triton 3.5 on these are objects with `calls`, before it a function or None.
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -117,7 +123,7 @@ def _tile_constants(kind: Kind, tile: Tile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sums_launcher(kernel, kind: Kind, tile: Tile) -> Launcher | None:
+def _sums_launcher(kernel: Any, kind: Kind, tile: Tile) -> Launcher | None:
     """The kernel that makes the sums of wide rows, chunk by chunk."""
     if tile.chunks == 1:
         return None
@@ -175,7 +181,7 @@ def _backward_launchers(
     tile = backward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
     # One instruction fetches a whole group, in units of 16 bytes.
-    loaded = [kind.dtypes[i] for i in (0, 3, 4) if kind.dtypes[i] is not None]
+    loaded = [dtype for dtype in (kind.dtypes[0], *kind.dtypes[3:]) if dtype is not None]
     whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
     ahead = tile.ahead and whole and _since_hopper(kind.device)
     constants = _constants(kind) | _tile_constants(kind, tile)
@@ -194,7 +200,7 @@ def _backward_launchers(
 
 @functools.lru_cache(maxsize=4096)
 def _reduce_launcher(
-    width: int, tile: tuple[int, int, int], dtypes: tuple, device: torch.device
+    width: int, tile: tuple[int, int, int], dtypes: tuple[Any, ...], device: torch.device
 ) -> Launcher:
     rows, block, num_warps = tile
     constants = {"D": width, "ROWS": rows, "BLOCK": block}
@@ -253,13 +259,13 @@ def _fit(tile: Tile, kind: Kind) -> Tile:
         return tile._replace(num_warps=min(tile.num_warps, 16))
     room = _shared_memory(kind.device)
     columns = tile.rows * (tile.block_a + tile.block_b)
-    loaded = [kind.dtypes[i] for i in (0, 3, 4) if kind.dtypes[i] is not None]
+    loaded = [dtype for dtype in (kind.dtypes[0], *kind.dtypes[3:]) if dtype is not None]
     buffers = (tile.stages - 1) * columns * sum(dtype.itemsize for dtype in loaded) + 1024
     return tile._replace(stages=1) if room and buffers > room else tile
 
 
 @functools.cache
-def _properties(device: torch.device):
+def _properties(device: torch.device) -> Any:
     return torch.get_device_module(device).get_device_properties(device)
 
 
@@ -267,7 +273,8 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":  # under the interpreter: enough for several workers
         return 2
     properties = _properties(device)
-    return getattr(properties, "multi_processor_count", None) or properties.gpu_eu_count // 8
+    count = getattr(properties, "multi_processor_count", None) or properties.gpu_eu_count // 8
+    return int(count)
 
 
 def _shared_memory(device: torch.device) -> int | None:

@@ -5,7 +5,7 @@ a row's bits do not depend on the rows around it. To tune for another GPU, add a
 benchmarks/NOTES.md says what was measured where.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDEST = 16384  # a wider group goes in chunks
 CHUNK = 4096
@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
     upto: int
     num_warps: int
-    tile: dict = {}  # noqa: RUF012 (nobody writes to it)
+    tile: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
     bias: bool | None = None
     norm_before_gate: bool | None = None
     columns: int = 1

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,13 @@ def compile_for(kind: str, arch: str, cache: Path) -> list[dict]:
 )
 def test_nvidia(arch, shared, tmp_path):
     """All fits; on Hopper, for which the tiles were chosen, hardly anything spills below 16384
-    columns (bytes a thread)."""
+    columns (bytes a thread) with the Triton of constraints.txt."""
+    pinned = f"triton=={version('triton')}" in (ROOT / "constraints.txt").read_text().split()
     for row in compile_for("cuda", arch, tmp_path):
         assert row["shared"] <= shared * 1024, row
-        # 16384 columns take what registers there are; how many spill depends on Triton's version.
+        # How many spill depends on Triton's version. 16384 columns take what registers there are.
         hard = "x 16384" in row["case"]
-        if arch == "90":
+        if arch == "90" and pinned:
             assert row["spilled"] <= (256 if hard else 16), row
 
 

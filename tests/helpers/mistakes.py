@@ -106,6 +106,13 @@ def other_weights(folder: Path) -> None:
     shutil.rmtree(folder / "other")
 
 
+def code_in_a_checkpoint(folder: Path) -> None:
+    """Laid out as torch.save does it: what looks at the pickle is torch itself."""
+    import torch
+
+    torch.save({"state_dict": RunsCode()}, folder / LAST)
+
+
 def without_optimizer(folder: Path) -> None:
     import torch
 
@@ -320,7 +327,7 @@ CHECKPOINTS = [
             "a run that is complete": write("runs/stopped/loss.png", b""),
             "cut in half": edit(LAST, half),
             "a bit flipped": edit(LAST, lambda data: flip(data, len(data) // 2)),
-            "a pickle that would run code": write(LAST, pickle.dumps(RunsCode(), 2)),
+            "a pickle that would run code": code_in_a_checkpoint,
             "without the state of the optimiser": without_optimizer,
             "a config of other sizes": replace(STOPPED, b"hidden_size: 32", b"hidden_size: 64"),
             "a config that lacks a value": replace(STOPPED, b"  weight_decay: 0.1\n", b""),
