@@ -132,6 +132,7 @@ class Mixer(nn.Module, ABC):
             self.conv_bias,
             conv_state,
             cu_seqlens,
+            output_final_state=output_state,
             exact=self.exact,
         )
         chunked, recurrent = self.SCANS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import kernels
+from models import kernels, operators
 from models.chunks import check_state, chunk_bounds, sequence_offsets
 from models.exact import CHUNK, by_chunks
 
@@ -71,8 +71,9 @@ def short_conv(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
+    output_final_state: bool = True,
     exact: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Depthwise causal convolution over time, then SiLU.
 
     Args:
@@ -82,17 +83,32 @@ def short_conv(
         state: [B, W - 1, D], the inputs before the first token, zeros if None; with
             ``cu_seqlens`` [sequences, W - 1, D].
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+        output_final_state: whether to return the state after the last token of each sequence.
         exact: one chunk at a time, see `models.exact`; no sequence is empty then, and the offsets
             are multiples of its CHUNK.
     Returns:
-        y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
+        y [B, T, D] in the dtype of x, and the state like ``state``, or None.
     Raises:
         ValueError: for a state or offsets that do not fit.
     """
+    before = weight.shape[1] - 1
     if state is not None:
-        sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
-        shape = (sequences, weight.shape[1] - 1, x.shape[2])
+        shape = (_sequences(x, cu_seqlens), before, x.shape[2])
         check_state(state, shape, x.dtype, x, "the convolution's state")
+    if not torch.compiler.is_compiling():
+        y, final = _run(x, weight, bias, state, cu_seqlens, exact)
+    else:
+        y, final = _operator(x, weight, bias, state, cu_seqlens, exact)
+        if output_final_state:
+            final = final.view(_sequences(x, cu_seqlens), before, x.shape[2])
+    return y, final if output_final_state else None
+
+
+def _sequences(x, cu_seqlens):
+    return len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _run(x, weight, bias, state, cu_seqlens, exact):
     if exact:
         return _chunked_conv(x, weight, bias, state, cu_seqlens)
     if cu_seqlens is not None:
@@ -119,7 +135,6 @@ def _chunked_conv(x, weight, bias, state, cu_seqlens):
     return y.flatten(0, 1)[None], ends.index_select(0, bounds[1:] - 1)
 
 
-@torch.compiler.disable  # reads the offsets, which differ from batch to batch, into Python
 def _packed_conv(x, weight, bias, state, cu_seqlens):
     """Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...]."""
     offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
@@ -166,3 +181,32 @@ def _convolve(
         return F.silu(total if bias is None else total + bias)
     total = _TapSum.apply(padded, weight, bias)
     return by_chunks(exact, F.silu, total.flatten(0, 1)[None]).view_as(total)
+
+
+def _fake(x, weight, bias, state, cu_seqlens, exact):
+    final = _sequences(x, cu_seqlens) * (weight.shape[1] - 1) * x.shape[2]
+    return x.new_empty(x.shape), x.new_empty(final)
+
+
+def _run_backward(dy, dfinal, x, weight, bias, state, cu_seqlens, exact):
+    """Computes the forward again, a pass over the tokens, and leaves the rest to autograd."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, state)]
+    leaves = [t for t in inputs if t is not None]
+    with torch.enable_grad():
+        outputs = _run(*inputs, cu_seqlens, exact)
+    grads = (dy, dfinal.view(outputs[1].shape))
+    found = iter(torch.autograd.grad(outputs, leaves, grads, materialize_grads=True))
+    dx, dweight, dbias, dstate = (None if t is None else next(found) for t in inputs)
+    # those of x and the state are parts of one tensor
+    return dx, dweight, dbias, None if dstate is None else dstate.clone()
+
+
+_operator = operators.register(
+    "short_conv",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? state",
+    "bool exact",
+    0,
+    _run,
+    _fake,
+    _run_backward,
+)
