@@ -120,7 +120,8 @@ def _fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, exact)
 def _run_backward(
     do, dfinal, q, k, v, g, beta, _state, cu_seqlens, states, solves, v_news, scale, chunk_size, _
 ):
-    dfinal = dfinal.view(-1, v.shape[2], q.shape[3], v.shape[3])
+    if dfinal is not None:
+        dfinal = dfinal.view(-1, v.shape[2], q.shape[3], v.shape[3])
     layout, cut, dfinal, shape = _cut(q, k, v, g, beta, dfinal, cu_seqlens, chunk_size)
     rows, dim_v = dfinal.shape[1], v.shape[3]
     blocks = [slice(lo * rows, hi * rows) for lo, hi in block_ranges(cut[2], 0)]
@@ -138,6 +139,7 @@ _operator = operators.register(
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state",
     "float scale, int chunk_size, bool exact",
     3,
+    2,
     _run,
     _fake,
     _run_backward,

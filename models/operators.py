@@ -18,6 +18,7 @@ def register(
     tensors: str,
     options: str,
     kept: int,
+    like: int,
     run: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
     run_backward: Callable[..., tuple[Tensor | None, ...]],
@@ -31,10 +32,12 @@ def register(
 
     Args:
         tensors, options: the arguments as a schema has them; all the tensors have a gradient.
+        like: which of the tensors has the shape and dtype of the outputs.
         run: what the operator calls, on every device.
         fake: the same as it comes out of the operator, without values.
-        run_backward: of the gradients of what came out, outputs and final states, the tensors,
-            cu_seqlens, what was kept and the options; returns the gradients of the tensors.
+        run_backward: of the gradients of what came out, outputs and final states (None where
+            these were not used), the tensors, cu_seqlens, what was kept and the options; returns
+            the gradients of the tensors.
     """
     count = tensors.count("Tensor")
     inputs, keep = f"{tensors}, Tensor? cu_seqlens", "".join(f", Tensor k{i}" for i in range(kept))
@@ -52,17 +55,19 @@ def register(
         return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in others[:count])
 
     def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # a gradient of zeros costs as much as any
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(*inputs[: count + 1], *output[2:])
         ctx.options = inputs[count + 1 :]
 
     def differentiate(ctx, dy, dfinal, *_):
+        dy = torch.zeros_like(ctx.saved_tensors[like]) if dy is None else dy
         grads = operator_backward(dy, dfinal, *ctx.saved_tensors, *ctx.options)
         grads = zip(grads, ctx.saved_tensors[:count], strict=True)
         return *(None if t is None else g for g, t in grads), None, *(None for _ in ctx.options)
 
     operator = _define(f"{name}({inputs}, {options})", 2 + kept, forward, fake)
-    schema = f"{name}_backward(Tensor dy, Tensor dfinal, {inputs}{keep}, {options})"
+    schema = f"{name}_backward(Tensor dy, Tensor? dfinal, {inputs}{keep}, {options})"
     operator_backward = _define(schema, count, backward, backward_fake)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=_library)

@@ -122,7 +122,9 @@ def _fake(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
 
 
 def _run_backward(dy, dfinal, x, dt, g, b, c, skip, _state, cu_seqlens, states, chunk_size, _exact):
-    x, dfinal = _unit_stride(x), dfinal.view(-1, *x.shape[2:], b.shape[3])
+    x = _unit_stride(x)
+    if dfinal is not None:
+        dfinal = dfinal.view(-1, *x.shape[2:], b.shape[3])
     layout, cut, dfinal = _cut(x, dt, g, b, c, dfinal, cu_seqlens, chunk_size)
     states = states.view(len(x), -1, *dfinal.shape[2:])[:, : layout.chunks]
     parts = (*cut, skip, states, layout.segments)
@@ -140,6 +142,7 @@ _operator = operators.register(
     "Tensor x, Tensor dt, Tensor g, Tensor b, Tensor c, Tensor? skip, Tensor? initial_state",
     "int chunk_size, bool exact",
     1,
+    0,
     _run,
     _fake,
     _run_backward,
