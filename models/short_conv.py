@@ -149,14 +149,17 @@ def _packed_conv(x, weight, bias, state, cu_seqlens, total):
     count, before = len(offsets) - 1, weight.shape[1] - 1
     if state is None:
         state = x.new_zeros(count, before, x.shape[2])
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
     parts, keep, ends, row = [], [], [], 0
-    for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
-        parts += [state[sequence], x[0, start:end]]
-        keep.append(torch.arange(row, row + end - start))
-        row += before + end - start
+    # cut once: the gradient of a slice is as large as x
+    for pair, length in zip(zip(state, x[0].split(lengths), strict=True), lengths, strict=True):
+        parts += pair
+        keep.append(torch.arange(row, row + length))
+        row += before + length
         ends.append(torch.arange(row - before, row))
     padded = torch.cat(parts)[None]
-    y, total = _convolve(padded[:, before:], weight, bias, padded[:, :before], total)
+    x, state = padded[:, before:], padded[:, :before]
+    y, total = _convolve(x, weight, bias, state, total, padded=padded)
     y = y.index_select(1, torch.cat(keep).to(x.device))
     final = padded.index_select(1, torch.cat(ends).to(x.device))
     return y, final.view(count, before, x.shape[2]), total
@@ -179,16 +182,18 @@ def _convolve(
     state: Tensor | None,
     total: Tensor | None,
     exact: bool = False,
+    padded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]; in exact mode a row of
-    the batch is a chunk. `total`, also returned, as in `_run`; a kernel needs none."""
+    the batch is a chunk. `total`, also returned, as in `_run`; a kernel needs none. `padded`: the
+    two where they lie one after the other."""
     if kernels.usable(x):
         return _KernelConv.apply(x, weight, bias, state, total), x.new_empty(0)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    padded = torch.cat((state, x), dim=1)
+    padded = torch.cat((state, x), dim=1) if padded is None else padded
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
         total = total if bias is None else total + bias
