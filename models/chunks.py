@@ -172,11 +172,12 @@ def chunk_room(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> int:
 
 
 def with_room(parts: list[Tensor], rows: int) -> Tensor:
-    """The parts, one after the other, in a tensor of so many rows."""
+    """The parts, one after the other, in a tensor of so many rows, the rest of it zeros."""
     if len(parts) == 1 and len(parts[0]) == rows:
         return parts[0]
-    out = parts[0].new_empty(rows, *parts[0].shape[1:])
-    torch.cat(parts, out=out[: sum(map(len, parts))])
+    out, used = parts[0].new_empty(rows, *parts[0].shape[1:]), sum(map(len, parts))
+    torch.cat(parts, out=out[:used])
+    out[used:] = 0
     return out
 
 

@@ -103,6 +103,7 @@ def _run(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, exact):
     room = chunk_room(v, chunk_size, cu_seqlens)
     parts = (*cut, state, scale, layout.segments, exact, room)
     o, final, states, *kept = delta_chunks.forward(*parts)
+    states[layout.chunks :] = 0
     kept = (with_room(blocks, room * state.shape[1]) for blocks in kept)
     return layout.join(o), final.view(shape), states, *kept
 

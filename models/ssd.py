@@ -108,6 +108,7 @@ def _run(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
     layout, cut, state = _cut(x, dt, g, b, c, initial_state, cu_seqlens, chunk_size)
     room = chunk_room(x, chunk_size, cu_seqlens)
     y, final, states = ssd_chunks.forward(*cut, skip, state, layout.segments, exact, room)
+    states[:, layout.chunks :] = 0
     return layout.uncut(y), _rows(final, x), states
 
 
