@@ -28,7 +28,7 @@ def register(
     ``operator(*tensors, cu_seqlens, *options)`` returns outputs, final states and `kept` tensors
     for the backward, the last two flat: a size of 1, for example of a single sequence or chunk,
     would have the compiler begin again. What torch.compile has kept on a disk calls it after an
-    upgrade too: a new option comes last and has a default, a new result comes last.
+    upgrade too: a new option comes last and has a default, and any other change takes another name.
 
     Args:
         tensors, options: the arguments as a schema has them; all the tensors have a gradient.
@@ -61,9 +61,10 @@ def register(
         ctx.options = inputs[count + 1 :]
 
     def differentiate(ctx, dy, dfinal, *_):
-        dy = torch.zeros_like(ctx.saved_tensors[like]) if dy is None else dy
-        grads = operator_backward(dy, dfinal, *ctx.saved_tensors, *ctx.options)
-        grads = zip(grads, ctx.saved_tensors[:count], strict=True)
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them away
+        dy = torch.zeros_like(saved[like]) if dy is None else dy
+        grads = operator_backward(dy, dfinal, *saved, *ctx.options)
+        grads = zip(grads, saved[:count], strict=True)
         return *(None if t is None else g for g, t in grads), None, *(None for _ in ctx.options)
 
     operator = _define(f"{name}({inputs}, {options})", 2 + kept, forward, fake)

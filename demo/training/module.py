@@ -137,7 +137,8 @@ def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
     The blocks are alike, so the first one's compiled code serves all. Names of parameters stay.
     """
     for block in model.blocks:
-        if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:
+        if config.activation_checkpointing:  # outside: the compiler would leave all of it alone
+            forward = torch.compile(block.forward) if config.compile else block.forward
+            block.forward = partial(checkpoint, forward, use_reentrant=False)
+        elif config.compile:
             block.compile()
