@@ -1,6 +1,6 @@
 """SSD on a GPU: matrix products by PyTorch, and all between them in seven Triton kernels.
 
-Steps and symbols are those of models/ssd.py. There each line of arithmetic is an operator that
+Steps and symbols are those of models/ssd_chunks.py. There each line of arithmetic is an operator that
 reads and writes tensors as large as the input; here a kernel does everything that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
