@@ -1,7 +1,7 @@
 """SSD on a GPU: matrix products by PyTorch, and all between them in seven Triton kernels.
 
-Steps and symbols are those of models/ssd_chunks.py. There each line of arithmetic is an operator that
-reads and writes tensors as large as the input; here a kernel does everything that one pass allows.
+Steps and symbols are those of models/ssd_chunks.py. There each line of arithmetic is an operator
+that reads and writes tensors as large as the input; here a kernel does all that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
 S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
