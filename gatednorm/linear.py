@@ -156,14 +156,20 @@ def norm_then_linear(
     Returns:
         `[..., N]`.
     """
-    if isinstance(norm, LayerNorm) and norm.is_plain() and norm.path == "training":
-        if isinstance(linear, NotesHooks) and isinstance(linear, nn.Linear) and linear.is_plain():
-            return gated_norm_linear(
-                x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias,
-                eps=norm.eps, group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
-                is_rms_norm=norm.is_rms_norm, activation=norm.activation,
-                zero_centered=norm.zero_centered, numerics=norm.numerics,
-            )  # fmt: skip
+    if (
+        isinstance(norm, LayerNorm)
+        and norm.is_plain()
+        and norm.path == "training"
+        and isinstance(linear, NotesHooks)
+        and isinstance(linear, nn.Linear)
+        and linear.is_plain()
+    ):
+        return gated_norm_linear(
+            x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
+            group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
+            is_rms_norm=norm.is_rms_norm, activation=norm.activation,
+            zero_centered=norm.zero_centered, numerics=norm.numerics,
+        )  # fmt: skip
     y: Tensor = norm(x, z)
     y = linear(y.flatten(-2) if heads else y)
     return y

@@ -118,7 +118,8 @@ class ChunkLayout:
 
     The layout consists of Python numbers that differ from length to length, and the scans loop over
     its chunks. torch.compile would unroll these loops again for each length, which takes minutes;
-    so the chunk-parallel scans are marked as functions that it calls without tracing them.
+    so it sees the chunk-parallel scans as operators (`models.operators`). ``cut`` and ``uncut`` are
+    the adjoints of each other, as are ``split`` and ``join``: an operator's backward needs no more.
 
     Attributes:
         chunks: chunks in all, N.
@@ -160,6 +161,24 @@ class ChunkLayout:
     def join(self, x: Tensor) -> Tensor:
         """``[N, B, H, C, ...]`` back to ``[B, T, H, ...]``."""
         return self.uncut(x.movedim((0, 1, 2, 3), (1, 0, 3, 2)))
+
+
+def chunk_room(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> int:
+    """The number of chunks that x [B, T, ...] is cut into, and of packed sequences one that is
+    large enough, which needs none of the offsets' values."""
+    if cu_seqlens is None:
+        return -(-x.shape[1] // chunk_size)
+    return x.shape[1] // chunk_size + cu_seqlens.numel() - 1
+
+
+def with_room(parts: list[Tensor], rows: int) -> Tensor:
+    """The parts, one after the other, in a tensor of so many rows, the rest of it zeros."""
+    if len(parts) == 1 and len(parts[0]) == rows:
+        return parts[0]
+    out, used = parts[0].new_empty(rows, *parts[0].shape[1:]), sum(map(len, parts))
+    torch.cat(parts, out=out[:used])
+    out[used:] = 0
+    return out
 
 
 def empty_chunks(x: Tensor) -> Tensor:

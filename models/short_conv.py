@@ -9,30 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import kernels
+from models import kernels, operators
 from models.chunks import check_state, chunk_bounds, sequence_offsets
 from models.exact import CHUNK, by_chunks
 
 
 class _TapSum(torch.autograd.Function):
     """The sum over taps of shifted inputs: x [B, T + W - 1, D], weight [D, W], bias [D] or None to
-    [B, T, D].
+    [B, T, D]; or `known`, the same from an earlier call, of which the gradients are asked for.
 
     Reads the tokens in the layout that they have. A grouped convolution wants [B, D, T], and two
     transposes cost more than the taps.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, known):
         taps = weight.T.contiguous()  # a tap's weights lie side by side, as the channels do
+        ctx.save_for_backward(x, taps)
+        ctx.has_bias = bias is not None
+        if known is not None:
+            return known.view(x.shape[0], -1, x.shape[2])
         size = x.shape[1] - len(taps) + 1
         total = x[:, :size] * taps[0]
         for tap in range(1, len(taps)):
             total.addcmul_(x[:, tap : tap + size], taps[tap])
         if bias is not None:
             total += bias
-        ctx.save_for_backward(x, taps)
-        ctx.has_bias = bias is not None
         return total
 
     @staticmethod
@@ -44,15 +46,18 @@ class _TapSum(torch.autograd.Function):
             dx[:, tap : tap + size].addcmul_(dtotal, taps[tap])
             torch.mul(dtotal, x[:, tap : tap + size], out=product)
             dtaps[tap] = product.sum((0, 1))
-        return dx, dtaps.T, dtotal.sum((0, 1)) if ctx.has_bias else None
+        return dx, dtaps.T, dtotal.sum((0, 1)) if ctx.has_bias else None, None
 
 
 class _KernelConv(torch.autograd.Function):
-    """Tap sum and SiLU by Triton: x [B, T, D] and state [B, W - 1, D] or None to [B, T, D]."""
+    """Tap sum and SiLU by Triton: x [B, T, D] and state [B, W - 1, D] or None to [B, T, D]; without
+    values if they are `known`, and the gradients alone are asked for."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, state):
+    def forward(ctx, x, weight, bias, state, known):
         ctx.save_for_backward(x, weight, bias, state)
+        if known is not None:
+            return x.new_empty(x.shape)
         return kernels.find("short_conv", x).forward(x, weight, bias, state)
 
     @staticmethod
@@ -61,7 +66,7 @@ class _KernelConv(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         backward = kernels.find("short_conv", x).backward
         dx, dstate, dweight, dbias = backward(dy, x, weight, bias, state)
-        return dx, dweight, None if bias is None else dbias, dstate
+        return dx, dweight, None if bias is None else dbias, dstate, None
 
 
 def short_conv(
@@ -71,8 +76,9 @@ def short_conv(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
+    output_final_state: bool = True,
     exact: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Depthwise causal convolution over time, then SiLU.
 
     Args:
@@ -82,25 +88,43 @@ def short_conv(
         state: [B, W - 1, D], the inputs before the first token, zeros if None; with
             ``cu_seqlens`` [sequences, W - 1, D].
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
+        output_final_state: whether to return the state after the last token of each sequence.
         exact: one chunk at a time, see `models.exact`; no sequence is empty then, and the offsets
             are multiples of its CHUNK.
     Returns:
-        y [B, T, D] in the dtype of x, and the state after the last token of each sequence.
+        y [B, T, D] in the dtype of x, and the state like ``state``, or None.
     Raises:
         ValueError: for a state or offsets that do not fit.
     """
+    before = weight.shape[1] - 1
     if state is not None:
-        sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
-        shape = (sequences, weight.shape[1] - 1, x.shape[2])
+        shape = (_sequences(x, cu_seqlens), before, x.shape[2])
         check_state(state, shape, x.dtype, x, "the convolution's state")
+    if not torch.compiler.is_compiling():
+        y, final, _ = _run(x, weight, bias, state, cu_seqlens, exact)
+    else:
+        y, final, _ = _operator(x, weight, bias, state, cu_seqlens, exact)
+        if output_final_state:
+            final = final.view(_sequences(x, cu_seqlens), before, x.shape[2])
+    return y, final if output_final_state else None
+
+
+def _sequences(x, cu_seqlens):
+    return len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _run(x, weight, bias, state, cu_seqlens, exact, total=None):
+    """y, the final state, and the convolution before its SiLU, for the backward: `total` itself if
+    that is the backward, and y then may have no values."""
     if exact:
-        return _chunked_conv(x, weight, bias, state, cu_seqlens)
+        return _chunked_conv(x, weight, bias, state, cu_seqlens, total)
     if cu_seqlens is not None:
-        return _packed_conv(x, weight, bias, state, cu_seqlens)
-    return _convolve(x, weight, bias, state), _last(x, state, weight.shape[1] - 1)
+        return _packed_conv(x, weight, bias, state, cu_seqlens, total)
+    y, total = _convolve(x, weight, bias, state, total)
+    return y, _last(x, state, weight.shape[1] - 1), total
 
 
-def _chunked_conv(x, weight, bias, state, cu_seqlens):
+def _chunked_conv(x, weight, bias, state, cu_seqlens, total):
     """Chunks as a batch, each after the last inputs of the one before it, or the state."""
     before = weight.shape[1] - 1
     if before > CHUNK:
@@ -115,28 +139,30 @@ def _chunked_conv(x, weight, bias, state, cu_seqlens):
     if state is None:
         state = x.new_zeros(len(offsets) - 1, before, x.shape[2])
     history = torch.cat((state[:1], ends[:-1])).index_copy(0, bounds[:-1], state)
-    y = _convolve(chunks, weight, bias, history, exact=True)
-    return y.flatten(0, 1)[None], ends.index_select(0, bounds[1:] - 1)
+    y, total = _convolve(chunks, weight, bias, history, total, exact=True)
+    return y.flatten(0, 1)[None], ends.index_select(0, bounds[1:] - 1), total
 
 
-@torch.compiler.disable  # reads the offsets, which differ from batch to batch, into Python
-def _packed_conv(x, weight, bias, state, cu_seqlens):
+def _packed_conv(x, weight, bias, state, cu_seqlens, total):
     """Each sequence follows its own state: [state 0, sequence 0, state 1, sequence 1, ...]."""
     offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
     count, before = len(offsets) - 1, weight.shape[1] - 1
     if state is None:
         state = x.new_zeros(count, before, x.shape[2])
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
     parts, keep, ends, row = [], [], [], 0
-    for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
-        parts += [state[sequence], x[0, start:end]]
-        keep.append(torch.arange(row, row + end - start))
-        row += before + end - start
+    # cut once: the gradient of a slice is as large as x
+    for pair, length in zip(zip(state, x[0].split(lengths), strict=True), lengths, strict=True):
+        parts += pair
+        keep.append(torch.arange(row, row + length))
+        row += before + length
         ends.append(torch.arange(row - before, row))
     padded = torch.cat(parts)[None]
-    y = _convolve(padded[:, before:], weight, bias, padded[:, :before])
+    x, state = padded[:, before:], padded[:, :before]
+    y, total = _convolve(x, weight, bias, state, total, padded=padded)
     y = y.index_select(1, torch.cat(keep).to(x.device))
     final = padded.index_select(1, torch.cat(ends).to(x.device))
-    return y, final.view(count, before, x.shape[2])
+    return y, final.view(count, before, x.shape[2]), total
 
 
 def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
@@ -150,19 +176,63 @@ def _last(x: Tensor, state: Tensor | None, before: int) -> Tensor:
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, exact: bool = False
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    total: Tensor | None,
+    exact: bool = False,
+    padded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]; in exact mode a row of
-    the batch is a chunk."""
+    the batch is a chunk. `total`, also returned, as in `_run`; a kernel needs none. `padded`: the
+    two where they lie one after the other."""
     if kernels.usable(x):
-        return _KernelConv.apply(x, weight, bias, state)
+        return _KernelConv.apply(x, weight, bias, state, total), x.new_empty(0)
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    padded = torch.cat((state, x), dim=1)
+    padded = torch.cat((state, x), dim=1) if padded is None else padded
     if x.shape[1] == 1:
         total = (padded * weight.T).sum(1, keepdim=True)
-        return F.silu(total if bias is None else total + bias)
-    total = _TapSum.apply(padded, weight, bias)
-    return by_chunks(exact, F.silu, total.flatten(0, 1)[None]).view_as(total)
+        total = total if bias is None else total + bias
+        return F.silu(total), total
+    total = _TapSum.apply(padded, weight, bias, total)
+    return by_chunks(exact, F.silu, total.flatten(0, 1)[None]).view_as(total), total
+
+
+def _fake(x, weight, bias, state, cu_seqlens, exact):
+    (batch, tokens, width), before = x.shape, weight.shape[1] - 1
+    sequences, rows = _sequences(x, cu_seqlens), batch * tokens
+    if cu_seqlens is not None and not exact:
+        rows += (sequences - 1) * before
+    total = x.new_empty(0 if kernels.usable(x) else rows * width)
+    return x.new_empty(x.shape), x.new_empty(sequences * before * width), total
+
+
+def _run_backward(dy, dfinal, x, weight, bias, state, cu_seqlens, total, exact):
+    """Runs the forward again without the sum over the taps, and leaves the rest to autograd."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, state)]
+    leaves = [t for t in inputs if t is not None]
+    with torch.enable_grad():
+        y, final, _ = _run(*inputs, cu_seqlens, exact, total)
+    outputs, grads = [y], [dy]
+    if dfinal is not None:
+        outputs, grads = [y, final], [dy, dfinal.view(final.shape)]
+    found = iter(torch.autograd.grad(outputs, leaves, grads, materialize_grads=True))
+    dx, dweight, dbias, dstate = (None if t is None else next(found) for t in inputs)
+    # those of x and the state are parts of one tensor
+    return dx, dweight, dbias, None if dstate is None else dstate.clone()
+
+
+_operator = operators.register(
+    "short_conv",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? state",
+    "bool exact",
+    1,
+    0,
+    _run,
+    _fake,
+    _run_backward,
+)

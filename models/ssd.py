@@ -5,225 +5,30 @@ For each head, with ``a_t = exp(dt_t * A)`` and a state ``h`` of shape [P, S]::
     h_t = a_t * h_{t-1} + dt_t * x_t B_t^T
     y_t = h_t C_t + D * x_t
 
-Within a chunk that starts from state ``h``, and with ``G`` the running sum of ``dt * A`` in it::
-
-    y  = tril(C B^T * exp(G_i - G_j)) (dt x) + e^G C h^T + D x
-    h' = e^G_C h + (e^(G_C - G) dt x)^T B
-
-Only ``h'`` is sequential, elementwise; all the rest runs for all chunks at once. B and C are
-shared by the heads of a group, and the products with the state are done for a group at a time:
-the heads of a group lie side by side, as columns. The backward is closed-form.
+`models.ssd_chunks` has the chunk-parallel form of it.
 
 Source: Mamba-2, arXiv 2405.21060.
 
-Shape letters: B batch, T tokens, H heads, P head dimension, G groups, R = H / G, S state size,
-C chunk size, N chunks.
+Shape letters: B batch, T tokens, H heads, P head dimension, G groups, R = H / G, S state size.
 """
 
 import functools
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import kernels
+from models import operators, ssd_chunks
 from models.chunks import (
     ChunkLayout,
-    block_ranges,
-    bmm_acc,
-    decay_dtype,
-    decay_matrix,
+    chunk_room,
     each_sequence,
     offsets_and_states,
-    operand_dtype,
-    sequence_ends,
+    state_dtype,
 )
 from models.ranges import check_positive
 
 
-class _BlockTerms:
-    """What one block of chunks needs in both passes. x [B, n, C, H, P], dt and g [B, n, C, H],
-    b and c [B, n, C, G, S]; "by group" is [B * n * G, C, ...], "by head" [B * n * H, C, ...]."""
-
-    def __init__(self, x, dt, g, b, c, acc):
-        operands = operand_dtype(x)
-        batch, chunks, size, self.heads = x.shape[:4]
-        self.groups = b.shape[3]
-        self.lead = (batch, chunks)
-        self.x, self.dt = x.to(operands), dt.to(acc)[..., None]
-        total = g.cumsum(2, dtype=decay_dtype(operands))
-        self.pair = decay_matrix(total.mT.contiguous(), acc)  # [B, n, H, C, C]
-        total = total[..., None]
-        self.shrink = (total[:, :, -1:] - total).to(acc).exp_()
-        self.grow = total.to(acc).exp()
-        self.last = self.grow[:, :, -1:]
-        self.b, self.c = self.by_group(b.to(operands)), self.by_group(c.to(operands))
-        scores = bmm_acc(self.c, self.b.mT).view(*self.lead, self.groups, 1, size, size)
-        self.attn = (self.pair.unflatten(2, (self.groups, -1)) * scores).to(operands)
-        self.attn = self.attn.view(-1, size, size)
-        write = self.x * self.dt
-        self.write = self.by_head(write.to(operands))
-        self.write_out = self.by_group((write * self.shrink).to(operands))
-
-    def by_group(self, x):
-        """[B, n, C, ..., D] to [B * n * G, C, R * D]; a view if there is one group."""
-        x = x.reshape(*x.shape[:3], self.groups, -1).transpose(2, 3)
-        return x.reshape(-1, *x.shape[3:])
-
-    def by_head(self, x):
-        """[B, n, C, H, P] to [B * n * H, C, P]."""
-        x = x.transpose(2, 3)
-        return x.reshape(-1, *x.shape[3:])
-
-    def tokens(self, x):
-        """[B * n * G, C, R * D] or [B * n * H, C, D] back to [B, n, C, G or H, ...]."""
-        return x.unflatten(0, (*self.lead, -1)).transpose(2, 3)
-
-    def columns(self, x):
-        """[B * n * G, C, R * P] to [B, n, C, H, P]."""
-        x = self.tokens(x)
-        return x.reshape(*x.shape[:3], self.heads, -1)
-
-    def state_decay(self):
-        """The decay of a whole chunk for each column of a state: [B, n, G, 1, R, 1]."""
-        return self.last.transpose(2, 3).unflatten(2, (self.groups, -1)).transpose(3, 4)
-
-
-class _ChunkScan(torch.autograd.Function):
-    """x [B, N, C, H, P], dt and g = dt * A [B, N, C, H], b and c [B, N, C, G, S], skip [H] or None,
-    initial [sequences, B, G, S, R, P]; returns y like x and the final states like initial.
-
-    Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache;
-    the backward recomputes them and keeps the states alone.
-    """
-
-    @staticmethod
-    def forward(ctx, x, dt, g, b, c, skip, initial, segments, exact):
-        ctx.segments, ctx.kernels = segments, _kernels(x)
-        if exact and ctx.kernels is None and x.is_cuda:
-            raise ValueError(
-                "exact mode on a GPU needs triton, 16 or 32 bits and heads of at most 8192 / "
-                f"chunk_size channels, got {x.dtype}, {x.shape[4]} and chunk_size={x.shape[2]}; "
-                "use the CPU"
-            )
-        if ctx.kernels is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                parts = (x, dt, g, b, c, skip, initial, segments, exact)
-                y, final, states = ctx.kernels.forward(*parts)
-            ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
-            return y, final
-        final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        states = initial.new_empty(x.shape[0], x.shape[1], *initial.shape[2:])
-        with torch.autocast(x.device.type, enabled=False):
-            for lo, hi in block_ranges(x, 1):
-                p = _BlockTerms(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
-                add = bmm_acc(p.b.mT, p.write_out).view(*p.lead, *initial.shape[2:])
-                _scan_states(p, add, initial, segments, lo, hi, states, final)
-                out = y[:, lo:hi]
-                start = states[:, lo:hi].to(p.c.dtype)
-                start = start.reshape(-1, p.c.shape[-1], p.write_out.shape[-1])
-                torch.mul(p.columns(torch.bmm(p.c, start)), p.grow, out=out)
-                out += p.tokens(torch.bmm(p.attn, p.write))
-                if skip is not None:
-                    out.addcmul_(p.x, skip[:, None])
-        ctx.save_for_backward(x, dt, g, b, c, skip, initial, states)
-        return y, final
-
-    @staticmethod
-    def backward(ctx, dy, dfinal):
-        x, dt, g, b, c, skip, initial, states = ctx.saved_tensors
-        dfinal = dfinal.contiguous()  # kernels write to tensors made like it
-        if ctx.kernels is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                parts = (dy, dfinal, x, dt, g, b, c, skip, states, ctx.segments)
-                return (*ctx.kernels.backward(*parts), None, None)
-        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
-        dskip = None if skip is None else torch.zeros_like(skip, dtype=initial.dtype)
-        dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
-        with torch.autocast(x.device.type, enabled=False):
-            for lo, hi in reversed(block_ranges(x, 1)):
-                p = _BlockTerms(*(t[:, lo:hi] for t in (x, dt, g, b, c)), initial.dtype)
-                dout = dy[:, lo:hi].to(p.x.dtype)
-                dread = p.by_group((dout * p.grow).to(p.x.dtype))
-                add = bmm_acc(p.c.mT, dread).view(*p.lead, *initial.shape[2:])
-                dends = torch.empty_like(add)
-                _scan_states_backward(p, add, dfinal, ctx.segments, lo, hi, dends, dinitial, carry)
-                block = _backward_block(p, states[:, lo:hi], dends, dout, dread)
-                if skip is not None:
-                    dskip += (dout * p.x).sum((0, 1, 2, 4), dtype=dskip.dtype)
-                    block[0].addcmul_(dout, skip[:, None])
-                for grad, value in zip(grads, block, strict=True):
-                    grad[:, lo:hi] = value
-        return (*grads, dskip, dinitial, None, None)
-
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    found = kernels.find("ssd", x)
-    return found if found is not None and found.supports(x) else None
-
-
-def _scan_states(p: _BlockTerms, add, initial, segments, lo, hi, states, final):
-    """The sequential phase for chunks lo to hi: writes their states and final states."""
-    first, final_of = sequence_ends(segments)
-    decay = p.state_decay()
-    for n in range(lo, hi):
-        if n in first:
-            states[:, n] = initial[first[n]]
-        end = final[final_of[n]] if n in final_of else states[:, n + 1]
-        torch.addcmul(add[:, n - lo], states[:, n], decay[:, n - lo], out=end)
-
-
-def _scan_states_backward(p: _BlockTerms, add, dfinal, segments, lo, hi, dends, dinitial, carry):
-    """The same backwards: writes the gradients of the states after each chunk and of the initial
-    ones. ``carry`` holds the gradient of the state between two blocks."""
-    first, final_of = sequence_ends(segments)
-    decay = p.state_decay()
-    for n in reversed(range(lo, hi)):
-        i = n - lo
-        if n in final_of:
-            dends[:, i] = dfinal[final_of[n]]
-        elif n == hi - 1:
-            dends[:, i] = carry
-        start = dinitial[first[n]] if n in first else dends[:, i - 1] if i else carry
-        torch.addcmul(add[:, i], dends[:, i], decay[:, i], out=start)
-
-
-def _backward_block(p, states, dends, dout, dread):
-    """Gradients of x, dt, g, b, c of one block, given those of its outputs and end states."""
-    operands, width = p.x.dtype, p.write_out.shape[-1]
-    start, dend = (s.to(operands).reshape(-1, p.c.shape[-1], width) for s in (states, dends))
-
-    # Through the state: y = e^G C h^T, h' = e^G_C h + (e^(G_C - G) dt x)^T B.
-    dc = bmm_acc(dread, start.mT)
-    db = bmm_acc(p.write_out, dend.mT)
-    dwrite = torch.bmm(p.b, dend)
-    read = p.columns(torch.bmm(p.c, start) * dread).sum(-1, dtype=dc.dtype)
-    shrunk = p.columns(dwrite * p.write_out).sum(-1, dtype=dc.dtype)
-    dlast = (states * dends).sum((3, 5)).flatten(2) * p.last[:, :, 0, :, 0]
-    sum_dtype = decay_dtype(operands)  # the running sum below cancels digits
-    shrunk = shrunk.to(sum_dtype)
-    dtotal = read - shrunk
-    dtotal[:, :, -1] += shrunk.sum(2) + dlast
-    dwrite = p.columns(dwrite) * p.shrink
-
-    # Within the chunk: y = (C B^T * pair) (dt x).
-    dout = p.by_head(dout)
-    dattn = bmm_acc(dout, p.write.mT)
-    weighted = (dattn * p.attn).to(sum_dtype)
-    dtotal += p.tokens((weighted.sum(-1) - weighted.sum(-2))[..., None])[..., 0]
-    dscores = dattn.view_as(p.pair).mul_(p.pair).unflatten(2, (p.groups, -1)).sum(3)
-    dscores = dscores.flatten(0, 2).to(operands)
-    dc += bmm_acc(dscores, p.b)
-    db += bmm_acc(dscores.mT, p.c)
-    dwrite += p.tokens(torch.bmm(p.attn.mT, dout))
-    ddt = (dwrite * p.x).sum(-1)
-    # g enters through its running sum, so its gradient is the running sum from the end
-    dg = dtotal.flip(2).cumsum(2).flip(2)
-    return dwrite.mul_(p.dt), ddt, dg, p.tokens(db), p.tokens(dc)
-
-
-@torch.compiler.disable  # see ChunkLayout
 def chunk_ssd(
     x: Tensor,
     dt: Tensor,
@@ -267,19 +72,82 @@ def chunk_ssd(
     _check(x, dt, A, B, C, D, dt_bias, dt_limit)
     chunk_size = 64 if chunk_size is None else chunk_size
     check_positive(chunk_size=chunk_size)
-    heads, groups, size = x.shape[2], B.shape[2], B.shape[3]
-    offsets, state = offsets_and_states(x, cu_seqlens, initial_state, (*x.shape[2:], size))
-    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
-    layout = ChunkLayout(x, chunk_size, offsets)
-    # by group, the heads of a group as columns; packed sequences have B = 1, a batch counts as one
-    state = state.view(-1, groups, heads // groups, x.shape[3], size).movedim(4, 2)
-    state = state[:, None] if offsets is not None else state[None]
-    cut = [layout.cut(t) for t in (x, dt, dt * A.to(dt.dtype), B, C)]
+    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype(x))
     skip = None if D is None else D.to(dt.dtype)
-    y, final = _ChunkScan.apply(*cut, skip, state.contiguous(), layout.segments, exact)
-    if output_final_state:
-        final = final.flatten(0, 1).movedim(2, 4).reshape(-1, heads, x.shape[3], size)
-    return layout.uncut(y), final if output_final_state else None
+    inputs = (x, dt, dt * A.to(dt.dtype), B, C)
+    if torch.compiler.is_compiling():
+        options = (skip, initial_state, cu_seqlens, chunk_size, exact)
+        y, final = _operator(*inputs, *options)[:2]
+        if output_final_state:
+            final = final.view(-1, *x.shape[2:], B.shape[3])
+    else:
+        layout, cut, state = _cut(*inputs, initial_state, cu_seqlens, chunk_size)
+        y, final = ssd_chunks.ChunkScan.apply(*cut, skip, state, layout.segments, exact)
+        y, final = layout.uncut(y), _rows(final, x)
+    return y, final if output_final_state else None
+
+
+def _cut(x, dt, g, b, c, initial_state, cu_seqlens, chunk_size):
+    """The layout of the chunks, the inputs in it, and the states by group, the heads of a group as
+    columns: [sequences, B, G, S, R, P], where a batch counts as one sequence."""
+    (heads, dim), (groups, size) = x.shape[2:], b.shape[2:]
+    offsets, state = offsets_and_states(x, cu_seqlens, initial_state, (heads, dim, size))
+    layout = ChunkLayout(x, chunk_size, offsets)
+    state = state.view(-1, groups, heads // groups, dim, size).movedim(4, 2)
+    state = state[:, None] if offsets is not None else state[None]
+    return layout, [layout.cut(t) for t in (x, dt, g, b, c)], state.contiguous()
+
+
+def _rows(state, x):
+    """[sequences, B, G, S, R, P] to [sequences or B, H, P, S]."""
+    return state.flatten(0, 1).movedim(2, 4).reshape(-1, *x.shape[2:], state.shape[3])
+
+
+def _run(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
+    x = _unit_stride(x)
+    layout, cut, state = _cut(x, dt, g, b, c, initial_state, cu_seqlens, chunk_size)
+    room = chunk_room(x, chunk_size, cu_seqlens)
+    y, final, states = ssd_chunks.forward(*cut, skip, state, layout.segments, exact, room)
+    states[:, layout.chunks :] = 0
+    return layout.uncut(y), _rows(final, x), states
+
+
+def _fake(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
+    (batch, _, heads, dim), size = x.shape, b.shape[3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    final = x.new_empty(sequences * heads * dim * size, dtype=state_dtype(x))
+    chunk = x.new_empty(1, 1, chunk_size, heads, dim)
+    rows = batch * chunk_room(x, chunk_size, cu_seqlens) * heads
+    states = (final if ssd_chunks.find_kernels(chunk) is None else x).new_empty(rows * size * dim)
+    return x.new_empty(x.shape), final, states
+
+
+def _run_backward(dy, dfinal, x, dt, g, b, c, skip, _state, cu_seqlens, states, chunk_size, _exact):
+    x = _unit_stride(x)
+    if dfinal is not None:
+        dfinal = dfinal.view(-1, *x.shape[2:], b.shape[3])
+    layout, cut, dfinal = _cut(x, dt, g, b, c, dfinal, cu_seqlens, chunk_size)
+    states = states.view(len(x), -1, *dfinal.shape[2:])[:, : layout.chunks]
+    parts = (*cut, skip, states, layout.segments)
+    *grads, dskip, dinitial = ssd_chunks.backward(layout.cut(dy), dfinal, *parts)
+    return *(layout.uncut(grad) for grad in grads), dskip, _rows(dinitial, x)
+
+
+def _unit_stride(x):
+    """x, or a copy, so that whether kernels compute does not depend on its strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_operator = operators.register(
+    "chunk_ssd",
+    "Tensor x, Tensor dt, Tensor g, Tensor b, Tensor c, Tensor? skip, Tensor? initial_state",
+    "int chunk_size, bool exact",
+    1,
+    0,
+    _run,
+    _fake,
+    _run_backward,
+)
 
 
 def recurrent_ssd(

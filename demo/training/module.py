@@ -139,7 +139,8 @@ def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
     """
     for block in model.blocks:
         block.mixer.fuse_norm_linear = config.fuse_norm_linear
-        if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:
+        if config.activation_checkpointing:  # outside: the compiler would leave all of it alone
+            forward = torch.compile(block.forward) if config.compile else block.forward
+            block.forward = partial(checkpoint, forward, use_reentrant=False)
+        elif config.compile:
             block.compile()

@@ -11,11 +11,7 @@ from torch import Tensor
 from .cases import Case
 from .providers import Functions, Norm, reference
 
-STREAM = (
-    torch.cuda.Stream()
-    if torch.cuda.is_available()
-    else None
-)
+STREAM = torch.cuda.Stream() if torch.cuda.is_available() else None
 Call = Callable[[], object]
 
 

@@ -1,6 +1,6 @@
 """The sequential part of the gated delta rule on a GPU: one kernel over all chunks, each way.
 
-Symbols are those of models/gated_delta_rule.py. Shape letters: N chunks, H value heads (batch
+Symbols are those of models/delta_chunks.py. Shape letters: N chunks, H value heads (batch
 included), C chunk size, K and V the head's dimensions, X = N * H, S sequences.
 """
 

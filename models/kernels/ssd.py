@@ -1,7 +1,7 @@
 """SSD on a GPU: matrix products by PyTorch, and all between them in seven Triton kernels.
 
-Steps and symbols are those of models/ssd.py. There each line of arithmetic is an operator that
-reads and writes tensors as large as the input; here a kernel does everything that one pass allows.
+Steps and symbols are those of models/ssd_chunks.py. There each line of arithmetic is an operator
+that reads and writes tensors as large as the input; here a kernel does all that one pass allows.
 
 Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
 S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
@@ -223,9 +223,8 @@ class _Sizes:
         }[layout]
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def state_shape(self) -> tuple[int, ...]:
-        inner = (self.groups, self.state, self.ratio, self.dim)
-        return (self.batch, self.chunks, *inner)
+    def state_shape(self, chunks: int) -> tuple[int, ...]:
+        return (self.batch, chunks, self.groups, self.state, self.ratio, self.dim)
 
 
 def supports(x: Tensor) -> bool:
@@ -249,12 +248,13 @@ def _common(x, dt, g, b, c, exact=False):
     return z, b, c, dt, total, scores, write, write_out, attn
 
 
-def forward(x, dt, g, b, c, skip, initial, segments, exact) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x, dt, g, b, c, skip, initial, segments, exact, room) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, the final states like initial, and the states before every chunk, in the dtype of
-    x, for ``backward``. Arguments as those of ``models.ssd._ChunkScan``; x as ``supports`` says."""
+    x, for ``backward``. As ``models.ssd_chunks.forward``; x as ``supports`` says."""
     z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c, exact)
     final = initial.clone()
-    states = x.new_empty(z.state_shape())
+    kept = x.new_empty(z.state_shape(room))
+    states = kept[:, : z.chunks]
     add = bmm_acc(b.mT, write_out, exact).view(states.shape)
     last = total[..., -1].float().exp()
     decay_scan(add, last, initial, segments, states, final, reverse=False)
@@ -265,7 +265,7 @@ def forward(x, dt, g, b, c, skip, initial, segments, exact) -> tuple[Tensor, Ten
         inter, intra, x, skip, total, y, z.chunks, *z.shape, *z.strides,
         HAS_SKIP=skip is not None, **z.tile,
     )  # fmt: skip
-    return y, final, states
+    return y, final, kept
 
 
 def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):

@@ -18,13 +18,13 @@ from exact_checks import (
     same_bits,
 )
 from models import (
+    delta_chunks,
     exact,
-    gated_delta_rule,
     language_model,
     mixer,
     products,
     short_conv,
-    ssd,
+    ssd_chunks,
     token_log_probs,
 )
 from models.exact import CHUNK
@@ -245,7 +245,7 @@ MUTANTS = {  # the second is given to every module that has the first
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_count_notices(model, mutant, monkeypatch):
     name, wrong = MUTANTS[mutant]
-    for module in (gated_delta_rule, language_model, mixer, products, short_conv, ssd):
+    for module in (delta_chunks, language_model, mixer, products, short_conv, ssd_chunks):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, wrong)
     assert count_differences(model)[0] > 0

@@ -5,11 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from models.gated_delta_rule import (
-    chunk_gated_delta_rule,
-    recurrent_gated_delta_rule,
-    unit_lower_inverse,
-)
+from models.delta_chunks import unit_lower_inverse
+from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from scan_checks import assert_close, make_delta, results
 
 FUNCTIONS = {"chunked": chunk_gated_delta_rule, "recurrent": recurrent_gated_delta_rule}

@@ -235,3 +235,19 @@ def test_conv_kernels(taps, state, bias, tokens):
     theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled(mixer):
+    """The operators call the kernels; packed sequences leave room that no chunk fills."""
+    sizes = {"head_dim": 16, "num_layers": 1, **({"d_state": 12} if mixer == "mamba2" else {})}
+    plain, compiled = (small_model(mixer, **sizes).to(DEVICE).blocks[0] for _ in range(2))
+    torch.compiler.reset()
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    x, results = torch.randn(1, 40, 24, device=DEVICE), []
+    cu_seqlens = torch.tensor([0, 32, 32, 40], dtype=torch.int32)
+    for block in (plain, compiled):
+        y, state = block(x, None, True, cu_seqlens)
+        loss = y.square().sum() + sum(t.square().sum() for t in state)
+        results.append((y, *state, *torch.autograd.grad(loss, list(block.parameters()))))
+    assert_close(*results, 1e-5)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from models import chunks, gated_delta_rule, ssd
+from models import chunks, delta_chunks, ssd_chunks
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
 from scan_checks import assert_close, make_delta, make_ssd, results, with_all
@@ -108,7 +108,7 @@ def test_16_bit_operands(scan, monkeypatch):
     inputs = [x.detach().bfloat16() for x in inputs] + [state.detach().float()]
     inputs = [x.requires_grad_() for x in inputs]
     expected = results(scan.recurrent, wide(inputs))
-    for module in (gated_delta_rule, ssd):
+    for module in (delta_chunks, ssd_chunks):
         monkeypatch.setattr(module, "operand_dtype", lambda x: x.dtype)
     actual = results(scan.chunked, inputs)
     assert (actual[0].dtype, actual[1].dtype) == (torch.bfloat16, torch.float32)

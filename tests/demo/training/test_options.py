@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train
 from demo.config.command import compose
@@ -110,6 +112,19 @@ def test_activation_checkpointing_computes_a_block_again(name):
     assert len(calls) == 1
     loss.backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_blocks_are_compiled(checkpointing, monkeypatch):
+    """Both blocks by the first one's code, also where they are computed again in the backward."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    options = ["trainer.compile=true", f"trainer.activation_checkpointing={checkpointing}"]
+    config = compose("train", ["model=mamba2", *SMALL, *options])
+    model = LanguageModel(config.model)
+    prepare_blocks(model, config.trainer)
+    LitLanguageModel(model, config.optim).loss(torch.randint(256, (2, 9))).backward()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
