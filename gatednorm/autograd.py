@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd must know of what a kernel writes
 
+from . import distributed
 from .call import (
     DEVICES,
     check_tensors,
@@ -67,6 +68,11 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Check, allocate what is missing and launch; returns `y`, `mean`, `rstd` (None where not
     kept)."""
+    ranks = None
+    if options.process_group is not None:
+        ranks, options = distributed.enter(
+            "forward", options, x=x, weight=weight, bias=bias, z=z, out=out
+        )
     call = describe(x, weight, bias, z, out, options)
     if out is None:
         out = torch.empty_like(x, dtype=call.out_dtype, memory_format=torch.contiguous_format)
@@ -79,7 +85,11 @@ def run_forward(
         if not options.is_rms_norm:
             mean = torch.empty_like(rstd)
     if x.numel():
-        backend(x.device.type).forward(call, x, weight, bias, z, out, mean, rstd)
+        kernels = backend(x.device.type)
+        if ranks is None:
+            kernels.forward(call, x, weight, bias, z, out, mean, rstd)
+        else:
+            distributed.forward(kernels, ranks, call, x, weight, bias, z, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -100,6 +110,11 @@ def run_backward(
     is no such input), and with a new `dx` the forward's `y` again where asked for (else None)."""
     if options.is_rms_norm:
         mean = None  # RMS norm uses none, but callers written for other copies pass one
+    ranks = None
+    if options.process_group is not None:
+        ranks, options = distributed.enter(
+            "backward", options, x=x, weight=weight, bias=bias, z=z, dy=dy
+        )
     call = describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)
     for given in (dx, dz):
         if given is not None:
@@ -112,8 +127,12 @@ def run_backward(
     if x.numel() == 0:
         dw, db = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
     else:
-        run = backend(x.device.type).backward
-        dw, db = run(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+        kernels = backend(x.device.type)
+        tensors = (call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+        if ranks is None:
+            dw, db = kernels.backward(*tensors)
+        else:
+            dw, db = distributed.backward(kernels, ranks, *tensors)
     return dx, dw, db, dz, y
 
 
@@ -126,9 +145,10 @@ class LayerNormFn(torch.autograd.Function):
     """The gated norm under autograd.
 
     `LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
-    activation, zero_centered, numerics, out_dtype)`; shapes and options as in
-    :func:`gatednorm.layernorm_fn`. Kept for the backward: `x`, `z`, the parameters and one
-    `rstd` (for layer norm also `mean`) per row and group, in fp32 (fp64 for fp64).
+    activation, zero_centered, numerics, out_dtype, process_group)`; shapes and options as in
+    :func:`gatednorm.layernorm_fn`, a process group by its `group_name`. Kept for the backward:
+    `x`, `z`, the parameters and one `rstd` (for layer norm also `mean`) per row and group, in fp32
+    (fp64 for fp64).
     """
 
     @staticmethod
@@ -194,13 +214,14 @@ def _has_memory(t: Tensor) -> bool:
 
 
 def _backward_op(dy, x, weight, bias, z, mean, rstd, *options) -> tuple[Tensor | None, ...]:
-    """:func:`run_backward` by way of the operator; `with_output` comes after the options. Under
+    """:func:`run_backward` by way of the operator; `options` and then `with_output`. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
         return _OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options)
     if mean is None:
         mean = x.new_empty(0)
-    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    *given, process_group, with_output = options
+    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *given, with_output, process_group)
     there = (True, weight is not None, bias is not None, z is not None, options[-1])
     return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
@@ -231,11 +252,12 @@ _OPTIONS = (
 # graph it was given and not at what a backward has become: a new argument comes last and has a
 # default, a new result comes last.
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
-_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
+_GROUP = "str? process_group=None"
+_library.define(f"forward({_INPUTS}, {_OPTIONS}, {_GROUP}) -> (Tensor y, Tensor mean, Tensor rstd)")
+_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}, {_GROUP}) -> ()")
 _library.define(
     f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, "
-    "bool with_output=False) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
+    f"bool with_output=False, {_GROUP}) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
 )
 
 
@@ -261,9 +283,11 @@ def _backward_impl(dy, x, weight, bias, z, mean, rstd, *options):
 
 
 def _split(*options) -> tuple[tuple, bool]:
-    """The options, and `with_output`, which PyTorch leaves out where it has its default."""
-    n = len(Options())
-    return options[:n], any(options[n:])
+    """The options, and `with_output`, which stands before the last of them; PyTorch leaves out what
+    has its default."""
+    n = len(Options()) - 1
+    with_output, process_group = *options[n:], *(False, None)[len(options) - n :]
+    return (*options[:n], process_group), with_output
 
 
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
@@ -284,8 +308,9 @@ def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy.contiguous()
 
 
-def _check_shapes(x, weight, bias, z, out, group_size) -> None:
-    """The rules of `describe` for devices, and for sizes that may be symbols."""
+def _check_shapes(x, weight, bias, z, out, options: Options) -> None:
+    """The rules of `describe` for devices, and for sizes that may be symbols. Whether groups fit a
+    process group is left to the call itself."""
     torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
     width = x.shape[-1]
     for name, t in (("z", z), ("out", out)):
@@ -300,6 +325,7 @@ def _check_shapes(x, weight, bias, z, out, group_size) -> None:
             torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
             torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
     torch._check(width > 0, lambda: "x must have at least one channel in its last dimension")
+    group_size = None if options.process_group else options.group_size
     fits = group_size is None or (group_size > 0 and width % group_size == 0)
     torch._check(fits, lambda: f"group_size must divide {width}, got {group_size}")
     given = {"x": x, "z": z, "out": out, "weight": weight, "bias": bias}
@@ -317,18 +343,22 @@ def _check_shapes(x, weight, bias, z, out, group_size) -> None:
 
 def _forward_fake(x, weight, bias, z, *options):
     options = Options(*options)
-    _check_shapes(x, weight, bias, z, None, options.group_size)
+    _check_shapes(x, weight, bias, z, None, options)
     rows, width = 1, x.shape[-1]
     for size in x.shape[:-1]:
         rows = rows * size
     stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rstd = x.new_empty((rows, width // (options.group_size or width)), dtype=stats_dtype)
+    if options.process_group is None:
+        groups = width // (options.group_size or width)
+    else:
+        groups = distributed.local_groups(options, width)
+    rstd = x.new_empty((rows, groups), dtype=stats_dtype)
     mean = x.new_empty(0) if options.is_rms_norm else torch.empty_like(rstd)
     return x.new_empty(x.shape, dtype=options.out_dtype or x.dtype), mean, rstd
 
 
 def _forward_out_fake(x, weight, bias, z, out, *options):
-    _check_shapes(x, weight, bias, z, out, Options(*options).group_size)
+    _check_shapes(x, weight, bias, z, out, Options(*options))
 
 
 def _backward_fake(dy, x, weight, bias, z, mean, rstd, *options):

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from .distributed import name_of, process_group_of, share
 from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
 from .options import channels_in_group, make_options, one_of
 
@@ -18,6 +20,8 @@ class LayerNorm(nn.Module):
         activation: `silu` (alias `swish`) or `sigmoid`.
         zero_centered: the weight is stored around 0 and used as `1 + weight`.
         numerics: rounding points, see :func:`gatednorm.layernorm_fn`.
+        process_group: of ranks that have `hidden_size` channels of each row each, as in
+            :func:`gatednorm.layernorm_fn`; `group_size` counts channels of the whole row.
         path: `training` (autograd) or `inference` (:func:`gatednorm.rms_norm_gated`, which refuses
             to cut a graph); may be changed at any time.
 
@@ -26,6 +30,8 @@ class LayerNorm(nn.Module):
     """
 
     is_rms_norm = False
+    # The name alone: a module is copied and saved, a process group cannot be.
+    _process_group: str | None = None
 
     def __init__(
         self,
@@ -40,17 +46,23 @@ class LayerNorm(nn.Module):
         zero_centered: bool = False,
         numerics: str = "fp32",
         path: str = "training",
+        process_group: "dist.ProcessGroup | None" = None,
     ):
         super().__init__()
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
             raise TypeError(f"hidden_size must be an int, got {hidden_size!r}; use for example 128")
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
-        make_options(
+        if process_group is not None:
+            self._process_group = name_of(process_group)
+        options = make_options(
             eps, group_size, norm_before_gate, self.is_rms_norm, activation, zero_centered,
-            numerics, None,
+            numerics, None, self._process_group,
         )  # fmt: skip
-        channels_in_group(group_size, hidden_size, "hidden_size", "hidden_size")
+        if self._process_group is None:
+            channels_in_group(group_size, hidden_size, "hidden_size", "hidden_size")
+        else:
+            share(options, hidden_size)
         self.hidden_size = hidden_size
         self.eps = eps
         self.group_size = group_size
@@ -77,6 +89,10 @@ class LayerNorm(nn.Module):
         one_of("path", value, NORM_PATHS)
         self._path = value
 
+    @property
+    def process_group(self) -> "dist.ProcessGroup | None":
+        return None if self._process_group is None else process_group_of(self._process_group)
+
     def reset_parameters(self) -> None:
         (nn.init.zeros_ if self.zero_centered else nn.init.ones_)(self.weight)
         if self.bias is not None:
@@ -97,13 +113,15 @@ class LayerNorm(nn.Module):
             activation=self.activation,
             zero_centered=self.zero_centered,
             numerics=self.numerics,
+            process_group=None if self._process_group is None else self.process_group,
         )
 
     def extra_repr(self) -> str:
+        ranks = "" if self._process_group is None else f", process_group={self._process_group}"
         return (
             f"{self.hidden_size}, eps={self.eps}, group_size={self.group_size}, "
             f"norm_before_gate={self.norm_before_gate}, activation={self.activation}, "
-            f"zero_centered={self.zero_centered}, numerics={self.numerics}, path={self.path}"
+            f"zero_centered={self.zero_centered}, numerics={self.numerics}, path={self.path}{ranks}"
         )
 
 
