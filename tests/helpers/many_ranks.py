@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -325,7 +324,7 @@ def main(name: str) -> None:
         for rank in ranks:
             rank.start()
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            connection.wait([rank.sentinel for rank in ranks if rank.is_alive()])
+            time.sleep(0.02)
         for rank in ranks:  # those that wait for one that has failed
             rank.terminate()
     sys.exit(any(rank.exitcode for rank in ranks))
