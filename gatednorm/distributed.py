@@ -161,17 +161,22 @@ def all_gather(everyone: Tensor, own: Tensor, process_group: "dist.ProcessGroup"
     gather(everyone, own, group=process_group)
 
 
-def _means_of_group(ranks: Ranks, own: Tensor) -> tuple[Tensor, Tensor]:
-    """`own` `[numbers, rows]` of each rank that shares the group, `[count, numbers, rows]`, and
-    their mean `[numbers, rows]`: the same bits on every rank and in every run."""
-    everyone = own.new_empty(ranks.process_group.size() * own.numel())
-    all_gather(everyone, own.view(-1), ranks.process_group)
-    parts = everyone.view(-1, *own.shape)[ranks.first : ranks.first + ranks.count]
+def _mean(parts: Tensor) -> Tensor:
+    """The mean over the ranks, the first dimension: neighbours are added up pair by pair, as the
+    kernels add up a row."""
     sums = parts
-    while len(sums) > 1:  # neighbours, pair by pair, as the kernels add up a row
+    while len(sums) > 1:
         paired = sums[0:-1:2] + sums[1::2]
         sums = torch.cat([paired, sums[-1:]]) if len(sums) % 2 else paired
-    return parts, sums[0] / ranks.count
+    return sums[0] / len(parts)
+
+
+def _parts_of_group(ranks: Ranks, own: Tensor) -> Tensor:
+    """`own` `[numbers, rows]` of each rank that shares the group: `[ranks, numbers, rows]`, the
+    same on every one of them."""
+    everyone = own.new_empty(ranks.process_group.size() * own.numel())
+    all_gather(everyone, own.view(-1), ranks.process_group)
+    return everyone.view(-1, *own.shape)[ranks.first : ranks.first + ranks.count]
 
 
 def forward(
@@ -188,18 +193,19 @@ def forward(
 ) -> None:
     """The forward of `kernels` with the statistics of the whole group, which are written to `mean`
     and `rstd` `[rows, 1]` unless None."""
-    n_rows, rms = x.numel() // call.width, call.options.is_rms_norm
+    n_rows, rms, eps = x.numel() // call.width, call.options.is_rms_norm, call.options.eps
     own = torch.empty(1 if rms else 2, n_rows, dtype=call.compute_dtype, device=x.device)
     kernels.forward_means(call, x, z, None if rms else own[1], own[0])
-    parts, means = _means_of_group(ranks, own)
-    square = means[0]
+    parts = _parts_of_group(ranks, own)
+    square, *means = _mean(parts)
     if not rms:
         # The ranks' squares are about their own means.
-        square = square + (parts[:, 1] - means[1]).square_().mean(0)
-        mean = means[1].unsqueeze(-1) if mean is None else mean.copy_(means[1].unsqueeze(-1))
+        square = square + _mean((parts[:, 1] - means[0]).square_())
+        of_group = means[0].unsqueeze(-1)
+        mean = of_group if mean is None else mean.copy_(of_group)
     if rstd is None:
         rstd = torch.empty(n_rows, 1, dtype=own.dtype, device=own.device)
-    torch.rsqrt((square + call.options.eps).unsqueeze(-1), out=rstd)
+    torch.rsqrt((square + eps).unsqueeze(-1), out=rstd)
     kernels.forward(call, x, weight, bias, z, out, mean, rstd, True)
 
 
@@ -222,6 +228,6 @@ def backward(
     n_rows, rms = x.numel() // call.width, call.options.is_rms_norm
     own = torch.empty(1 if rms else 2, n_rows, dtype=call.compute_dtype, device=x.device)
     kernels.backward_means(call, dy, x, weight, z, mean, rstd, own[0], None if rms else own[1])
-    _, (c1, *c2) = _means_of_group(ranks, own)
-    c2 = None if rms else c2[0]
-    return kernels.backward(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, c1, c2)
+    c1, *c2 = _mean(_parts_of_group(ranks, own))
+    given = (c1, None if rms else c2[0])
+    return kernels.backward(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, *given)
