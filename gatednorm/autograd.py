@@ -45,6 +45,16 @@ def backend(device_type: str) -> ModuleType:
         ) from error
 
 
+@functools.cache
+def dtensors(kind: type) -> ModuleType | None:
+    """The module for DTensors, which has registered the operators' rules, if `kind` is one."""
+    if not kind.__module__.startswith("torch.distributed.tensor"):
+        return None
+    module = importlib.import_module(".dtensor", package=__package__)
+    module.register(ops.forward.default, ops.backward.default)
+    return module
+
+
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether a call must go through its operator: for tensors without memory of their own, and
     where operators are recorded."""

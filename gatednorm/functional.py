@@ -5,10 +5,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, needs_operator, ops, run_backward, run_forward
+from .autograd import LayerNormFn, dtensors, needs_operator, ops, run_backward, run_forward
 from .call import check_tensors
 from .distributed import name_of
-from .options import make_options
+from .options import Options, make_options
 
 NORM_PATHS = ("training", "inference")
 
@@ -37,6 +37,22 @@ def _refuse_wrappers(name: str, *tensors: Tensor | None) -> None:
                 f"{name} takes plain tensors, got {type(t).__name__}; use layernorm_fn, which "
                 "PyTorch sees as an operator"
             )
+
+
+def _of_dtensors(x, weight, bias, z, options: tuple) -> Tensor | None:
+    """:func:`layernorm_fn` of a DTensor; None for any other tensor."""
+    rules = dtensors(type(x))
+    if rules is None:
+        return None
+    if options[-1] is not None:
+        raise TypeError(
+            "process_group goes with local tensors, and x is a DTensor, whose mesh says what is "
+            "shared; pass x.to_local(), or process_group=None"
+        )
+    y = rules.by_columns(layernorm_fn, x, weight, bias, z, Options(*options))
+    if y is None and torch.is_grad_enabled():
+        return LayerNormFn.apply(x, weight, bias, z, *options)
+    return ops.forward(x, weight, bias, z, *options)[0] if y is None else y
 
 
 def layernorm_fn(
@@ -103,6 +119,8 @@ def layernorm_fn(
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return ops.forward(x, weight, bias, z, *options)[0]
+    if type(x) is not Tensor and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
+        return y
     if not torch.is_grad_enabled():  # half the time of a call, and no statistics
         return rms_norm_gated(
             x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=is_rms_norm,
@@ -185,6 +203,8 @@ def rms_norm_gated(
         if not torch.compiler.is_compiling():  # the operator's own errors name no remedy
             options = make_options(*options)
             check_tensors(x=x, weight=weight, bias=bias, z=z, out=out)
+            if out is None and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
+                return y
         if out is not None and out_dtype not in (None, out.dtype):
             raise TypeError(f"out must have out_dtype, got {out.dtype} and {out_dtype}")
         if out is None:

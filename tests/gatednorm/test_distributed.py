@@ -1,4 +1,5 @@
-"""Norm groups over several ranks; what runs on them is in tests/helpers/many_ranks.py."""
+"""Norm groups over several ranks; what runs on them is in many_ranks.py and dtensor_ranks.py of
+tests/helpers."""
 
 import subprocess
 import sys
@@ -15,17 +16,21 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
 
 
 @pytest.mark.parametrize(
-    "name",
+    "command",
     [
-        "quick",
-        pytest.param("two", marks=pytest.mark.slow),
-        pytest.param("four", marks=pytest.mark.slow),
+        pytest.param("many_ranks.py quick", id="quick"),
+        pytest.param("many_ranks.py two", id="two", marks=pytest.mark.slow),
+        pytest.param("many_ranks.py four", id="four", marks=pytest.mark.slow),
+        pytest.param("dtensor_ranks.py 4", id="dtensors", marks=pytest.mark.slow),
     ],
 )
-def test_against_whole_rows(name):
+def test_against_whole_rows(command):
     """Results, gradients, bytes that travel, and what is refused."""
-    command = [sys.executable, "tests/helpers/many_ranks.py", name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    file, argument = command.split()
+    done = subprocess.run(
+        [sys.executable, f"tests/helpers/{file}", argument],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
 
 

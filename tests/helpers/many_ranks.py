@@ -319,8 +319,10 @@ def compiled() -> None:
 CHECKS = {
     "quick": (2, [some_options, kernels, a_rank_that_differs, groups_that_do_not_fit]),
     "two": (2, [every_option, kernels_of_every_kind, modules_and_projection, compiled]),
-    "four": (4, [every_option, bits_of_other_splits, a_rank_that_differs, groups_that_do_not_fit]),
-}
+    "four": (
+        4, [every_option, bits_of_other_splits, a_rank_that_differs, groups_that_do_not_fit],
+    ),
+}  # fmt: skip
 
 
 def _rank(rank: int, size: int, folder: str, checks: list[Callable]) -> None:
@@ -339,8 +341,8 @@ def _rank(rank: int, size: int, folder: str, checks: list[Callable]) -> None:
     dist.destroy_process_group()
 
 
-def main(name: str) -> None:
-    size, checks = CHECKS[name]
+def run_on_ranks(size: int, checks: list[Callable]) -> None:
+    """Fork the ranks, and exit with 1 where a check fails on any."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -356,4 +358,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_on_ranks(*CHECKS[sys.argv[1]])
