@@ -112,21 +112,22 @@ def layernorm_fn(
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
     refuse_transforms("layernorm_fn")
-    group = None if process_group is None else name_of(process_group)
-    options = (
-        eps, group_size, norm_before_gate, is_rms_norm,
-        activation, zero_centered, numerics, out_dtype, group,
-    )  # fmt: skip
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return ops.forward(x, weight, bias, z, *options)[0]
-    if type(x) is not Tensor and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
-        return y
-    if not torch.is_grad_enabled():  # half the time of a call, and no statistics
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not (traced or torch.is_grad_enabled()):  # half the time of a call, and no statistics
         return rms_norm_gated(
             x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=is_rms_norm,
             activation=activation, zero_centered=zero_centered, numerics=numerics,
             out_dtype=out_dtype, process_group=process_group,
         )  # fmt: skip
+    group = None if process_group is None else name_of(process_group)
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, out_dtype, group,
+    )  # fmt: skip
+    if traced:
+        return ops.forward(x, weight, bias, z, *options)[0]
+    if type(x) is not Tensor and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
+        return y
     return LayerNormFn.apply(x, weight, bias, z, *options)
 
 
