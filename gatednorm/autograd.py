@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd must know of what a kernel writes
 
+from . import distributed
 from .call import (
     DEVICES,
     check_tensors,
@@ -46,6 +47,16 @@ def backend(device_type: str) -> ModuleType:
         ) from error
 
 
+@functools.cache
+def dtensors(kind: type) -> ModuleType | None:
+    """The module for DTensors, which has registered the operators' rules, if `kind` is one."""
+    if not kind.__module__.startswith("torch.distributed.tensor"):
+        return None
+    module = importlib.import_module(".dtensor", package=__package__)
+    module.register(ops.forward.default, ops.backward.default)
+    return module
+
+
 def needs_operator(*tensors: Tensor | None) -> bool:
     """Whether a call must go through its operator: for tensors without memory of their own, and
     where operators are recorded."""
@@ -69,6 +80,11 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Check, allocate what is missing and launch; returns `y`, `mean`, `rstd` (None where not
     kept)."""
+    ranks = None
+    if options.process_group is not None:
+        ranks, options = distributed.enter(
+            "forward", options, x=x, weight=weight, bias=bias, z=z, out=out
+        )
     call = describe(x, weight, bias, z, out, options)
     if out is None:
         out = torch.empty_like(x, dtype=call.out_dtype, memory_format=torch.contiguous_format)
@@ -81,7 +97,11 @@ def run_forward(
         if not options.is_rms_norm:
             mean = torch.empty_like(rstd)
     if x.numel():
-        backend(x.device.type).forward(call, x, weight, bias, z, out, mean, rstd)
+        kernels = backend(x.device.type)
+        if ranks is None:
+            kernels.forward(call, x, weight, bias, z, out, mean, rstd)
+        else:
+            distributed.forward(kernels, ranks, call, x, weight, bias, z, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -102,6 +122,11 @@ def run_backward(
     is no such input), and with a new `dx` the forward's `y` again where asked for (else None)."""
     if options.is_rms_norm:
         mean = None  # RMS norm uses none, but callers written for other copies pass one
+    ranks = None
+    if options.process_group is not None:
+        ranks, options = distributed.enter(
+            "backward", options, x=x, weight=weight, bias=bias, z=z, dy=dy
+        )
     call = describe_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)
     for given in (dx, dz):
         if given is not None:
@@ -114,8 +139,12 @@ def run_backward(
     if x.numel() == 0:
         dw, db = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
     else:
-        run = backend(x.device.type).backward
-        dw, db = run(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+        kernels = backend(x.device.type)
+        tensors = (call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+        if ranks is None:
+            dw, db = kernels.backward(*tensors)
+        else:
+            dw, db = distributed.backward(kernels, ranks, *tensors)
     return dx, dw, db, dz, y
 
 
@@ -129,9 +158,10 @@ class LayerNormFn(torch.autograd.Function):
     """The gated norm under autograd.
 
     `LayerNormFn.apply(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm,
-    activation, zero_centered, numerics, out_dtype)`; shapes and options as in
-    :func:`gatednorm.layernorm_fn`. Kept for the backward: `x`, `z`, the parameters and one
-    `rstd` (for layer norm also `mean`) per row and group, in fp32 (fp64 for fp64).
+    activation, zero_centered, numerics, out_dtype, process_group)`; shapes and options as in
+    :func:`gatednorm.layernorm_fn`, a process group by its `group_name`. Kept for the backward:
+    `x`, `z`, the parameters and one `rstd` (for layer norm also `mean`) per row and group, in fp32
+    (fp64 for fp64).
     """
 
     @staticmethod
@@ -204,13 +234,14 @@ def _backward_op(
     dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Maybe, rstd: Tensor,
     *options: Any,
 ) -> tuple[Maybe, ...]:  # fmt: skip
-    """:func:`run_backward` by way of the operator; `with_output` comes after the options. Under
+    """:func:`run_backward` by way of the operator; `options` and then `with_output`. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
         return tuple(_OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options))
     if mean is None:
         mean = x.new_empty(0)
-    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *options)
+    *given, process_group, with_output = options
+    results = ops.backward(dy, x, weight, bias, z, mean, rstd, *given, with_output, process_group)
     there = (True, weight is not None, bias is not None, z is not None, options[-1])
     return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
@@ -241,11 +272,12 @@ _OPTIONS = (
 # graph it was given and not at what a backward has become: a new argument comes last and has a
 # default, a new result comes last.
 _library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor mean, Tensor rstd)")
-_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}) -> ()")
+_GROUP = "str? process_group=None"
+_library.define(f"forward({_INPUTS}, {_OPTIONS}, {_GROUP}) -> (Tensor y, Tensor mean, Tensor rstd)")
+_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}, {_GROUP}) -> ()")
 _library.define(
     f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, "
-    "bool with_output=False) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
+    f"bool with_output=False, {_GROUP}) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
 )
 
 
@@ -280,9 +312,12 @@ def _backward_impl(
 
 
 def _split(*options: Any) -> tuple[tuple[Any, ...], bool]:
-    """The options, and `with_output`, which PyTorch leaves out where it has its default."""
-    n = len(Options())
-    return options[:n], any(options[n:])
+    """The options, and `with_output`, which stands before the last of them; PyTorch leaves out what
+    has its default."""
+    n = len(Options()) - 1
+    rest: tuple[Any, ...] = options[n:]
+    with_output, process_group = rest + (False, None)[len(rest) :]
+    return (*options[:n], process_group), with_output
 
 
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
@@ -304,9 +339,10 @@ def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
 
 
 def _check_shapes(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, group_size: int | None
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, options: Options
 ) -> None:
-    """The rules of `describe` for devices, and for sizes that may be symbols."""
+    """The rules of `describe` for devices, and for sizes that may be symbols. Whether groups fit a
+    process group is left to the call itself."""
     torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
     width = x.shape[-1]
     for name, t in (("z", z), ("out", out)):
@@ -321,6 +357,7 @@ def _check_shapes(
             torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
             torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
     torch._check(width > 0, lambda: "x must have at least one channel in its last dimension")
+    group_size = None if options.process_group else options.group_size
     fits = group_size is None or (group_size > 0 and width % group_size == 0)
     torch._check(fits, lambda: f"group_size must divide {width}, got {group_size}")
     given = {"x": x, "z": z, "out": out, "weight": weight, "bias": bias}
@@ -340,12 +377,16 @@ def _forward_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    _check_shapes(x, weight, bias, z, None, options.group_size)
+    _check_shapes(x, weight, bias, z, None, options)
     rows, width = 1, x.shape[-1]
     for size in x.shape[:-1]:
         rows = rows * size
     stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rstd = x.new_empty((rows, width // (options.group_size or width)), dtype=stats_dtype)
+    if options.process_group is None:
+        groups = width // (options.group_size or width)
+    else:
+        groups = distributed.local_groups(options, width)
+    rstd = x.new_empty((rows, groups), dtype=stats_dtype)
     mean = x.new_empty(0) if options.is_rms_norm else torch.empty_like(rstd)
     return x.new_empty(x.shape, dtype=options.out_dtype or x.dtype), mean, rstd
 
@@ -353,7 +394,7 @@ def _forward_fake(
 def _forward_out_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
 ) -> None:
-    _check_shapes(x, weight, bias, z, out, Options(*options).group_size)
+    _check_shapes(x, weight, bias, z, out, Options(*options))
 
 
 def _backward_fake(

@@ -151,6 +151,22 @@ def _affine(
     return h if b is None else torch.add(h, b, out=out)
 
 
+def forward_means(
+    call: Call, x: Tensor, z: Tensor | None, mean: Tensor | None, square: Tensor
+) -> None:
+    """Write the `mean` `[rows]` of what is normalised (None for RMS), and its mean `square` about
+    that, of rows with one group."""
+    for rows, (xb, zb, _) in _blocks(call, x, z, None):
+        u = _grouped(call, xb)
+        if not call.norm_before_gate:
+            u = u * _act(call, _grouped(call, zb), torch.empty_like(u))
+        if mean is not None:
+            mu = u.mean(-1, keepdim=True)
+            u = u - mu
+            mean[rows] = mu.view(-1)
+        square[rows] = (u * u).mean(-1).view(-1)
+
+
 def forward(
     call: Call,
     x: Tensor,
@@ -160,8 +176,9 @@ def forward(
     out: Tensor,
     mean: Tensor | None,
     rstd: Tensor | None,
+    stats_given: bool = False,
 ) -> None:
-    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given."""
     w, b = _parameters(call, weight, bias)
     buffers, options = _Buffers(call, x), call.options
     after_norm, after_weight = rounding(options.numerics, *call.kind.dtypes[:2])
@@ -172,22 +189,56 @@ def forward(
         if act is not None and not call.norm_before_gate:
             u = torch.mul(u, act, out=one)
         if not options.is_rms_norm:
-            mu = u.mean(-1, keepdim=True)
+            if stats_given and mean is not None:
+                mu = mean[rows].unsqueeze(-1)
+            else:
+                mu = u.mean(-1, keepdim=True)
+                if mean is not None:
+                    mean[rows] = mu.squeeze(-1)
             u = torch.sub(u, mu, out=two)
-            if mean is not None:
-                mean[rows] = mu.squeeze(-1)
-        # A product and PyTorch's pairwise sum: its vector norm adds one element after the other and
-        # loses digits in wide rows.
-        square = torch.mul(u, u, out=spare).mean(-1, keepdim=True)
-        r = torch.rsqrt(square + options.eps)
-        if rstd is not None:
-            rstd[rows] = r.squeeze(-1)
+        if stats_given and rstd is not None:
+            r = rstd[rows].unsqueeze(-1)
+        else:
+            # A product and PyTorch's pairwise sum: its vector norm adds one element after the other
+            # and loses digits in wide rows.
+            square = torch.mul(u, u, out=spare).mean(-1, keepdim=True)
+            r = torch.rsqrt(square + options.eps)
+            if rstd is not None:
+                rstd[rows] = r.squeeze(-1)
         xhat = _round(call, torch.mul(u, r, out=two), after_norm)
         h = _affine(call, xhat, w, b, after_weight, two)
         if act is not None and call.norm_before_gate:
             _product_into(ob, h, act)
         elif h.data_ptr() != ob.data_ptr():
             ob.copy_(h.view(ob.shape))
+
+
+def backward_means(
+    call: Call,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    c1: Tensor,
+    c2: Tensor | None,
+) -> None:
+    """Write the means `[rows]` of `dxhat * xhat` and of `dxhat` (None for RMS), of rows with one
+    group."""
+    w, _ = _parameters(call, weight, None)
+    for rows, (dyb, xb, zb, _, _) in _blocks(call, dy, x, z, None, None):
+        dxhat, u = _grouped(call, dyb), _grouped(call, xb)
+        if zb is not None:
+            act = _act(call, _grouped(call, zb), torch.empty_like(u))
+            dxhat, u = (dxhat * act, u) if call.norm_before_gate else (dxhat, u * act)
+        if w is not None:
+            dxhat = dxhat * w
+        if c2 is not None and mean is not None:
+            u = u - mean[rows].unsqueeze(-1)
+            c2[rows] = dxhat.mean(-1).view(-1)
+        xhat = u * rstd[rows].unsqueeze(-1)
+        c1[rows] = (dxhat * xhat).mean(-1).view(-1)
 
 
 def backward(
@@ -202,9 +253,12 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
     y: Tensor | None,
+    c1: Tensor | None = None,
+    c2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
-    return `dw`, `db` `[D]` in the dtypes of weight and bias."""
+    return `dw`, `db` `[D]` in the dtypes of weight and bias. `c1`, `c2` `[rows]`: the means of
+    :func:`backward_means`, where they are those of more than these columns."""
     w, b = _parameters(call, weight, bias)
     dw = None if w is None else torch.zeros_like(w)
     db = None if b is None else torch.zeros_like(b)
@@ -221,10 +275,12 @@ def backward(
             one, slope, xhat, act = buffers.of(g, 4, dxb, dzb)
             _act_and_slope(call, _grouped(call, zb), act, slope)
             if not call.norm_before_gate:
+                if c1 is not None:  # no mean of these columns: the forward's, so of its values
+                    _act(call, _grouped(call, zb), act)
                 u = torch.mul(xg, act, out=xhat)
         if mean is not None:
             mu = mean[rows].unsqueeze(-1)
-            if not call.norm_before_gate:
+            if not call.norm_before_gate and c1 is None:
                 # This gate rounds differently from the forward's. Where a group has no variance,
                 # that difference would be all that is left of `u - mean`.
                 mu = u.mean(-1, keepdim=True)
@@ -247,11 +303,16 @@ def backward(
         if db is not None:
             db += g.sum(0)
         product = product if w is None else product.mul_(w)
-        c1 = product.sum(-1, keepdim=True).div_(-call.group_size)
+        if c1 is None:
+            along = product.sum(-1, keepdim=True).div_(-call.group_size)
+        else:
+            along = -c1[rows].view(-1, 1, 1)
         du = torch.mul(g, 1.0 if w is None else w, out=one)
-        if not options.is_rms_norm:
+        if c2 is not None:
+            du -= c2[rows].view(-1, 1, 1)
+        elif not options.is_rms_norm:
             du -= du.mean(-1, keepdim=True)
-        du.addcmul_(xhat, c1)
+        du.addcmul_(xhat, along)
         if not call.norm_before_gate:
             du *= r
             _product_into(dzb, torch.mul(du, xg, out=xhat), slope)

@@ -1,12 +1,16 @@
 """The functions that users call: options made once, then one operator or one kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, needs_operator, ops, run_backward, run_forward
+from .autograd import LayerNormFn, Maybe, dtensors, needs_operator, ops, run_backward, run_forward
 from .call import check_tensors
-from .options import make_options
+from .distributed import name_of
+from .options import Options, make_options
 
 NORM_PATHS = ("training", "inference")
 
@@ -37,6 +41,27 @@ def _refuse_wrappers(name: str, *tensors: Tensor | None) -> None:
             )
 
 
+def _of_dtensors(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, options: tuple[Any, ...]
+) -> Maybe:
+    """:func:`layernorm_fn` of a DTensor; None for any other tensor."""
+    kind: Any = type(x)
+    rules = dtensors(kind)
+    if rules is None:
+        return None
+    if options[-1] is not None:
+        raise TypeError(
+            "process_group goes with local tensors, and x is a DTensor, whose mesh says what is "
+            "shared; pass x.to_local(), or process_group=None"
+        )
+    y: Maybe = rules.by_columns(layernorm_fn, x, weight, bias, z, Options(*options))
+    if y is None and torch.is_grad_enabled():
+        y = LayerNormFn.apply(x, weight, bias, z, *options)
+    elif y is None:
+        y = ops.forward(x, weight, bias, z, *options)[0]
+    return y
+
+
 def layernorm_fn(
     x: Tensor,
     weight: Tensor | None = None,
@@ -51,6 +76,7 @@ def layernorm_fn(
     zero_centered: bool = False,
     numerics: str = "fp32",
     out_dtype: torch.dtype | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Gated norm with a backward: the gate `act(z)` multiplies the normalised result, or the input.
 
@@ -71,6 +97,10 @@ def layernorm_fn(
             `torchtitan`: after the weight (torchtitan's Qwen3.5).
             docs/numerics.md has every family with its options.
         out_dtype: dtype of the result, by default that of `x`, under autocast too.
+        process_group: of ranks that have `D` neighbouring channels of each row each, in the order
+            of the ranks; weight, bias and the gradients are those of a rank's own channels, and
+            `group_size` counts channels of the whole row (None: one group over all ranks). Either
+            group_size divides `D`, or it is a multiple of it. docs/many-gpus.md says what travels.
 
     Returns:
         `[..., D]`, contiguous.
@@ -83,25 +113,32 @@ def layernorm_fn(
     Raises:
         ValueError, TypeError: input that breaks a rule; names value, rule and remedy.
         RuntimeError: under torch.func transforms; when differentiated twice; on a GPU without
-            triton; when a hook of saved tensors brings back something else.
+            triton; when a hook of saved tensors brings back something else; in a compiled program
+            that meets a process group which no call has had yet.
 
     Source: the gate orders of Mamba-2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
     refuse_transforms("layernorm_fn")
-    options = (
-        eps, group_size, norm_before_gate, is_rms_norm,
-        activation, zero_centered, numerics, out_dtype,
-    )  # fmt: skip
-    y: Tensor
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        y = ops.forward(x, weight, bias, z, *options)[0]
-        return y
-    if not torch.is_grad_enabled():  # half the time of a call, and no statistics
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not (traced or torch.is_grad_enabled()):  # half the time of a call, and no statistics
         return rms_norm_gated(
             x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=is_rms_norm,
             activation=activation, zero_centered=zero_centered, numerics=numerics,
-            out_dtype=out_dtype,
+            out_dtype=out_dtype, process_group=process_group,
         )  # fmt: skip
+    group = None if process_group is None else name_of(process_group)
+    options = (
+        eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, out_dtype, group,
+    )  # fmt: skip
+    y: Tensor
+    if traced:
+        y = ops.forward(x, weight, bias, z, *options)[0]
+        return y
+    if type(x) is not Tensor:
+        of_dtensors = _of_dtensors(x, weight, bias, z, options)
+        if of_dtensors is not None:
+            return of_dtensors
     y = LayerNormFn.apply(x, weight, bias, z, *options)
     return y
 
@@ -119,11 +156,13 @@ def rmsnorm_fn(
     zero_centered: bool = False,
     numerics: str = "fp32",
     out_dtype: torch.dtype | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Gated RMS norm with a backward: :func:`layernorm_fn` with `is_rms_norm=True`."""
     return layernorm_fn(
         x, weight, bias, z, eps, group_size, norm_before_gate, True,
         activation=activation, zero_centered=zero_centered, numerics=numerics, out_dtype=out_dtype,
+        process_group=process_group,
     )  # fmt: skip
 
 
@@ -142,6 +181,7 @@ def rms_norm_gated(
     numerics: str = "fp32",
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """Gated norm for inference: the forward of :func:`layernorm_fn`, bit for bit, saving nothing.
 
@@ -167,14 +207,17 @@ def rms_norm_gated(
                     f"rms_norm_gated is for inference, and {name} requires a gradient; "
                     "use rmsnorm_fn, or call it under torch.no_grad()"
                 )
+    group = None if process_group is None else name_of(process_group)
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,
-        activation, zero_centered, numerics, out_dtype,
+        activation, zero_centered, numerics, out_dtype, group,
     )  # fmt: skip
     if needs_operator(x, weight, bias, z, out):
         if not torch.compiler.is_compiling():  # the operator's own errors name no remedy
             options = make_options(*options)
             check_tensors(x=x, weight=weight, bias=bias, z=z, out=out)
+            if out is None and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
+                return y
         if out is not None and out_dtype not in (None, out.dtype):
             raise TypeError(f"out must have out_dtype, got {out.dtype} and {out_dtype}")
         if out is None:
@@ -199,6 +242,7 @@ def layernorm_forward(
     numerics: str = "fp32",
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The forward alone, for those who write their own autograd Function around it.
 
@@ -210,9 +254,10 @@ def layernorm_forward(
     """
     refuse_transforms("layernorm_forward", x, weight, bias, z)
     _refuse_wrappers("layernorm_forward", x, weight, bias, z, out)
+    group = None if process_group is None else name_of(process_group)
     options = make_options(
         eps, group_size, norm_before_gate, is_rms_norm,
-        activation, zero_centered, numerics, out_dtype,
+        activation, zero_centered, numerics, out_dtype, group,
     )  # fmt: skip
     with torch.no_grad():
         y, mean, rstd = run_forward(x, weight, bias, z, out, options, save_stats=True)
@@ -238,6 +283,7 @@ def layernorm_backward(
     numerics: str = "fp32",
     dx: Tensor | None = None,
     dz: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The backward alone, from what :func:`layernorm_forward` returned; not traced either.
 
@@ -253,8 +299,10 @@ def layernorm_backward(
     """
     refuse_transforms("layernorm_backward", dy, x, weight, bias, z)
     _refuse_wrappers("layernorm_backward", dy, x, weight, bias, z, mean, rstd, dx, dz)
+    group = None if process_group is None else name_of(process_group)
     options = make_options(
-        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None
-    )
+        eps, group_size, norm_before_gate, is_rms_norm,
+        activation, zero_centered, numerics, None, group,
+    )  # fmt: skip
     with torch.no_grad():
         return run_backward(dy, x, weight, bias, z, mean, rstd, dx, dz, options)[:4]

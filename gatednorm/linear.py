@@ -5,8 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from .autograd import gradients, save_forward
+from .distributed import name_of
 from .functional import refuse_transforms
 from .modules import LayerNorm, NotesHooks, RMSNorm
 from .options import Options, make_options
@@ -76,6 +78,7 @@ def gated_norm_linear(
     activation: str = "silu",
     zero_centered: bool = False,
     numerics: str = "fp32",
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
     """`gated_norm(x, z) @ linear_weight^T + linear_bias`, keeping `x` and `z` for the backward.
 
@@ -87,7 +90,9 @@ def gated_norm_linear(
         weight, bias: `[D]` or None, of the norm.
         linear_weight, linear_bias: of the projection, the latter `[N]` or None.
 
-    Options as in :func:`gatednorm.layernorm_fn`.
+    Options as in :func:`gatednorm.layernorm_fn`. With a `process_group` the rows of `linear_weight`
+    are for this rank's channels, and the result is its share of a sum over the ranks, which is left
+    to the caller, like its gradient: `torch.distributed.all_reduce`, or a row-parallel layer.
 
     Returns:
         `[..., N]` in the dtype of `x`, or under autocast in its dtype; the product's operands are
@@ -104,6 +109,7 @@ def gated_norm_linear(
     refuse_transforms("gated_norm_linear")
     values = (
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None,
+        None if process_group is None else name_of(process_group),
     )  # fmt: skip
     # A trace cannot look into the memory of checked options; the operator checks them again.
     options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from .distributed import name_of, process_group_of, share
 from .functional import NORM_PATHS, layernorm_fn, rms_norm_gated
 from .options import channels_in_group, make_options, one_of
 
@@ -54,6 +56,8 @@ class LayerNorm(NotesHooks):
         activation: `silu` (alias `swish`) or `sigmoid`.
         zero_centered: the weight is stored around 0 and used as `1 + weight`.
         numerics: rounding points, see :func:`gatednorm.layernorm_fn`.
+        process_group: of ranks that have `hidden_size` channels of each row each, as in
+            :func:`gatednorm.layernorm_fn`; `group_size` counts channels of the whole row.
         path: `training` (autograd) or `inference` (:func:`gatednorm.rms_norm_gated`, which refuses
             to cut a graph); may be changed at any time.
 
@@ -64,6 +68,8 @@ class LayerNorm(NotesHooks):
     is_rms_norm = False
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # The name alone: a module is copied and saved, a process group cannot be.
+    _process_group: str | None = None
 
     def __init__(
         self,
@@ -78,17 +84,23 @@ class LayerNorm(NotesHooks):
         zero_centered: bool = False,
         numerics: str = "fp32",
         path: str = "training",
+        process_group: "dist.ProcessGroup | None" = None,
     ):
         super().__init__()
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
             raise TypeError(f"hidden_size must be an int, got {hidden_size!r}; use for example 128")
         if hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
-        make_options(
+        if process_group is not None:
+            self._process_group = name_of(process_group)
+        options = make_options(
             eps, group_size, norm_before_gate, self.is_rms_norm, activation, zero_centered,
-            numerics, None,
+            numerics, None, self._process_group,
         )  # fmt: skip
-        channels_in_group(group_size, hidden_size, "hidden_size", "hidden_size")
+        if self._process_group is None:
+            channels_in_group(group_size, hidden_size, "hidden_size", "hidden_size")
+        else:
+            share(options, hidden_size)
         self.hidden_size = hidden_size
         self.eps = eps
         self.group_size = group_size
@@ -115,6 +127,10 @@ class LayerNorm(NotesHooks):
         one_of("path", value, NORM_PATHS)
         self._path = value
 
+    @property
+    def process_group(self) -> "dist.ProcessGroup | None":
+        return None if self._process_group is None else process_group_of(self._process_group)
+
     def reset_parameters(self) -> None:
         (nn.init.zeros_ if self.zero_centered else nn.init.ones_)(self.weight)
         if self.bias is not None:
@@ -135,15 +151,17 @@ class LayerNorm(NotesHooks):
             activation=self.activation,
             zero_centered=self.zero_centered,
             numerics=self.numerics,
+            process_group=None if self._process_group is None else self.process_group,
         )
 
     PLAIN_FORWARD = forward
 
     def extra_repr(self) -> str:
+        ranks = "" if self._process_group is None else f", process_group={self._process_group}"
         return (
             f"{self.hidden_size}, eps={self.eps}, group_size={self.group_size}, "
             f"norm_before_gate={self.norm_before_gate}, activation={self.activation}, "
-            f"zero_centered={self.zero_centered}, numerics={self.numerics}, path={self.path}"
+            f"zero_centered={self.zero_centered}, numerics={self.numerics}, path={self.path}{ranks}"
         )
 
 

@@ -19,7 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Options(NamedTuple):
-    """What :func:`gatednorm.layernorm_fn` explains, in the order that the operators take it."""
+    """What :func:`gatednorm.layernorm_fn` explains, in the order that the operators take it; a
+    process group by its name."""
 
     eps: float = 1e-6
     group_size: int | None = None
@@ -29,6 +30,7 @@ class Options(NamedTuple):
     zero_centered: bool = False
     numerics: str = "fp32"
     out_dtype: torch.dtype | None = None
+    process_group: str | None = None
 
 
 def make_options(*values: Any) -> Options:
@@ -65,6 +67,10 @@ def _checked(*values: Any) -> Options:
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(
             f"out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype!r}"
+        )
+    if options.process_group is not None and not isinstance(options.process_group, str):
+        raise TypeError(
+            f"process_group must be its group_name or None here, got {options.process_group!r}"
         )
     activation = "silu" if options.activation == "swish" else options.activation
     return options._replace(eps=float(eps), activation=activation)

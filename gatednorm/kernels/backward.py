@@ -125,6 +125,7 @@ def backward_kernel(
     programs of a column tile walks over its share of the row tiles and leaves its sums in row
     `worker` of `dw_ptr`, `db_ptr` `[n_workers, D]`; `reduce_kernel` adds them up in that order.
     The forward's `y` is written again, with the strides of dx, where there is a `y_ptr`.
+    SUMS_GIVEN: c1 and c2 come from memory, for groups in chunks and those of several processes.
     """
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
     D: tl.constexpr = N * GROUPS

@@ -3,7 +3,8 @@
 A program owns a tile of `ROWS` rows of one norm group. The group's `N` channels lie in registers in
 two pieces, A and B, whose widths are powers of two (5120 = 4096 + 1024), so that few lanes idle.
 Wider groups go in chunks: `forward_sums_kernel` leaves each row's statistics in memory, and the
-forward kernel, told so (`STATS_GIVEN`), takes them from there. Names: rows.py.
+forward kernel, told so (`STATS_GIVEN`), takes them from there. So it does for a group that lies on
+several ranks (distributed.py). Names: rows.py.
 """
 
 import triton
@@ -104,7 +105,10 @@ def forward_kernel(
     if STATS_GIVEN:
         rstd = load_rows(rstd_ptr, stat, row_mask)
         if not IS_RMS:
-            u_a -= load_rows(mean_ptr, stat, row_mask)[:, None]
+            mean = load_rows(mean_ptr, stat, row_mask)
+            u_a -= mean[:, None]
+            if BLOCK_B > 0:
+                u_b -= mean[:, None]
     else:
         if not IS_RMS:
             sums_a = warp_sums(u_a, ROWS, BLOCK_A, REPEATS_A, WARPS_A)
@@ -142,9 +146,11 @@ def forward_sums_kernel(
     N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     WARPS: tl.constexpr, FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
     LONG: tl.constexpr, IS_RMS: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
-    SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    SIGMOID: tl.constexpr, PARTIAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`mean` and `rstd` `[rows, GROUPS]` of one wide row and group per program, chunk by chunk."""
+    """`mean` and `rstd` `[rows, GROUPS]` of one wide row and group per program, chunk by chunk.
+    PARTIAL, of a part of a group: instead of `rstd`, the mean square of `u - mean`.
+    """
     overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
@@ -174,5 +180,7 @@ def forward_sums_kernel(
             u = centre(u, mean, col_start, N, BLOCK, FULL)
         total += u * u
     total = row_sum(total, BLOCK, REPEATS, WARPS)
-    rstd = rsqrt(mean_of(total, N) + eps)
+    rstd = mean_of(total, N)
+    if not PARTIAL:
+        rstd = rsqrt(rstd + eps)
     tl.store(rstd_ptr + pid + tl.arange(0, 1), rstd)

@@ -18,7 +18,7 @@ from ..options import rounding
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import Tile, backward_tile, forward_tile, reduce_tile
+from .tiles import Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -123,29 +123,45 @@ def _tile_constants(kind: Kind, tile: Tile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sums_launcher(kernel: Any, kind: Kind, tile: Tile) -> Launcher | None:
-    """The kernel that makes the sums of wide rows, chunk by chunk."""
-    if tile.chunks == 1:
-        return None
+@functools.lru_cache(maxsize=4096)
+def _sums_launcher(kernel: Any, kind: Kind, partial: bool = False) -> Launcher:
+    """The kernel that makes the sums of wide rows, chunk by chunk, or of a row's part."""
+    tile = sums_tile(kind.group_size)
     layout = tile.sum_layout()
     chunk = {
         "BLOCK": tile.block_a, "REPEATS": layout["REPEATS_A"], "WARPS": layout["WARPS_A"],
-        "FULL": kind.group_size % tile.block_a == 0,
+        "FULL": kind.group_size % tile.block_a == 0, "PARTIAL": partial,
     }  # fmt: skip
     return Launcher(kernel, _constants(kind) | chunk, kind.device, tile.num_warps)
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_launchers(kind: Kind, save_stats: bool) -> tuple[Tile, Launcher, Launcher | None]:
+def _forward_launchers(
+    kind: Kind, save_stats: bool, stats_given: bool = False
+) -> tuple[Tile, Launcher, Launcher | None]:
     bias = kind.dtypes[2] is not None
     tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
     constants = _constants(kind) | _tile_constants(kind, tile)
-    constants |= {"STATS_GIVEN": tile.chunks > 1, "HOIST": tile.hoist and not bias}
+    sums = None
+    if tile.chunks > 1 and not stats_given:
+        sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
+    given = stats_given or sums is not None
+    constants |= {"STATS_GIVEN": given, "HOIST": tile.hoist and not bias}
     main = Launcher(
         forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
     )
-    return tile, main, _sums_launcher(forward_kernels.forward_sums_kernel, kind, tile)
+    return tile, main, sums
+
+
+def forward_means(
+    call: Call, x: Tensor, z: Tensor | None, mean: Tensor | None, square: Tensor
+) -> None:
+    """Write the `mean` of what is normalised (None for RMS) and its mean `square` about that."""
+    means = _sums_launcher(forward_kernels.forward_sums_kernel, call.kind, True)
+    programs = x.numel() // call.group_size
+    numbers = (*call.numbers[:-3], call.options.eps)  # without the strides of out
+    means(call.device, programs, [x, z, mean, square], numbers)
 
 
 def forward(
@@ -157,9 +173,10 @@ def forward(
     out: Tensor,
     mean: Tensor | None,
     rstd: Tensor | None,
+    stats_given: bool = False,
 ) -> None:
-    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None."""
-    tile, main, sums = _forward_launchers(call.kind, rstd is not None)
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given."""
+    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given)
     numbers, eps, n_rows = call.numbers, call.options.eps, x.numel() // call.width
     if sums is not None:
         if rstd is None:
@@ -174,7 +191,7 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launchers(
-    kind: Kind, y_dtype: torch.dtype | None
+    kind: Kind, y_dtype: torch.dtype | None, sums_given: bool = False
 ) -> tuple[Tile, Launcher, Launcher | None]:
     """`y_dtype` tells apart what is compiled with and without the forward's output."""
     bias = kind.dtypes[2] is not None
@@ -185,9 +202,12 @@ def _backward_launchers(
     whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
     ahead = tile.ahead and whole and _since_hopper(kind.device)
     constants = _constants(kind) | _tile_constants(kind, tile)
+    sums = None
+    if tile.chunks > 1 and not sums_given:
+        sums = _sums_launcher(backward_kernels.backward_sums_kernel, kind)
     constants |= {
-        "SUMS_GIVEN": tile.chunks > 1, "STAGES": 1 if ahead else tile.stages,
-        "RELOAD": tile.reload, "AHEAD": ahead,
+        "SUMS_GIVEN": sums_given or sums is not None, "STAGES": 1 if ahead else tile.stages,
+        "RELOAD": tile.reload and not sums_given, "AHEAD": ahead,
     }  # fmt: skip
     # Its workers have equal shares. Started while the kernel before still fills some of the
     # multiprocessors, they would crowd on the others.
@@ -195,7 +215,7 @@ def _backward_launchers(
         backward_kernels.backward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg,
         early=False,
     )  # fmt: skip
-    return tile, main, _sums_launcher(backward_kernels.backward_sums_kernel, kind, tile)
+    return tile, main, sums
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,6 +225,23 @@ def _reduce_launcher(
     rows, block, num_warps = tile
     constants = {"D": width, "ROWS": rows, "BLOCK": block}
     return Launcher(backward_kernels.reduce_kernel, constants, device, num_warps)
+
+
+def backward_means(
+    call: Call,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    c1: Tensor,
+    c2: Tensor | None,
+) -> None:
+    """Write the means `c1` and `c2` (None for RMS) of backward.py."""
+    means = _sums_launcher(backward_kernels.backward_sums_kernel, call.kind)
+    tensors = [dy, x, weight, z, mean, rstd, c1, c2]
+    means(call.device, x.numel() // call.group_size, tensors, call.numbers[:-6])  # dy, x, z
 
 
 def backward(
@@ -219,12 +256,14 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
     y: Tensor | None,
+    c1: Tensor | None = None,
+    c2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
-    return `dw`, `db` `[D]` in the dtypes of weight and bias."""
-    tile, main, sums = _backward_launchers(call.kind, None if y is None else y.dtype)
+    return `dw`, `db` `[D]` in the dtypes of weight and bias. `c1`, `c2`: where they are given."""
+    given = c1 is not None
+    tile, main, sums = _backward_launchers(call.kind, None if y is None else y.dtype, given)
     numbers, device, n_rows = call.numbers, call.device, x.numel() // call.width
-    c1 = c2 = None
     if sums is not None:
         c1 = torch.empty(n_rows, call.n_groups, dtype=torch.float32, device=device)
         c2 = None if call.options.is_rms_norm else torch.empty_like(c1)

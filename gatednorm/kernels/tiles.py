@@ -109,15 +109,21 @@ DEFAULT = TABLES[9]
 def forward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
     """The forward's tile for groups of `n` columns."""
     if n > WIDEST:
-        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8)
+        return sums_tile(n)
     return _tile(TABLES.get(architecture, DEFAULT)[0], n, bias, norm_before_gate)
 
 
 def backward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
     """The backward's tile for groups of `n` columns."""
     if n > WIDEST:
-        return Tile(1, CHUNK, 0, -(-n // CHUNK), 8, workers_per_sm=2)
+        return sums_tile(n)._replace(workers_per_sm=2)
     return _tile(TABLES.get(architecture, DEFAULT)[1], n, bias, norm_before_gate)
+
+
+def sums_tile(n: int) -> Tile:
+    """The chunks in which the sums of a wide row run, or of a row's part in this process."""
+    block = min(CHUNK, _power_of_2_from(n))
+    return Tile(1, block, 0, -(-n // block), max(1, min(8, block // 256)))
 
 
 def _tile(table: tuple[Rule, ...], n: int, bias: bool, norm_before_gate: bool) -> Tile:

@@ -66,7 +66,7 @@ MUTANTS = {
     "gate before and after": ("forward_kernel", "z_ptr is not None and NORM_BEFORE_GATE", "z_ptr is not None"),
     "gate is added": ("gated_input", "any_u * act_of(*any_rest)", "any_u + act_of(*any_rest)"),
     "not normalised": ("_finish", "affine(any_u * any_rstd[:, None], *any_rest)", "affine(any_u, *any_rest)"),
-    "wide: mean is added": ("forward_kernel", "any_u -= load_rows(mean_ptr, *any_rest)[:, None]", "any_u += load_rows(mean_ptr, *any_rest)[:, None]"),
+    "wide: mean is added": ("forward_kernel", "u_a -= any_mean", "u_a += any_mean"),
     "dz without x": ("_read", "dz = u * any_slope", "dz = any_slope"),
     "dz of the value without weight": ("_read", "g * h * any_slope", "g * xhat * any_slope"),
     "g without the gate": ("_read", "g = g * any_act", "pass"),
@@ -104,7 +104,7 @@ MUTANTS = {
     "call: other inner sizes than those of the first": ("_of_any_rows", "(2, *any_shape[1:])", "(2, *(min(2, n) for n in any_shape[1:-1]), any_shape[-1])"),
     # calls
     "call: compiled code at any address": ("_start", "any_code is not None and any_bits % 16 == 0 and any_rest", "any_code is not None and any_rest"),
-    "call: compiled code with and without statistics": ("forward", "_forward_launchers(call.kind, any_save)", "_forward_launchers(call.kind, True)"),
+    "call: compiled code with and without statistics": ("forward", "_forward_launchers(call.kind, any_save, any_given)", "_forward_launchers(call.kind, True, any_given)"),
     "call: aligned as x is": ("_call", "math.gcd(16, *(any_step for any_steps in strides for any_step in any_steps))", "math.gcd(16, *strides[0])"),
     "call: the gate of another number of rows": ("_remembered", "meta[0] == any_shape", "True"),
     "call: columns that meet": ("check_overlap", "not any_alike or _overlaps_itself(any_steps)", "not any_alike"),

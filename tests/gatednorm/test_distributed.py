@@ -1,0 +1,46 @@
+"""Norm groups over several ranks; what runs on them is in many_ranks.py and dtensor_ranks.py of
+tests/helpers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gatednorm
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="not in this torch")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("many_ranks.py quick", id="quick"),
+        pytest.param("many_ranks.py two", id="two", marks=pytest.mark.slow),
+        pytest.param("many_ranks.py four", id="four", marks=pytest.mark.slow),
+        pytest.param("dtensor_ranks.py 4", id="dtensors", marks=pytest.mark.slow),
+    ],
+)
+def test_against_whole_rows(command):
+    """Results, gradients, bytes that travel, and what is refused."""
+    file, argument = command.split()
+    done = subprocess.run(
+        [sys.executable, f"tests/helpers/{file}", argument],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        pytest.param(gatednorm.layernorm_fn, torch.ones(2, 8), id="function"),
+        pytest.param(gatednorm.RMSNorm, 8, id="module"),
+    ],
+)
+def test_what_is_no_process_group(make, first):
+    with pytest.raises(TypeError, match=r"must be a torch\.distributed\.ProcessGroup .*, got str"):
+        make(first, process_group="tp")

@@ -1,0 +1,157 @@
+"""DTensors over several processes, against one process.
+
+    python tests/helpers/dtensor_ranks.py 2
+
+How the ranks are started: many_ranks.py.
+"""
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import gatednorm
+from many_ranks import refused, run_on_ranks
+from norm_cases import Case, inputs_of, same_bits
+
+
+def dtensors() -> None:
+    """Rows, whole groups and parts of groups over a mesh: the result and the gradients of one
+    rank, in the placements of x."""
+    size = dist.get_world_size()
+    meshes = [init_device_mesh("cpu", (size,))]
+    if size == 4:
+        meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+    for (n, case), mesh, last in itertools.product(enumerate(DTENSORS), meshes, (0, 1, 2)):
+        rows = [Shard(0)] * (mesh.ndim - 1) + [Shard(last)]
+        parameter = [Replicate()] * (mesh.ndim - 1) + [Shard(0) if last == 2 else Replicate()]
+        whole = [t if t is None else t.requires_grad_() for t in leaves_of(case)]
+        options = {"is_rms_norm": case.is_rms_norm, **case.options}
+        y = gatednorm.layernorm_fn(*whole, **options)
+        y.square().sum().backward()
+        parts = [
+            None if t is None else distribute_tensor(t.detach(), mesh, p).requires_grad_()
+            for t, p in zip(whole, (rows, parameter, parameter, rows), strict=True)
+        ]
+        ours = gatednorm.layernorm_fn(*parts, **options)
+        assert ours.placements == tuple(rows), (n, ours.placements)
+        torch.testing.assert_close(ours.full_tensor(), y)
+        with torch.no_grad():
+            for function in (gatednorm.layernorm_fn, gatednorm.rms_norm_gated):
+                assert same_bits(function(*parts, **options).to_local(), ours.to_local())
+        ours.square().sum().backward()
+        for mine, one in zip(parts, whole, strict=True):
+            if mine is not None:
+                torch.testing.assert_close(mine.grad.full_tensor(), one.grad)
+
+
+DTENSORS = (
+    Case((4, 4), 32, 1, False, False, bias=True),
+    Case((4, 4), 32, 1, True, True),
+    Case((4, 4), 8, 4, True, False),
+    Case((4, 4), 16, 2, False, True, bias=True, weight=False),
+)
+
+
+def leaves_of(case: Case) -> list[torch.Tensor | None]:
+    i = inputs_of(case)
+    return [None if t is None else t.detach() for t in (i.x, i.weight, i.bias, i.z)]
+
+
+def a_parallel_plan() -> None:
+    """`parallelize_module`: rows of a sequence, and columns between two linear layers; alone and
+    with FSDP2 on top."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.gate = torch.nn.Linear(6, 32), torch.nn.Linear(6, 32)
+            self.norm = gatednorm.RMSNorm(32, norm_before_gate=False)
+            self.last = torch.nn.Linear(32, 6)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x), z=self.gate(x)))
+
+    class Columns(ParallelStyle):
+        """The parameters of the norm as the columns of the rows are."""
+
+        def _apply(self, module, mesh):
+            def shard(name, module, mesh):
+                weight = distribute_tensor(module.weight, mesh, [Shard(0)])
+                module.weight = torch.nn.Parameter(weight)
+
+            return distribute_module(module, mesh, shard)
+
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+    y = (one := Block())(x)
+    y.square().sum().backward()
+    linear = {"use_local_output": False}
+    plans = {
+        "columns": {
+            "first": ColwiseParallel(**linear), "gate": ColwiseParallel(**linear),
+            "norm": Columns(), "last": RowwiseParallel(),
+        },
+        "sequence": {
+            "first": ColwiseParallel(output_layouts=Shard(1), **linear),
+            "gate": ColwiseParallel(output_layouts=Shard(1), **linear),
+            "norm": SequenceParallel(),
+            "last": RowwiseParallel(input_layouts=Shard(1)),
+        },
+    }  # fmt: skip
+    for (name, plan), sharded in itertools.product(plans.items(), (False, True)):
+        model = parallelize_module(Block(), mesh["tp"], plan)
+        if sharded:
+            for part in (model.norm, model):
+                fully_shard(part, mesh=mesh["dp"])
+        ours = model(x)
+        torch.testing.assert_close(ours, y.detach(), msg=name)
+        ours.square().sum().backward()
+        for mine, theirs in zip(model.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, msg=name)
+
+
+def what_dtensors_refuse() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns = distribute_tensor(torch.ones(4, 32), mesh, [Shard(1)])
+    refused(
+        TypeError,
+        "process_group goes with local tensors, and x is a DTensor",
+        lambda: gatednorm.rmsnorm_fn(columns, process_group=mesh.get_group()),
+    )
+    refused(
+        TypeError,
+        "weight must be a DTensor as x is, got Tensor",
+        lambda: gatednorm.rmsnorm_fn(columns, torch.ones(32)),
+    )
+    uneven = distribute_tensor(torch.ones(4, 33), mesh, [Shard(1)])
+    refused(ValueError, "must be equally wide, got 33", lambda: gatednorm.rmsnorm_fn(uneven))
+    if mesh.size() == 4:
+        both = init_device_mesh("cpu", (2, 2))
+        twice = distribute_tensor(torch.ones(4, 32), both, [Shard(1), Shard(1)])
+        text = "must be sharded by one Shard() over one dimension of the mesh"
+        refused(ValueError, text, lambda: gatednorm.rmsnorm_fn(twice))
+        gatednorm.rmsnorm_fn(twice, group_size=8)
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1])
+    checks = [dtensors, what_dtensors_refuse]
+    run_on_ranks(size, [*checks, a_parallel_plan] if size == 4 else checks)

@@ -1,0 +1,361 @@
+"""The norm over several processes, against float64 of the whole row.
+
+    python tests/helpers/many_ranks.py quick
+
+One process a rank, forked from one that has imported torch and computed nothing, which spares the
+imports; gloo between them. A check that fails on any rank ends the run with its trace.
+"""
+
+import itertools
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import gatednorm  # noqa: E402
+import paths  # noqa: E402, F401 (before anything imports triton)
+from gatednorm import autograd, distributed  # noqa: E402
+from norm_cases import Case, Inputs, Layout, check, inputs_of, same_bits  # noqa: E402
+
+Tensors = dict[str, torch.Tensor]
+Part = Callable[[Case, Inputs, dict], Tensors]
+
+
+def columns_of(case: Case) -> slice:
+    """This rank's columns."""
+    own = case.width // dist.get_world_size()
+    return slice(dist.get_rank() * own, (dist.get_rank() + 1) * own)
+
+
+def parts_of(case: Case, i: Inputs) -> list[torch.Tensor | None]:
+    """This rank's x, weight, bias, z: views of the whole rows, so packed slices."""
+    own = columns_of(case)
+    return [None if t is None else t[..., own] for t in (i.x, i.weight, i.bias, i.z)]
+
+
+def options_of(case: Case) -> dict:
+    return {"is_rms_norm": case.is_rms_norm, **case.options, "process_group": dist.group.WORLD}
+
+
+def by_autograd(case: Case, i: Inputs) -> Tensors:
+    leaves = [None if t is None else t.detach().requires_grad_() for t in parts_of(case, i)]
+    y = gatednorm.layernorm_fn(*leaves, out_dtype=case.out_dtype, **options_of(case))
+    with torch.no_grad():
+        again = gatednorm.layernorm_fn(*leaves, out_dtype=case.out_dtype, **options_of(case))
+    assert same_bits(again, y.detach()), "inference has other bits"
+    present = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(y, present, i.dy[..., columns_of(case)]))
+    names = zip(("dx", "dw", "db", "dz"), leaves, strict=True)
+    return {"y": y.detach(), **{name: next(grads) for name, t in names if t is not None}}
+
+
+def by_hand(case: Case, i: Inputs) -> Tensors:
+    """`layernorm_forward` and `layernorm_backward`, into slices of packed results."""
+    given, own, options = parts_of(case, i), columns_of(case), options_of(case)
+    packed = torch.full((3, *case.shape), float("nan"), dtype=case.dtype)
+    out, dx, dz = packed[..., own]
+    _, mean, rstd = gatednorm.layernorm_forward(*given, out=out, **options)
+    dz = dz if case.gated else None
+    _, dw, db, _ = gatednorm.layernorm_backward(
+        i.dy[..., own], *given, mean, rstd, dx=dx, dz=dz, **options
+    )
+    found = {"y": out, "dx": dx, "dz": dz, "dw": dw, "db": db}
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def gathered(parts: Tensors) -> Tensors:
+    """The columns of all ranks side by side."""
+    whole = {}
+    for name, part in parts.items():
+        everyone = [torch.empty_like(part.contiguous()) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, part.contiguous())
+        whole[name] = torch.cat(everyone, -1)
+    return whole
+
+
+@contextmanager
+def bytes_sent() -> Iterator[list[int]]:
+    """What this rank hands to each collective that the norm runs."""
+    sent, send = [], distributed.all_gather
+
+    def counted(everyone, own, process_group):
+        sent.append(own.numel() * own.element_size())
+        send(everyone, own, process_group)
+
+    distributed.all_gather = counted
+    try:
+        yield sent
+    finally:
+        distributed.all_gather = send
+
+
+def check_case(case: Case, run=by_autograd) -> None:
+    """Results and gradients against float64, and the bytes that travelled."""
+    with bytes_sent() as sent:
+        check(case, "cpu", lambda case, i: gathered(run(case, i)))
+    rows = case.outer[0] * (case.outer[1] if len(case.outer) > 1 else 1)
+    straddles = case.group_size > case.width // dist.get_world_size()
+    number = 8 if case.dtype == torch.float64 else 4
+    each = rows * number * (1 if case.is_rms_norm else 2)
+    times = 3 if run is by_autograd else 2  # forward, forward without gradients, backward
+    assert sent == [each] * times * straddles, (case.id(), sent)
+
+
+def cases(groups: int, width: int) -> Iterator[Case]:
+    """Every gate order, both norms, and with them the other options in turn."""
+    kinds = itertools.product((True, False), ((True, True), (False, True), (True, False)))
+    numerics = itertools.cycle(("fp32", "mamba2", "qwen3_next", "torchtitan"))
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
+    for n, (rms, (before, gated)) in enumerate(kinds):
+        case = Case(
+            (5, 3) if n % 2 else (37,), width // groups, groups, rms, before, gated,
+            activation="sigmoid" if n % 3 == 1 else "silu", weight=n != 4, bias=not rms,
+            zero_centered=n % 2 == 1, numerics=next(numerics), dtype=next(dtypes), seed=n,
+            layouts={name: Layout(left=3, right=2) for name in ("x", "z", "dy")},
+        )  # fmt: skip
+        yield case
+        yield replace(case, dtype=next(dtypes), numerics="fp32", layouts={})
+
+
+# ---- the checks; each runs on every rank ----
+
+
+def some_options() -> None:
+    """One group over all ranks."""
+    for n, case in enumerate(cases(1, 16 * dist.get_world_size())):
+        check_case(case, by_hand if n % 2 else by_autograd)
+
+
+def every_option() -> None:
+    size = dist.get_world_size()
+    for groups in {1, size // 2, size, 2 * size}:
+        for n, case in enumerate(cases(groups, 100 * size)):
+            check_case(case, by_hand if n % 2 else by_autograd)
+
+
+def by_kernels(*some: Case) -> None:
+    """The Triton kernels, run by the interpreter."""
+    from gatednorm.kernels import launch
+
+    backend, autograd.backend = autograd.backend, lambda device_type: launch
+    try:
+        for n, case in enumerate(some):
+            check_case(case, by_hand if n % 2 else by_autograd)
+    finally:
+        autograd.backend = backend
+
+
+def kernels() -> None:
+    before = Case((3,), 32 * dist.get_world_size(), 1, False, False, bias=True)
+    by_kernels(before, replace(before, is_rms_norm=True, norm_before_gate=True, bias=False))
+
+
+def kernels_of_every_kind() -> None:
+    """Two pieces and one, groups on one rank and on several; chunks."""
+    size = dist.get_world_size()
+    for n, case in enumerate(list(cases(1, 1))[::2]):
+        own, groups = ((600, 1), (40, size))[n % 3 == 2]
+        case = replace(case, dtype=torch.float32, outer=(3,), groups=groups)
+        by_kernels(replace(case, group_size=own * size // groups))
+    by_kernels(Case((2,), 17_000 * size, 1, False, False, bias=True))
+
+
+def refused(error: type, text: str, call: Callable) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def bits_of_other_splits() -> None:
+    """RMS norm by the kernels: the same bits on two and four ranks; on one, within rounding."""
+    from gatednorm.kernels import launch
+
+    backend, autograd.backend = autograd.backend, lambda device_type: launch
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    case = Case((4,), 256, 1, True, False)
+    i, rank = inputs_of(case), dist.get_rank()
+
+    def run(count: int, place: int, group) -> Tensors:
+        own = slice(place * 256 // count, (place + 1) * 256 // count)
+        x, w, z = leaves = [t[..., own].detach().requires_grad_() for t in (i.x, i.weight, i.z)]
+        y = gatednorm.rmsnorm_fn(x, w, None, z, norm_before_gate=False, process_group=group)
+        dx, _, dz = torch.autograd.grad(y, leaves, i.dy[..., own])
+        return {"y": y.detach(), "dx": dx, "dz": dz}
+
+    four = gathered(run(4, rank, dist.group.WORLD))
+    two = gathered(run(2, rank % 2, halves[rank // 2]))
+    one = run(1, 0, None)
+    for name, t in four.items():
+        assert same_bits(two[name], torch.cat([t, t], -1)), name
+        assert (one[name] - t).abs().max() <= 2e-7 * t.abs().max(), name
+    autograd.backend = backend
+
+
+def a_rank_that_differs() -> None:
+    """An error on every rank, at the first call of each group, which may then go on."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(3, 8)
+    odd = rank == size - 1
+    everyone = list(range(size))
+    differences = {
+        "x must be the same on every rank, got [3, 8] in torch.float32 on rank 0 and [3, 9]": {
+            "x": torch.randn(3, 9) if odd else x
+        },
+        "eps must be the same on every rank, got 1e-06 on rank 0 and 1e-05": {
+            "eps": 1e-5 if odd else 1e-6
+        },
+        "group_size must be the same": {"group_size": 4 if odd else None},
+        "z must be the same on every rank, got [3, 8] in torch.float32 on rank 0 and None": {
+            "z": None if odd else x
+        },
+    }
+    for text, change in differences.items():
+        group = dist.new_group(everyone)
+        given = {"x": x, "process_group": group} | change
+        refused(ValueError, text, lambda given=given: gatednorm.rmsnorm_fn(**given))
+        gatednorm.rmsnorm_fn(x, process_group=group)
+    # The group is known; from now on every call is looked at.
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        given |= differences.popitem()[1]
+        refused(ValueError, "z must be the same", lambda: gatednorm.rmsnorm_fn(**given))
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+def groups_that_do_not_fit() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for group_size in (5, 3 * size * 8, 12, 0, -8):
+        call = lambda n=group_size: gatednorm.rmsnorm_fn(  # noqa: E731
+            torch.randn(3, 8), group_size=n, process_group=dist.group.WORLD
+        )
+        refused(ValueError, f"got group_size={group_size}, 8 channels a rank", call)
+    make = lambda: gatednorm.RMSNorm(8, group_size=5, process_group=dist.group.WORLD)  # noqa: E731
+    refused(ValueError, "group_size must divide the channels of a rank", make)
+    others = dist.new_group([0])
+    x = torch.randn(3, 8)
+    if rank:
+        call = lambda: gatednorm.rmsnorm_fn(x, process_group=others)  # noqa: E731
+        refused(ValueError, "process_group must be one that this rank is part of", call)
+    else:
+        alone = gatednorm.rmsnorm_fn(x, process_group=others)
+        assert same_bits(alone, gatednorm.rmsnorm_fn(x)), "a world of one has other bits"
+
+
+def modules_and_projection() -> None:
+    """Modules, copied and saved; and the projection, whose results are shares of a sum."""
+    import copy
+    import io
+
+    case = Case((6, 2), 32, 1, True, False, dtype=torch.float32)
+    i, own = inputs_of(case), columns_of(case)
+    x, w, _, z = parts_of(case, i)
+    norm = gatednorm.RMSNorm(x.shape[-1], norm_before_gate=False, process_group=dist.group.WORLD)
+    norm.weight.data = w.clone()
+    file = io.BytesIO()
+    torch.save(norm, file)
+    file.seek(0)
+    y = gatednorm.rmsnorm_fn(
+        x, w, None, z, 1e-5, norm_before_gate=False, process_group=dist.group.WORLD
+    )
+    for module in (norm, copy.deepcopy(norm), torch.load(file, weights_only=False)):
+        assert same_bits(module(x, z).detach(), y)
+        assert module.process_group is dist.group.WORLD
+    linear = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+
+    def leaves(*tensors):
+        return [t.detach().clone().requires_grad_() for t in tensors]
+
+    options = {"eps": 1e-5, "norm_before_gate": False}
+    whole = leaves(i.x, i.z, i.weight, linear)
+    part = leaves(x, z, w, linear[:, own])
+    out = gatednorm.gated_norm_linear(*part, process_group=dist.group.WORLD, **options)
+    total = out.detach().clone()
+    dist.all_reduce(total)
+    truth = gatednorm.gated_norm_linear(*whole, **options)
+    torch.testing.assert_close(total, truth.detach())
+    dout = torch.ones_like(total)
+    for mine, full in zip(
+        torch.autograd.grad(out, part, dout), torch.autograd.grad(truth, whole, dout), strict=True
+    ):
+        torch.testing.assert_close(mine, full[..., own])
+
+
+def compiled() -> None:
+    """One graph, with the bits of an eager call; functions and modules."""
+    case = Case((6,), 32, 1, False, True, bias=True)
+    i = inputs_of(case)
+    norm = gatednorm.LayerNorm(32 // dist.get_world_size(), process_group=dist.group.WORLD)
+    group = dist.new_group(list(range(dist.get_world_size())))
+
+    def function(x, w, b, z):
+        return gatednorm.layernorm_fn(x * 2, w, b, z, process_group=group) + norm(x, z)
+
+    def run(f):
+        leaves = [t.detach().requires_grad_() for t in parts_of(case, i)]
+        y = f(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    f = torch.compile(function, fullgraph=True, backend="aot_eager")
+    text = "is not known in this process; before a compiled or loaded program uses it"
+    refused(RuntimeError, text, lambda: run(f))
+    wanted = run(function)
+    torch.compiler.reset()
+    for got, want in zip(run(f), wanted, strict=True):
+        assert same_bits(got, want)
+
+
+CHECKS = {
+    "quick": (2, [some_options, kernels, a_rank_that_differs, groups_that_do_not_fit]),
+    "two": (2, [every_option, kernels_of_every_kind, modules_and_projection, compiled]),
+    "four": (
+        4, [every_option, bits_of_other_splits, a_rank_that_differs, groups_that_do_not_fit],
+    ),
+}  # fmt: skip
+
+
+def _rank(rank: int, size: int, folder: str, checks: list[Callable]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=size)
+    try:
+        for check_it in checks:
+            start = time.time()
+            check_it()
+            if rank == 0:
+                print(f"{size} ranks: {check_it.__name__}, {time.time() - start:.1f} s", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+def run_on_ranks(size: int, checks: list[Callable]) -> None:
+    """Fork the ranks, and exit with 1 where a check fails on any."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, size, folder, checks)) for rank in range(size)
+        ]
+        for rank in ranks:
+            rank.start()
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            time.sleep(0.02)
+        for rank in ranks:  # those that wait for one that has failed
+            rank.terminate()
+    sys.exit(any(rank.exitcode for rank in ranks))
+
+
+if __name__ == "__main__":
+    run_on_ranks(*CHECKS[sys.argv[1]])
