@@ -14,7 +14,7 @@ import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/NOTES.md")
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/NOTES.md")
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)")
 PUBLIC = re.findall(r'"(\w+)",', (ROOT / "gatednorm/__init__.py").read_text(encoding="utf-8"))
 SHARED = re.compile(r"^\[[^\]]*\]\(\.\./README\.md#([\w-]+)\)$", re.MULTILINE)
