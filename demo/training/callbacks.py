@@ -216,7 +216,7 @@ def all_finite(module: torch.nn.Module, processes: int) -> bool:
 class Progress(Callback):
     """A bar with the time left, the loss in bits per byte, tokens/s and the peak memory: of the
     GPU, or without one of the process. Where there is no terminal, a line with the same twice a
-    minute. A validation before or after the training has a bar of its own."""
+    minute. A validation before or after the training has a bar of its own, with the loss so far."""
 
     LINE_EVERY, DRAW_EVERY = 30.0, 0.25  # seconds: reading the loss waits for a GPU
 
@@ -252,13 +252,21 @@ class Progress(Callback):
         if module.val_metric == SAMPLE:
             self._describe("Validation")
         else:
+            self._bits, self._shown = [], 0.0
             self._draw(trainer, "Validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, *_: Any
+        self, trainer: L.Trainer, module: L.LightningModule, bits: torch.Tensor, *_: Any
     ) -> None:
-        if self.bar and module.val_metric != SAMPLE:
-            self.bar.advance(self._task)
+        if not self.bar or module.val_metric == SAMPLE:
+            return
+        self._bits.append(bits)
+        self.bar.advance(self._task)
+        now = time.perf_counter()
+        if now - self._shown >= self.DRAW_EVERY:  # the first number that a new user sees
+            self._shown = now
+            mean = torch.stack(self._bits).mean()
+            self.bar.update(self._task, numbers=f"loss {mean:.2f}")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if module.val_metric == SAMPLE:

@@ -82,10 +82,11 @@ class LitLanguageModel(L.LightningModule):
             self.log("train_bpb", bits)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         bits = self.loss(batch) * self.val_scale
         rows = len(batch.tokens if isinstance(batch, Packed) else batch)
         self.log(self.val_metric, bits, on_epoch=True, sync_dist=True, batch_size=rows)
+        return bits
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross entropy in nats, fp32 scalar, of the targets in `batch`."""
