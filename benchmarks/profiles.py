@@ -7,6 +7,7 @@ numbers. That holds for one fused node and for the dozen of the plain expression
 
 import bisect
 import functools
+from collections.abc import Iterable
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -36,16 +37,37 @@ def record(device: str, function, calls: int) -> list:
 def kernel_times(device: str, events: list, calls: int) -> dict[str, tuple[float, float]]:
     """By kernel: launches and ms in one call. On a CPU: by operator."""
     table: dict[str, list[float]] = {}
-    for event in events:
-        if event.name.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
-            continue  # on a GPU's timeline these span the kernels launched inside
+    for event in _work(device, events):
         on_gpu = event.device_type == DeviceType.CUDA
         us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-        if on_gpu == (device == "cuda"):
-            entry = table.setdefault(event.name, [0, 0.0])
-            entry[0] += 1
-            entry[1] += us / 1e3
+        entry = table.setdefault(event.name, [0, 0.0])
+        entry[0] += 1
+        entry[1] += us / 1e3
     return {name: (count / calls, ms / calls) for name, (count, ms) in table.items()}
+
+
+def busy_time(device: str, events: list, calls: int, without: Iterable[str] = ()) -> float:
+    """ms of one call in which a kernel ran that is not one of `without`. A kernel that starts
+    before the one in front of it has ended, and waits for it, counts with what it adds."""
+    without, busy, until = set(without), 0.0, float("-inf")
+    spans = (e.time_range for e in _work(device, events) if e.name not in without)
+    for span in sorted(spans, key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return busy / 1e3 / calls
+
+
+def _work(device: str, events: list) -> list:
+    """Kernels, or on a CPU operators, without the names that a caller gave to spans of time, which
+    lie on a GPU's timeline too."""
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    return [
+        event
+        for event in events
+        if event.device_type == wanted
+        and not event.name.startswith(ANNOTATIONS)
+        and not getattr(event, "is_user_annotation", False)
+    ]
 
 
 def norm_times(device: str, events: list, calls: int) -> dict[str, float]:

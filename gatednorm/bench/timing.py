@@ -24,17 +24,25 @@ def wall_times(
     functions: Mapping[str, Call], rounds: int, *, warm_up: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Wall milliseconds of each call, by function. Every round calls all of them in turn, so that a
-    machine which is slow for a while is slow for all; `warm_up` rounds before do not count."""
+    machine which is slow for a while is slow for all, and begins with the next one, so that none is
+    always the first or the last; `warm_up` rounds before do not count."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(-warm_up, rounds):
-        for name, function in functions.items():
+        for name in rotated(functions, number):
             synchronize(device)
             start = time.perf_counter()
-            function()
+            functions[name]()
             synchronize(device)
             if number >= 0:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def rotated(names: Iterable[str], number: int) -> list[str]:
+    """The names, from the one with this number (modulo their count) on."""
+    names = list(names)
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def speed_up(plain: list[float], ours: list[float]) -> list[float]:

@@ -2,11 +2,13 @@
 
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import adoption
+from benchmarks import adoption, profiles
 
 
 def rows(folder, *arguments, monkeypatch):
@@ -35,6 +37,19 @@ def test_every_part_makes_its_rows(part, tmp_path, monkeypatch, capsys):
         # Not one below the other: on a CPU a busy machine makes either longer.
         assert figures["norm_ms"] > 0
         assert figures["gpu_ms"] > 0
+
+
+def test_time_in_which_a_kernel_runs():
+    """Two that overlap, a gap, and one inside another; without one of them."""
+
+    def kernel(name, start, end):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=DeviceType.CUDA, time_range=span)
+
+    spans = [("scan", 0, 30), ("norm", 20, 50), ("scan", 60, 80), ("norm", 65, 70)]
+    events = [kernel(*span) for span in spans]
+    assert profiles.busy_time("cuda", events, 1) == pytest.approx(70e-3)
+    assert profiles.busy_time("cuda", events, 2, without=["norm"]) == pytest.approx(25e-3)
 
 
 def test_overhead_of_every_door(tmp_path, monkeypatch, capsys):
