@@ -41,15 +41,15 @@ def make_options(*values: Any) -> Options:
         ValueError, TypeError: an option that breaks a rule; names value, rule and remedy.
     """
     try:
-        return _checked(*values)
+        return _remembered(*values)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
         raise TypeError(f"options must be plain numbers, names and dtypes, got {values}") from None
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
-def _checked(*values: Any) -> Options:
+def check_options(*values: Any) -> Options:
+    """:func:`make_options` without a memory, which a trace cannot look into."""
     options = Options(*values)
     eps, group_size, out_dtype = options.eps, options.group_size, options.out_dtype
     number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
@@ -74,6 +74,9 @@ def _checked(*values: Any) -> Options:
         )
     activation = "silu" if options.activation == "swish" else options.activation
     return options._replace(eps=float(eps), activation=activation)
+
+
+_remembered = functools.lru_cache(maxsize=1024, typed=True)(check_options)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .options import channels_in_group, make_options
+from .options import channels_in_group, check_options
 
 # What a family of models rounds to besides the store, after the norm and after the weight. See
 # `numerics` in functional.py.
@@ -57,7 +57,7 @@ def gated_norm_ref(
     Raises:
         ValueError, TypeError: an option that breaks a rule; names value, rule and remedy.
     """
-    make_options(
+    check_options(
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
         out_dtype,
     )  # fmt: skip

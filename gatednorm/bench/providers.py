@@ -93,7 +93,7 @@ def transformers(case: Case) -> Functions | None:
     model, prefix = {
         (True, "silu"): ("qwen3_next", "Qwen3Next"),
         (True, "sigmoid"): ("kimi_linear", "KimiLinear"),
-        (False, "silu"): ("mamba2", "Mamba"),
+        (False, "silu"): ("zamba2", "Zamba2"),  # mamba2's own has groups from transformers 5.23 on
     }.get((case.norm_before_gate, case.activation), ("", ""))
     if not model or not case.is_rms_norm or case.bias or (case.group_size and not groups):
         return None

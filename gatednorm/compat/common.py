@@ -63,13 +63,12 @@ def gated_norm(
     Raises:
         ValueError, TypeError: as :func:`gatednorm.layernorm_fn`.
     """
-    shape = x.shape
-    x, z = in_one_shape(x, z)
+    read, z = in_one_shape(x, z)
     y = layernorm_fn(
-        x, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
+        read, addressable(weight), addressable(bias), z, eps, group_size, norm_before_gate,
         is_rms_norm=is_rms_norm, activation=activation, numerics=numerics, out_dtype=out_dtype,
     )  # fmt: skip
-    return y if x.shape == shape else y.view(shape)
+    return y if read is x else y.view(x.shape)
 
 
 def layernorm(
