@@ -205,7 +205,7 @@ def for_cpu(text: str) -> str:
     return text
 
 
-def lay_out(folder: Path, work: Path, gpu: bool) -> None:
+def lay_out(files: list[File], folder: Path, work: Path, gpu: bool) -> None:
     """The files as they are run, and the modules that they import, in `work`."""
     for name, source in MODULES.items():
         place = work / "modules" / Path(*name.split("."))
@@ -213,7 +213,7 @@ def lay_out(folder: Path, work: Path, gpu: bool) -> None:
         (place / "__init__.py").write_text(source)
     (work / "tests").mkdir()
     (work / "tests" / "conftest.py").write_text(CONFTEST)
-    for file in FILES:
+    for file in files:
         text = (folder / file.place).read_text()
         for old, new in file.edits + (() if gpu else file.cpu_edits):
             if old not in text:
@@ -230,7 +230,7 @@ def run(folder: Path, processes: int, only: str) -> int:
     files = [file for file in FILES if only in file.place]
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        lay_out(folder, work, gpu)
+        lay_out(files, folder, work, gpu)
         paths = [str(work / "modules"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         command += ["--rootdir", ".", "-n", str(processes), "--junitxml", "results.xml"]
