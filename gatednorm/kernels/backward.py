@@ -11,6 +11,7 @@ from .rows import (
     affine,
     centre,
     fetch,
+    hidden,
     load,
     load_parameters,
     load_rows,
@@ -33,20 +34,29 @@ def _read(dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w, b, s, mea
           row_mask, col_start, WEIGHT_OFFSET: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
           FULL: tl.constexpr, IS_RMS: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr,
           SIGMOID: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr,
-          HOIST: tl.constexpr, EVICT: tl.constexpr, y_ptr=None, y_off=None):  # fmt: skip
-    """One piece from memory: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, `dz` and
-    `s = sigmoid(z)` (computed where None is given); the forward's `y` is stored where asked for.
+          HOIST: tl.constexpr, EVICT: tl.constexpr, y_ptr=None, y_off=None,
+          KEPT: tl.constexpr = False, dy=0.0, x=0.0, z=0.0, zero=0):  # fmt: skip
+    """One piece from memory, or as KEPT: `xhat`, its rounded value, `g`, `dxhat`, `act(z)`, `dz`,
+    `s = sigmoid(z)` (computed where None is given), and `dy`, `x`, `z` to keep; the forward's `y`
+    is stored where asked for.
 
     `dz` is all of it for a gate after the norm, its factor `x * act'(z)` for one before. What a
     caller does not use is neither read nor computed.
     """
+    if KEPT:
+        dy = hidden(dy, zero)
+        x = hidden(x, zero)
+        z = hidden(z, zero)
+        if w_ptr is not None:
+            w_ptr += zero
     if not HOIST:
         w, b = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, N, BLOCK)
-    dy = load(dy_ptr, dy_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
-    x = load(x_ptr, x_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
-    z = x
-    if z_ptr is not None:
-        z = load(z_ptr, z_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
+    if not KEPT:
+        dy = load(dy_ptr, dy_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
+        x = load(x_ptr, x_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
+        z = x
+        if z_ptr is not None:
+            z = load(z_ptr, z_off, row_mask, col_start, N, BLOCK, FULL, EVICT)
     if s is None:
         s = sigmoid(to_fp32(z))
     g = to_fp32(dy)
@@ -72,7 +82,7 @@ def _read(dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w, b, s, mea
     dxhat = g
     if w_ptr is not None:
         dxhat = g * w
-    return xhat, rounded, g, dxhat, act, dz, s
+    return xhat, rounded, g, dxhat, act, dz, s, dy, x, z
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def backward_kernel(
     IS_RMS: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, SIGMOID: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr,
     SUMS_GIVEN: tl.constexpr, STAGES: tl.constexpr, HOIST: tl.constexpr, RELOAD: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    KEPT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """du = rstd * (dxhat - xhat * c1 - c2), c1 = mean(dxhat * xhat), c2 = mean(dxhat) (0 for RMS).
 
@@ -131,10 +141,10 @@ def backward_kernel(
     D: tl.constexpr = N * GROUPS
     KEEP: tl.constexpr = "evict_last" if RELOAD else ""
     overlap_launches(PDL)
-    # A zero that the compiler cannot see: it would merge the second read of a row with the first.
+    # A zero that the compiler cannot see: it would keep the terms of a row from their first time.
     zero = (n_workers >> 40) * 16  # divisible by any alignment
     pid = tl.program_id(0)
-    if LONG or RELOAD:  # a wide row takes all registers, and with short counters some spill
+    if LONG or RELOAD or KEPT:  # a wide row takes all registers, and with short counters some spill
         pid = pid.to(tl.int64)
     else:
         n_rows = n_rows.to(tl.int32)
@@ -191,7 +201,7 @@ def backward_kernel(
             if z_ptr is not None:
                 fetch(z_ptr, later, size1, size2, z_s0, z_s1, z_s2, N, DIMS, ALIGN, LONG)
 
-        xhat_a, rounded, g, dxhat_a, act_a, dz_a, s_a = _read(
+        xhat_a, rounded, g, dxhat_a, act_a, dz_a, s_a, dy_a, x_a, z_a = _read(
             dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w_a, b_a, None, mean, rstd,
             row_mask, col_start, WEIGHT_OFFSET, N, BLOCK_A, FULL_A, IS_RMS, NORM_BEFORE_GATE,
             SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP, y_ptr, dx_off)  # fmt: skip
@@ -202,7 +212,7 @@ def backward_kernel(
         if b_ptr is not None:
             db_a += g
         if BLOCK_B > 0:
-            xhat_b, rounded, g, dxhat_b, act_b, dz_b, s_b = _read(
+            xhat_b, rounded, g, dxhat_b, act_b, dz_b, s_b, dy_b, x_b, z_b = _read(
                 dy_ptr, dy_off, x_ptr, x_off, w_ptr, b_ptr, z_ptr, z_off, w_b, b_b, None, mean,
                 rstd, row_mask, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, FULL, IS_RMS,
                 NORM_BEFORE_GATE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP,
@@ -234,23 +244,25 @@ def backward_kernel(
                     sums_a, sums_b, plain_a, plain_b, ROWS, WARPS_A, WARPS_B)  # fmt: skip
                 c2 = mean_of(c2, N)
             c1 = mean_of(c1, N)
-        if RELOAD:
-            xhat_a, _, _, again, act, dz, _ = _read(
+        if RELOAD or KEPT:
+            xhat_a, _, _, again, act, dz, _, _, _, _ = _read(
                 dy_ptr, dy_off + zero, x_ptr, x_off + zero, w_ptr, b_ptr, z_ptr, z_off + zero,
-                w_a, b_a, s_a, mean, rstd, row_mask, col_start, WEIGHT_OFFSET, N, BLOCK_A, FULL_A,
-                IS_RMS, NORM_BEFORE_GATE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST,
-                "evict_first")  # fmt: skip
+                w_a, b_a, s_a if RELOAD else None, mean, rstd, row_mask, col_start,
+                WEIGHT_OFFSET, N, BLOCK_A, FULL_A, IS_RMS, NORM_BEFORE_GATE, SIGMOID, ROUND_NORM,
+                ROUND_WEIGHT, HOIST, "evict_first", None, None, KEPT, dy_a, x_a,
+                z_a, zero)  # fmt: skip
             if not NORM_BEFORE_GATE:
                 dxhat_a, act_a, dz_a = again, act, dz
         _finish(xhat_a, dxhat_a, act_a, dz_a, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off,
                 row_mask, col_start, N, BLOCK_A, FULL_A, IS_RMS, NORM_BEFORE_GATE)  # fmt: skip
         if BLOCK_B > 0:
-            if RELOAD:
-                xhat_b, _, _, again, act, dz, _ = _read(
+            if RELOAD or KEPT:
+                xhat_b, _, _, again, act, dz, _, _, _, _ = _read(
                     dy_ptr, dy_off + zero, x_ptr, x_off + zero, w_ptr, b_ptr, z_ptr, z_off + zero,
-                    w_b, b_b, s_b, mean, rstd, row_mask, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, FULL,
-                    IS_RMS, NORM_BEFORE_GATE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST,
-                    "evict_first")  # fmt: skip
+                    w_b, b_b, s_b if RELOAD else None, mean, rstd, row_mask, BLOCK_A,
+                    WEIGHT_OFFSET, N, BLOCK_B, FULL, IS_RMS, NORM_BEFORE_GATE, SIGMOID, ROUND_NORM,
+                    ROUND_WEIGHT, HOIST, "evict_first", None, None, KEPT, dy_b,
+                    x_b, z_b, zero)  # fmt: skip
                 if not NORM_BEFORE_GATE:
                     dxhat_b, act_b, dz_b = again, act, dz
             _finish(xhat_b, dxhat_b, act_b, dz_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off,
@@ -300,7 +312,7 @@ def backward_sums_kernel(
     c1 = tl.zeros([1, BLOCK], tl.float32)
     c2 = tl.zeros([1, BLOCK], tl.float32)
     for col_start in range(0, N, BLOCK):
-        xhat, _, _, dxhat, _, _, _ = _read(
+        xhat, _, _, dxhat, _, _, _, _, _, _ = _read(
             dy_ptr, dy_off, x_ptr, x_off, w_ptr, None, z_ptr, z_off, 0.0, 0.0, None, mean, rstd,
             None, col_start, WEIGHT_OFFSET, N, BLOCK, FULL, IS_RMS, NORM_BEFORE_GATE, SIGMOID,
             None, None, False, "")  # fmt: skip

@@ -199,6 +199,8 @@ def _backward_launchers(
     tile = _fit(tile, kind)
     # One instruction fetches a whole group, in units of 16 bytes.
     loaded = [dtype for dtype in (kind.dtypes[0], *kind.dtypes[3:]) if dtype is not None]
+    if tile.reload == "registers" and max(dtype.itemsize for dtype in loaded) > 2:
+        tile = tile._replace(reload="memory")
     whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
     ahead = tile.ahead and whole and _since_hopper(kind.device)
     constants = _constants(kind) | _tile_constants(kind, tile)
@@ -207,7 +209,8 @@ def _backward_launchers(
         sums = _sums_launcher(backward_kernels.backward_sums_kernel, kind)
     constants |= {
         "SUMS_GIVEN": sums_given or sums is not None, "STAGES": 1 if ahead else tile.stages,
-        "RELOAD": tile.reload and not sums_given, "AHEAD": ahead,
+        "RELOAD": tile.reload == "memory" and not sums_given,
+        "KEPT": tile.reload == "registers" and not sums_given, "AHEAD": ahead,
     }  # fmt: skip
     # Its workers have equal shares. Started while the kernel before still fills some of the
     # multiprocessors, they would crowd on the others.

@@ -300,6 +300,19 @@ def to_fp32(v):
 
 
 @triton.jit
+def hidden(v, zero):
+    """`v`, of 16 bits, as a value that the compiler does not know to be the same."""
+    if NVIDIA:
+        zero = tl.broadcast_to(zero.to(tl.int32), v.shape)
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2; // $3",
+            "=r,r,r,r", [v, zero], dtype=v.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return v
+
+
+@triton.jit
 def load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET: tl.constexpr, N: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
     """`[1, BLOCK]` of the weight, plus `WEIGHT_OFFSET`, and of the bias, in fp32; 0 where there is

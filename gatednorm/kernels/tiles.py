@@ -5,7 +5,7 @@ a row's bits do not depend on the rows around it. To tune for another GPU, add a
 benchmarks/NOTES.md says what was measured where.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 WIDEST = 16384  # a wider group goes in chunks
 CHUNK = 4096
@@ -19,7 +19,8 @@ class Tile(NamedTuple):
         stages: depth of the backward's load pipeline.
         workers_per_sm: programs of the backward on a multiprocessor.
         hoist: read the parameters early and keep them in registers.
-        reload: read a row again after its sums instead of keeping it in registers.
+        reload: compute a row's terms again after its sums instead of keeping them, from the row in
+            "memory" or in "registers" (there from 16-bit inputs alone, as half as many registers).
         ahead: fetch the next row into the L2 cache.
         maxnreg: registers a thread at most; None for the compiler's choice.
     """
@@ -32,7 +33,7 @@ class Tile(NamedTuple):
     stages: int = 1
     workers_per_sm: int = 0
     hoist: bool = True
-    reload: bool = False
+    reload: Literal["", "memory", "registers"] = ""
     ahead: bool = False
     maxnreg: int | None = None
 
@@ -66,7 +67,8 @@ class Rule(NamedTuple):
 
 
 SPILLS = {"hoist": False, "maxnreg": 64}
-WIDE = {"workers_per_sm": 1, "reload": True, **SPILLS}
+WIDE = {"workers_per_sm": 1, "reload": "memory", **SPILLS}
+KEPT = {**WIDE, "reload": "registers", "ahead": True}
 
 HOPPER_FORWARD = (
     Rule(32, 4, columns=2048),
@@ -95,9 +97,10 @@ HOPPER_BACKWARD = (
     Rule(6144, 16, {"stages": 3, "workers_per_sm": 1}),
     Rule(8192, 16, {"stages": 3, "workers_per_sm": 1, "ahead": True}),
     Rule(12288, 32, {**WIDE, "ahead": True}, bias=True),
+    Rule(12288, 32, KEPT, norm_before_gate=True),
     Rule(12288, 32, {**WIDE, "hoist": True, "ahead": True}),
     Rule(WIDEST, 32, WIDE, norm_before_gate=True),
-    Rule(WIDEST, 16, {**WIDE, "maxnreg": None, "ahead": True}, norm_before_gate=False),
+    Rule(WIDEST, 32, KEPT, norm_before_gate=False),
 )
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
 # vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of

@@ -126,23 +126,27 @@ def test_rows_above_64_kilobytes(kernels, width, is_rms_norm, norm_before_gate):
     check(Case((rows,), width, 1, is_rms_norm, norm_before_gate), kernels.device)
 
 
-@pytest.mark.parametrize("switches", ["hoist", "reload", "both"])
+SWITCHES = {
+    "parameters not kept": {"hoist": False},
+    "row read again": {"reload": "memory"},
+    "row kept": {"reload": "registers", "hoist": False},
+    "row read again, parameters too": {"reload": "memory", "hoist": False},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)
 def test_backward_switches(kernels, change_tiles, switches, is_rms_norm, norm_before_gate, gated):
-    """What the backward keeps in registers is a matter of speed: off or on, one piece or two."""
+    """What the backward keeps in registers is a matter of speed; in one piece and two."""
     chosen = launch.backward_tile
-    names = ("hoist", "reload") if switches == "both" else (switches,)
-
-    def flipped(*args):
-        tile = chosen(*args)
-        return tile._replace(**{name: not getattr(tile, name) for name in names})
-
-    change_tiles(backward_tile=flipped)
+    change_tiles(backward_tile=lambda *args: chosen(*args)._replace(**SWITCHES[switches]))
+    dtype = torch.float16 if switches == "row kept" else torch.float32  # kept are 16 bits alone
     layouts = {"x": Layout(left=8), "z": Layout(left=3, right=1), "dy": Layout(right=5)}
     for width in (48, 600):
         case = Case(
-            (3,), width, 2, is_rms_norm, norm_before_gate, gated, bias=True, layouts=layouts
-        )
+            (3,), width, 2, is_rms_norm, norm_before_gate, gated, bias=True, dtype=dtype,
+            layouts=layouts,
+        )  # fmt: skip
         check(case, kernels.device)
 
 

@@ -25,6 +25,8 @@ MUTANTS = {
     "wide: c1 of the last chunk": ("backward_sums_kernel", "c1 += any_product", "c1 = any_product"),
     "wide: c2 of the last chunk": ("backward_sums_kernel", "c2 += any_dxhat", "c2 = any_dxhat"),
     "reload: another piece": ("backward_kernel", "_read(dy_ptr, any_dy + any_zero, *any_others, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B, *any_rest)", "_read(dy_ptr, any_dy + any_zero, *any_others, 0, WEIGHT_OFFSET, N, BLOCK_B, *any_rest)"),
+    "kept: dy as x": ("backward_kernel", "_read(dy_ptr, *any_first, KEPT, dy_a, x_a, z_a, any_zero)", "_read(dy_ptr, *any_first, KEPT, dy_a, dy_a, z_a, any_zero)"),
+    "kept: another piece's gate": ("backward_kernel", "_read(dy_ptr, *any_first, KEPT, dy_b, x_b, z_b, any_zero)", "_read(dy_ptr, *any_first, KEPT, dy_b, x_b, x_b, any_zero)"),
     "xhat without rstd": ("_read", "any_u * any_rstd[:, None]", "any_u"),
     # where things lie
     "two outer strides swapped": ("row_offset", "(row // size1).to(tl.int64) * s0 + (row % size1).to(tl.int64) * s1", "(row // size1).to(tl.int64) * s1 + (row % size1).to(tl.int64) * s0"),
