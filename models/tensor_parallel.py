@@ -85,27 +85,26 @@ def check_ranks(model: LanguageModel, ranks: int) -> None:
             "one product; leave the mode, or the other ranks"
         )
     for block in model.blocks:
-        mixer, rule = block.mixer, f"for {ranks} ranks of tensor parallelism"
+        mixer = block.mixer
         if mixer.out_proj.bias is not None and ranks > 1:
-            raise ValueError(f"bias must be False {rule}, got True; use one rank")
+            raise ValueError(f"bias must be False for several ranks, got True for {ranks}; use one")
         for name, count in mixer.head_counts().items():
             shared = name == mixer.SHARED
             if count % ranks and not (shared and ranks % count == 0):
-                divides = " or divide them" if shared else ""
                 raise ValueError(
-                    f"{name} must be a multiple of the ranks{divides} {rule}, got {count}; use "
-                    f"for example {math.gcd(count, ranks)}"
+                    f"{name} must be a multiple of the number of ranks{', or divide it' * shared}, "
+                    f"got {count} for {ranks}; use {math.gcd(count, ranks)}, or change the model"
                 )
         if block.mlp is not None and block.mlp.out_proj.in_features % ranks:
             raise ValueError(
-                f"the MLP's size must be a multiple of the ranks {rule}, got "
-                f"{block.mlp.out_proj.in_features}; change mlp_size or mlp_ratio"
+                "the MLP's inner size must be a multiple of the number of ranks, got "
+                f"{block.mlp.out_proj.in_features} for {ranks}; change mlp_size or mlp_ratio"
             )
         norm, own = mixer.norm, mixer.inner_size // ranks
         if norm.hidden_size == mixer.inner_size and own % norm.group_size and norm.group_size % own:
             raise ValueError(
-                f"norm_groups must have whole ranks, or be whole in one, {rule}, got groups of "
-                f"{norm.group_size} channels and {own} channels a rank; use other ranks"
+                "norm_groups must cover whole ranks, or lie within one, got groups of "
+                f"{norm.group_size} channels for {ranks} ranks of {own}; use another number of them"
             )
 
 

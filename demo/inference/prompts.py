@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from demo.config.command import process_count
 from demo.config.errors import ConfigError, first_line
 from demo.config.schema import InferConfig
 
@@ -63,6 +64,8 @@ def _read(key: str, name: str) -> bytes:
     try:
         if name != "-":
             return Path(name).read_bytes()
+        if process_count() > 1:
+            raise OSError(errno.EBADF, "only one of several processes could read standard input")
         if sys.stdin is None:
             raise OSError(errno.EBADF, "standard input is closed")
         return sys.stdin.buffer.read()

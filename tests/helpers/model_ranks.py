@@ -170,19 +170,19 @@ def prepare_blocks(model: LanguageModel, compiled: bool, again: bool) -> None:
 def what_does_not_fit() -> None:
     ranks = dist.get_world_size()
     bad = {
-        f"num_v_heads must be a multiple of the ranks for {ranks} ranks of tensor parallelism, got "
-        "3": (replace(DELTA, num_heads=3, num_v_heads=3), {}),
-        "num_heads must be a multiple of the ranks or divide them for": (
+        f"num_v_heads must be a multiple of the number of ranks, got 3 for {ranks}; use 1": (
+            replace(DELTA, num_heads=3, num_v_heads=3), {}),
+        "num_heads must be a multiple of the number of ranks, or divide it, got 3": (
             replace(DELTA, num_heads=3, num_v_heads=12), {},
         ),
         "num_heads must be a multiple": (replace(MAMBA, hidden_size=4, head_dim=8), {}),
-        "n_groups must be a multiple of the ranks or divide them": (
+        "n_groups must be a multiple of the number of ranks, or divide it": (
             replace(MAMBA, hidden_size=48, n_groups=3), {},
         ),
-        "norm_groups must have whole ranks, or be whole in one": (
+        "norm_groups must cover whole ranks, or lie within one": (
             replace(MAMBA, hidden_size=48, norm_groups=3), {},
         ),
-        "the MLP's size must be a multiple": (replace(MAMBA, mlp_size=7), {}),
+        "the MLP's inner size must be a multiple": (replace(MAMBA, mlp_size=7), {}),
         "bias must be False": (replace(MAMBA, bias=True), {}),
         f"exact mode needs a single rank, got {ranks}": (MAMBA, {"exact": True}),
     }  # fmt: skip
