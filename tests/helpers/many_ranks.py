@@ -138,6 +138,14 @@ def some_options() -> None:
         check_case(case, by_hand if n % 2 else by_autograd)
 
 
+def groups_of_two_ranks() -> None:
+    """Half of the ranks share a group; and with some options each has one of its own, or two."""
+    size = dist.get_world_size()
+    own = [case for each in (1, 2) for case in list(cases(each * size, 8 * size))[:2]]
+    for n, case in enumerate([*own, *cases(2, 8 * size)]):
+        check_case(case, by_hand if n % 2 else by_autograd)
+
+
 def every_option() -> None:
     size = dist.get_world_size()
     for groups in {1, size // 2, size, 2 * size}:
@@ -293,14 +301,15 @@ def modules_and_projection() -> None:
 
 
 def compiled() -> None:
-    """One graph, with the bits of an eager call; functions and modules."""
+    """One graph, with the bits of an eager call; functions and modules; groups in a rank too."""
     case = Case((6,), 32, 1, False, True, bias=True)
     i = inputs_of(case)
     norm = gatednorm.LayerNorm(32 // dist.get_world_size(), process_group=dist.group.WORLD)
     group = dist.new_group(list(range(dist.get_world_size())))
 
     def function(x, w, b, z):
-        return gatednorm.layernorm_fn(x * 2, w, b, z, process_group=group) + norm(x, z)
+        inside = gatednorm.layernorm_fn(x * 3, w, b, z, group_size=8, process_group=group)
+        return gatednorm.layernorm_fn(x * 2, w, b, z, process_group=group) + norm(x, z) + inside
 
     def run(f):
         leaves = [t.detach().requires_grad_() for t in parts_of(case, i)]
@@ -314,11 +323,24 @@ def compiled() -> None:
     torch.compiler.reset()
     for got, want in zip(run(f), wanted, strict=True):
         assert same_bits(got, want)
+    # What the compiler is told of the statistics: two groups a row.
+    shapes, meta = [], torch.empty(6, 16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda t: t):
+        gatednorm.rmsnorm_fn(meta, group_size=8, process_group=group)
+    assert (6, 2) in shapes, shapes
 
 
 CHECKS = {
     "quick": (2, [some_options, kernels, a_rank_that_differs, groups_that_do_not_fit]),
-    "two": (2, [every_option, kernels_of_every_kind, modules_and_projection, compiled]),
+    "groups": (
+        4,
+        [
+            *(groups_that_do_not_fit, groups_of_two_ranks, some_options, a_rank_that_differs),
+            bits_of_other_splits,
+        ],
+    ),
+    "two": (2, [every_option, kernels_of_every_kind, modules_and_projection]),
+    "compiled": (2, [compiled]),
     "four": (
         4, [every_option, bits_of_other_splits, a_rank_that_differs, groups_that_do_not_fit],
     ),
