@@ -126,6 +126,7 @@ class TensorParallel:
         self.rank, self.ranks = process_group.rank(), process_group.size()
         check_ranks(model, self.ranks)
         self.shares: dict[str, Share] = {}
+        self._found: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         for index, block in enumerate(model.blocks):
             block.enter = functools.partial(_apply, _Enter, process_group)
             block.leave = functools.partial(_apply, _Leave, process_group)
@@ -228,15 +229,25 @@ class TensorParallel:
         their places among all such, and these with zeros where this rank has none."""
         parameters = dict(self.model.named_parameters())
         for name, share in self.shares.items():
-            grad, rows = parameters[name].grad, share.rows[self.rank]
+            grad = parameters[name].grad
             if grad is None or len(share.common) == 0:
                 continue
-            own = (share.copies[rows] > 1).nonzero().flatten()
-            places = torch.searchsorted(share.common, rows[own]).to(grad.device)
-            own = own.to(grad.device)
+            own, places, _ = self._common_rows(name, grad.device)
             sums = grad.new_zeros(len(share.common), *grad.shape[1:])
             sums[places] = grad[own]
             yield grad, own, places, sums
+
+    def _common_rows(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of the rank's rows others have too, their places among all such, and of each row
+        of the rank how many have it; on the device, so that only the first step waits for it."""
+        if (name, device) not in self._found:
+            share = self.shares[name]
+            rows = share.rows[self.rank]
+            own = (share.copies[rows] > 1).nonzero().flatten()
+            places = torch.searchsorted(share.common, rows[own])
+            found = own.to(device), places.to(device), share.copies[rows].to(device)
+            self._found[name, device] = found
+        return self._found[name, device]
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` by the norm of the whole model's gradients, which it
@@ -249,7 +260,7 @@ class TensorParallel:
             if share is not None:
                 copies = 1
                 if len(share.common):
-                    copies = share.copies[share.rows[self.rank]].to(grad)
+                    *_, copies = self._common_rows(name, grad.device)
                     square = square.flatten(1).sum(1) if grad.ndim > 1 else square
             squares.append((square / copies).sum())
         total = torch.stack(squares).sum()
