@@ -204,7 +204,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["prompt_file=-"], "only one of several processes could read standard input"),
+        (["prompt_file=-"], "prompt_file must be a file for several processes, got '-'"),
         (["exact=true"], "torchrun: exact mode needs a single rank, got 3"),
         (["model=mamba2"], "torchrun: num_heads must be a multiple of the number of ranks, got 4"),
     ],

@@ -61,11 +61,14 @@ def _from_json(line: bytes, where: str) -> bytes:
 
 
 def _read(key: str, name: str) -> bytes:
+    if name == "-" and process_count() > 1:
+        raise ConfigError(
+            f"{key} must be a file for several processes, got '-', standard input, which only one "
+            "of them could read; give a path"
+        )
     try:
         if name != "-":
             return Path(name).read_bytes()
-        if process_count() > 1:
-            raise OSError(errno.EBADF, "only one of several processes could read standard input")
         if sys.stdin is None:
             raise OSError(errno.EBADF, "standard input is closed")
         return sys.stdin.buffer.read()
