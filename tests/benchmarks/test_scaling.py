@@ -17,7 +17,7 @@ def measure(folder, *options):
     small = ["size=mamba2_small", "trainer.accelerator=cpu", "data.sequence_length=32"]
     short = ["--models", "mamba2", "--seconds", "0.1", "--rows", "1", "--out", "scaling.csv"]
     subprocess.run(
-        [sys.executable, scaling.__file__, *short, *options, *small],
+        [sys.executable, scaling.__file__, *options, *short, *small],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
