@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Summary:
     rank = processes.rank
     lightning.seed_everything(start.config.seed, verbose=False)
     config, model, tokenizer = start_model(start, processes)
-    data = load_data(config, tokenizer, rank, processes.count, start.position)
+    data = load_data(config, tokenizer, processes.reader, processes.readers, start.position)
     trainer, throughput = build_trainer(config, processes, model)
 
     run = start.run or Run.create(config, tokenizer, rank)

@@ -1,7 +1,7 @@
 """Weak scaling of training: tokens/s of one process and of several with the same rows for each.
 
     python benchmarks/scaling.py                                # 1 and 2 GPUs, both models
-    python benchmarks/scaling.py --processes 1 2 4 8 --strategy fsdp
+    python benchmarks/scaling.py --processes 1 2 4 8 --strategy fsdp    # or tp: all share a model
     python benchmarks/scaling.py --models fla size=fla_small trainer.accelerator=cpu  # an override
 
 Everything is as in `train.py experiment=multi_gpu` (about 170M parameters, bf16, rows of 2048
@@ -28,7 +28,7 @@ def main() -> None:
     parser = report.parser(__doc__, "scaling.csv")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", default=["fla", "mamba2"])
-    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp", "tp"], default="ddp")
     parser.add_argument("--rows", type=int, default=8, help="of 2048 tokens, per process and step")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -57,6 +57,7 @@ def main() -> None:
 
 def measure(model: str, count: int, args: argparse.Namespace) -> dict:
     """One run of torchrun, and the row of the table that its first process made."""
+    tensor = args.strategy == "tp"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [
@@ -64,7 +65,8 @@ def measure(model: str, count: int, args: argparse.Namespace) -> dict:
             *("--nproc-per-node", str(count), __file__),
             *("--worker", str(result), "--seconds", str(args.seconds)),
             *("experiment=multi_gpu", f"model={model}", f"optim.batch_size={count * args.rows}"),
-            *(f"trainer.strategy={args.strategy}", f"runs_dir={folder}/runs", *args.overrides),
+            *(f"trainer.strategy={'ddp' if tensor else args.strategy}", f"runs_dir={folder}/runs"),
+            *(f"trainer.tensor_parallel={count if tensor else 1}", *args.overrides),
         ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         return json.loads(result.read_text())
@@ -82,7 +84,7 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
     from demo.data.corpus import Documents
     from demo.training.callbacks import Progress, process_peak_memory
     from demo.training.module import LitLanguageModel, prepare_blocks
-    from demo.training.processes import find_processes
+    from demo.training.processes import count_parameters, find_processes
     from demo.training.run import Run
     from demo.training.stopping import Signals
     from demo.training.trainer import build_trainer, record
@@ -117,8 +119,8 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         batch_size=optim.batch_size,
         sequence_length=data.sequence_length,
         steps=optim.steps,
-        rank=processes.rank,
-        world_size=processes.count,
+        rank=processes.reader,
+        world_size=processes.readers,
     )
     trainer, _ = build_trainer(config, processes, model)
     run = Run.create(config, rank=processes.rank)
@@ -136,8 +138,8 @@ def work(overrides: list[str], seconds: float, result: Path) -> None:
         row = {
             **report.about(device.type),
             "model": model_name(config.model),
-            "parameters": model.num_parameters(),
-            "strategy": config.trainer.strategy,
+            "parameters": count_parameters(config.model),
+            "strategy": "tp" if processes.tensor_parallel > 1 else config.trainer.strategy,
             "precision": trainer.precision,
             "processes": processes.count,
             "rows": optim.batch_size,

@@ -160,7 +160,7 @@ def norm_then_linear(
         x, z: `[..., D]`; with `heads` `[..., H, D]`; `z` may be None for no gate.
 
     Returns:
-        `[..., N]`.
+        `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
     """
     if (
         isinstance(norm, LayerNorm)
@@ -175,6 +175,7 @@ def norm_then_linear(
             group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
             is_rms_norm=norm.is_rms_norm, activation=norm.activation,
             zero_centered=norm.zero_centered, numerics=norm.numerics,
+            process_group=norm.process_group,
         )  # fmt: skip
     y: Tensor = norm(x, z)
     y = linear(y.flatten(-2) if heads else y)

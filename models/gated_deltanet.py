@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatednorm import RMSNorm, rmsnorm_fn
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from models.mixer import Mixer
+from models.mixer import Fused, Mixer
 from models.ranges import check_positive
 
 L2_EPS = 1e-6  # inside the root of the L2 norm of q and k, as in the published models
@@ -41,6 +41,7 @@ class GatedDeltaNet(Mixer):
     """
 
     SCANS = (chunk_gated_delta_rule, recurrent_gated_delta_rule)
+    SHARED = "num_heads"
 
     def __init__(
         self,
@@ -105,6 +106,17 @@ class GatedDeltaNet(Mixer):
         # rmsnorm(x) * K^-0.5 with eps / K is x / sqrt(sum(x^2) + eps)
         self.register_buffer("l2_scale", torch.full((head_dim,), head_dim**-0.5), persistent=False)
         self.reset_parameters()
+
+    def head_counts(self) -> dict[str, int]:
+        return {"num_v_heads": self.num_v_heads, "num_heads": self.num_heads}
+
+    def fused_parts(self) -> list[Fused]:
+        keys, each = (self.num_heads, self.head_dim), [(self.num_v_heads, 1)]
+        values = self.fused_inner()
+        return [[keys, keys, *values], values if self.use_gate else [], each, each]
+
+    def fused_inner(self) -> Fused:
+        return [(self.num_v_heads, self.v_head_dim)]
 
     def mix(
         self, scan: Callable, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor

@@ -41,6 +41,8 @@ class Block(nn.Module):
     """``x + mixer(norm(x))``, and then, if there is an MLP, ``x + mlp(norm(x))``."""
 
     exact = False
+    # Around what each of several ranks does a share of: see `models.tensor_parallel`.
+    enter = leave = staticmethod(lambda x: x)
 
     def __init__(self, mixer: nn.Module, hidden_size: int, mlp_size: int, eps: float, path: str):
         super().__init__()
@@ -53,10 +55,11 @@ class Block(nn.Module):
 
     def forward(self, x, state, output_state, cu_seqlens):
         normed = by_chunks(self.exact, self.mixer_norm, x)
-        update, state = self.mixer(normed, state, output_state, cu_seqlens)
-        x = x + update
+        update, state = self.mixer(self.enter(normed), state, output_state, cu_seqlens)
+        x = x + self.leave(update)
         if self.mlp is not None:
-            x = x + self.mlp(by_chunks(self.exact, self.mlp_norm, x))
+            normed = by_chunks(self.exact, self.mlp_norm, x)
+            x = x + self.leave(self.mlp(self.enter(normed)))
         return x, state
 
 
@@ -70,9 +73,12 @@ class LanguageModel(nn.Module):
             training, prefill and decoding; see `models.exact` and docs/exactness.md.
     Attributes:
         exact: the same, which may be set at any time; it is no part of the weights.
+        ranks: of tensor parallelism, over which the heads are spread.
     Raises:
         ValueError: for sizes that do not fit each other.
     """
+
+    ranks = 1
 
     def __init__(self, config: ModelConfig, *, norm_path: str = "training", exact: bool = False):
         super().__init__()
@@ -191,7 +197,12 @@ class LanguageModel(nn.Module):
 
     def _check_exact(self) -> None:
         """Raises ValueError for what exact mode cannot promise: a linear layer that is not ours,
-        such as an adapter around it, and a GPU whose products it cannot compute."""
+        such as an adapter around it, a GPU whose products it cannot compute, several ranks."""
+        if self.ranks > 1:
+            raise ValueError(
+                f"exact mode needs a single rank, got {self.ranks}: sums over ranks round "
+                "otherwise than one product; leave the mode, or the other ranks"
+            )
         weight = self.embedding.weight
         if weight.is_cuda and not kernels.usable(weight):
             raise ValueError(
@@ -208,7 +219,7 @@ class LanguageModel(nn.Module):
                 )
 
     def num_parameters(self) -> int:
-        """Parameters, a tied one counted once."""
+        """Parameters of this rank, a tied one counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

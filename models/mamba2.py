@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gatednorm import RMSNorm
 from models.chunks import state_dtype
-from models.mixer import Mixer
+from models.mixer import Fused, Mixer
 from models.ranges import check_positive
 from models.ssd import chunk_ssd, recurrent_ssd, step_size
 
@@ -41,6 +41,7 @@ class Mamba2(Mixer):
     """
 
     SCANS = (chunk_ssd, recurrent_ssd)
+    SHARED = "n_groups"
 
     def __init__(
         self,
@@ -111,6 +112,16 @@ class Mamba2(Mixer):
         """The initial values of the published models, the skip's too."""
         super().reset_parameters()
         nn.init.ones_(self.D)
+
+    def head_counts(self) -> dict[str, int]:
+        return {"num_heads": self.num_heads, "n_groups": self.n_groups}
+
+    def fused_parts(self) -> list[Fused]:
+        inner, maps = self.fused_inner(), (self.n_groups, self.d_state)
+        return [inner, [*inner, maps, maps], [(self.num_heads, 1)]]
+
+    def fused_inner(self) -> Fused:
+        return [(self.num_heads, self.head_dim)]
 
     def mix(
         self, scan: Callable, z: Tensor, xbc: Tensor, dt: Tensor

@@ -18,6 +18,9 @@ from models.exact import CHUNK, by_chunks
 from models.products import Linear
 from models.short_conv import short_conv
 
+# Heads, or groups of them, that lie side by side in one dimension: how many and how wide.
+Fused = list[tuple[int, int]]
+
 
 class PaddedLinear(Linear):
     """`Linear` whose product on a GPU has rows padded to a multiple of 64 channels, 128 bytes in
@@ -61,12 +64,14 @@ class Mixer(nn.Module, ABC):
             drawn from at first.
         chunk_size: tokens per chunk of the scan, outside exact mode; None for its default.
     Attributes:
+        SHARED: counts of heads or groups that fewer than all ranks of tensor parallelism may have.
         exact: whether this is part of a model in exact mode; see `models.exact`.
         fuse_norm_linear: whether training keeps no output of the norm for the backward, which
             writes it again; outside exact mode.
     """
 
     SCANS: tuple[Callable, Callable]
+    SHARED: str
     exact = False
     fuse_norm_linear = False
 
@@ -165,6 +170,28 @@ class Mixer(nn.Module, ABC):
     def by_rows(self, function: Callable, *tensors: Tensor | None) -> Tensor:
         """``function(*tensors)``, which works row by row on tensors [B, T, ...]."""
         return by_chunks(self.exact, function, *tensors)
+
+    @abstractmethod
+    def head_counts(self) -> dict[str, int]:
+        """The counts that tensor parallelism divides by the number of ranks, by attribute."""
+
+    @abstractmethod
+    def fused_parts(self) -> list[Fused]:
+        """What lies side by side in each part of the projection."""
+
+    @abstractmethod
+    def fused_inner(self) -> Fused:
+        """The same of the channels that the projection back reads."""
+
+    def keep_share(self, ranks: int) -> None:
+        """Set all sizes to those of one of so many ranks; `models.tensor_parallel` has cut the
+        parameters accordingly."""
+        for name, count in self.head_counts().items():
+            setattr(self, name, max(1, count // ranks))
+        self.inner_size //= ranks
+        self.widths = [sum(count * width for count, width in part) for part in self.fused_parts()]
+        self.in_proj.out_features = sum(self.widths)
+        self.out_proj.in_features = self.inner_size
 
     @abstractmethod
     def mix(self, scan: Callable, *parts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

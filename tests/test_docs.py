@@ -49,7 +49,7 @@ COMMANDS = [
 @pytest.fixture
 def repository(tmp_path, words, monkeypatch):
     """A folder that looks like the repository, beside what the examples read."""
-    for name in ("checkpoints", "train.py"):
+    for name in ("checkpoints", "train.py", "infer.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "words").symlink_to(words.parent)
     for name in ("notes/a.txt", "notes/b.py", "book/a.md", "linux/a.rst", "linux/drivers/b.rst"):

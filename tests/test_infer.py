@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -182,3 +183,36 @@ def test_a_stream_that_the_shell_closed_is_no_error(closed, run_folder):
         (line,) = done.stderr.decode().splitlines()
         assert line.startswith("prefill 14 tokens, ")
         assert " | decode 2 tokens" in line
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path):
+    """And only the first of them says anything."""
+    arguments = ["model=mamba2", "max_new_tokens=40", "temperature=0", "repetition_penalty=1.2"]
+    arguments += ["output=json", "device=cpu", f"runs_dir={tmp_path}"]
+    ours = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         infer.__file__, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    one, two = (json.loads(out) for out in (run(*arguments)[0], ours.stdout))
+    assert two["tokens"] == one["tokens"]
+    assert two["log_probs"] == pytest.approx(one["log_probs"], abs=1e-4)
+    assert ours.stderr.count("prefill") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prompt_file=-"], "prompt_file must be a file for several processes, got '-'"),
+        (["exact=true"], "torchrun: exact mode needs a single rank, got 3"),
+        (["model=mamba2"], "torchrun: num_heads must be a multiple of the number of ranks, got 4"),
+    ],
+)
+def test_what_several_processes_cannot_do(arguments, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run_script("infer", *arguments, "runs_dir=none")
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err

@@ -150,6 +150,11 @@ def process_rank() -> int:
     return int(os.environ.get("RANK" if by_torchrun else "LOCAL_RANK", 0))
 
 
+def process_count() -> int:
+    """How many processes torchrun has started with this one among them; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
 def warn(name: str, message: str) -> None:
     """Say what was probably not meant, in one line on standard error."""
     _say(name, message, "warning")

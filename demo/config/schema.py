@@ -72,6 +72,7 @@ class TrainerConfig:
     accelerator: str = one_of("auto", "cpu", "gpu")
     devices: int = number(at_least=1)
     strategy: str = one_of("auto", "ddp", "fsdp")
+    tensor_parallel: int = number(1, at_least=1)
     precision: str = one_of("auto", "32-true", "bf16-mixed", "16-mixed")
     accumulate: int = number(at_least=1, below=2**31)
     compile: bool
@@ -209,6 +210,17 @@ def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
         not (config.exact and config.trainer.compile),
         "exact=true needs trainer.compile=false, got true: what the compiler makes of a block "
         "rounds otherwise than the same block in infer.py; leave out one of them",
+    )
+    ranks = config.trainer.tensor_parallel
+    _require(
+        ranks == 1 or config.trainer.strategy != "fsdp",
+        f"trainer.tensor_parallel must be 1 with trainer.strategy=fsdp, got {ranks}; leave out one "
+        "of them",
+    )
+    _require(
+        not (config.exact and ranks > 1),
+        f"exact=true needs trainer.tensor_parallel=1, got {ranks}: sums over processes round "
+        "otherwise than the products of one; leave out one of them",
     )
     for key, usual in UNUSED[data.source].items():
         _require(

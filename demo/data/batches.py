@@ -66,7 +66,8 @@ class Loader(ABC):
         batch_size: Rows in a batch, over all processes.
         sequence_length: Tokens in a row.
         steps: Number of batches.
-        rank, world_size: This process and how many there are; `batch_size` must be a multiple.
+        rank, world_size: This process and how many there are that read different rows;
+            `batch_size` must be a multiple.
         reset_state: Whether a document begins with an empty state.
 
     Yields int64 tensors [batch_size / world_size, sequence_length + 1], in a `Packed` with
@@ -102,10 +103,12 @@ class Loader(ABC):
         """From `position` on, without end."""
 
     def gather(self, own: Any) -> list[Any]:
-        """What each process has, by rank. Every process has to call it."""
-        gathered = [own] * self.world_size
-        if self.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(gathered, own)
+        """What each process has, by its rank among all, of which neighbours may read the same rows.
+        Every process has to call it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [own] * self.world_size
+        gathered = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own)
         return gathered
 
 

@@ -67,11 +67,12 @@ class StreamLoader(Loader):
     def state_dict(self) -> dict[str, Any]:
         """The state of all processes. Each has to call it, though only the first writes it."""
         rest = [torch.from_numpy(tokens.astype(np.int64)) for tokens in self._rest]
+        everyone = self.gather({"last": self._last, "rest": rest})
         return {
             "position": self.position,
             "beginning": self.beginning,
             "shards": self.stream.num_shards,
-            "processes": self.gather({"last": self._last, "rest": rest}),
+            "processes": everyone[:: len(everyone) // self.world_size],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

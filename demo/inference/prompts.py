@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from demo.config.command import process_count
 from demo.config.errors import ConfigError, first_line
 from demo.config.schema import InferConfig
 
@@ -60,6 +61,11 @@ def _from_json(line: bytes, where: str) -> bytes:
 
 
 def _read(key: str, name: str) -> bytes:
+    if name == "-" and process_count() > 1:
+        raise ConfigError(
+            f"{key} must be a file for several processes, got '-', standard input, which only one "
+            "of them could read; give a path"
+        )
     try:
         if name != "-":
             return Path(name).read_bytes()

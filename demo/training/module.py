@@ -2,10 +2,11 @@
 blocks run.
 
 `trainer=fsdp` is PyTorch's second FSDP (`fully_shard`). Unlike the first, it also runs on a CPU, so
-that it can be tested anywhere.
+that it can be tested anywhere. `trainer=tp` is `models.tensor_parallel`.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from demo.training.run import SAMPLE, VAL
 from demo.training.schedule import learning_rate_factor
 from models import token_log_probs
 from models.language_model import LanguageModel
+from models.tensor_parallel import TensorParallel
 
 
 class LitLanguageModel(L.LightningModule):
@@ -47,6 +49,7 @@ class LitLanguageModel(L.LightningModule):
         self.train_scale, self.val_scale = (1 / (math.log(2) * size) for size in bytes_per_token)
         self.step_loss = torch.zeros(())  # of the last step, over all processes
         self.val_metric = VAL  # what a validation is logged as
+        self.plan: TensorParallel | None = None  # of the heads over processes
         self._sharded = False
         self._parts: list[torch.Tensor] = []  # the losses of a step so far, where it accumulates
 
@@ -56,9 +59,12 @@ class LitLanguageModel(L.LightningModule):
     def configure_model(self) -> None:
         # Lightning calls this again for each fit and validation.
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
-            mesh = self.device_mesh["data_parallel"]
-            for module in (*self.model.blocks, self.model):
-                fully_shard(module, mesh=mesh)
+            mesh = self.device_mesh
+            if mesh["tensor_parallel"].size() > 1:
+                self.plan = TensorParallel(self.model, mesh.get_group("tensor_parallel"))
+            else:
+                for module in (*self.model.blocks, self.model):
+                    fully_shard(module, mesh=mesh["data_parallel"])
             self._sharded = True
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -101,6 +107,10 @@ class LitLanguageModel(L.LightningModule):
             return -token_log_probs(logits, targets).mean()
         return F.cross_entropy(logits.float(), targets)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.plan is not None:
+            self.plan.reduce_gradients(self.device_mesh.get_group("data_parallel"))
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -108,17 +118,18 @@ class LitLanguageModel(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning's own clipping refuses a fused optimizer under any mixed precision.
-        if gradient_clip_val:
+        if gradient_clip_val and self.plan is not None:
+            self.plan.clip_gradients(gradient_clip_val)
+        elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.optim
-        matrices = [p for p in self.parameters() if p.ndim >= 2]
-        others = [p for p in self.parameters() if p.ndim < 2]
+        matrices, others = self._trained()
         optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": optim.weight_decay},
-                {"params": others, "weight_decay": 0.0},
+                {"params": list(matrices.values()), "weight_decay": optim.weight_decay},
+                {"params": list(others.values()), "weight_decay": 0.0},
             ],
             lr=optim.learning_rate,
             betas=optim.betas,
@@ -130,6 +141,41 @@ class LitLanguageModel(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _trained(self) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+        """The model's parameters by name, those that decay and those that do not."""
+        named = dict(self.model.named_parameters())
+        matrices = {name: p for name, p in named.items() if p.ndim >= 2}
+        return matrices, {name: p for name, p in named.items() if p.ndim < 2}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (plan := self.plan) is not None:  # as a single process writes it
+
+            def whole(name: str, part: torch.Tensor) -> torch.Tensor:
+                tensor = plan.whole(name, part)
+                return tensor.cpu() if self.trainer.is_global_zero else tensor.new_empty(0)
+
+            self._change_states(checkpoint, whole)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.plan is not None:
+            self._change_states(checkpoint, self.plan.part)
+
+    def _change_states(
+        self, checkpoint: dict[str, Any], change: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Put in place what `change` makes of the tensor of each parameter, by name, and of the
+        optimiser's moments of it."""
+        state = checkpoint["state_dict"]
+        for name, tensor in state.items():
+            state[name] = change(name.removeprefix("model."), tensor)
+        names = [name for group in self._trained() for name in group]
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for index, values in optimizer["state"].items():
+                optimizer["state"][index] = {
+                    key: change(names[index], value) if value.ndim else value
+                    for key, value in values.items()
+                }
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:

@@ -31,15 +31,27 @@ class Processes:
         devices: How many there are on this host.
         hosts: How many hosts have as many.
         rank: Of this process among all of them.
+        tensor_parallel: How many neighbours share the heads of each layer, and so read the same.
     """
 
     devices: int
     hosts: int
     rank: int
+    tensor_parallel: int = 1
 
     @property
     def count(self) -> int:
         return self.devices * self.hosts
+
+    @property
+    def readers(self) -> int:
+        """How many groups of processes read different rows of a batch."""
+        return self.count // self.tensor_parallel
+
+    @property
+    def reader(self) -> int:
+        """The group of this process among them."""
+        return self.rank // self.tensor_parallel
 
 
 def find_processes(config: TrainConfig) -> Processes:
@@ -48,20 +60,27 @@ def find_processes(config: TrainConfig) -> Processes:
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         hosts = int(os.environ["WORLD_SIZE"]) // devices
-        found = Processes(devices, hosts, process_rank())
     else:
         _refuse_slurm()
-        found = Processes(config.trainer.devices, 1, process_rank())
+        devices, hosts = config.trainer.devices, 1
+    ranks = config.trainer.tensor_parallel
+    found = Processes(devices, hosts, process_rank(), ranks)
     if found.count > 1 and config.trainer.strategy == "auto":
         raise ConfigError(
             f"trainer.strategy must be ddp or fsdp for several processes, got auto for "
             f"{found.count}; use trainer=ddp"
         )
-    parts = config.trainer.accumulate
-    if config.optim.batch_size % (found.count * parts):
-        times = f" times trainer.accumulate={parts}" if parts > 1 else ""
+    if found.count % ranks:
         raise ConfigError(
-            f"optim.batch_size must be a multiple of the number of processes{times}, got "
+            f"trainer.tensor_parallel must divide the number of processes, got {ranks} for "
+            f"{found.count}; start them with torchrun --nproc-per-node {ranks}, or change it"
+        )
+    parts = config.trainer.accumulate
+    if config.optim.batch_size % (found.readers * parts):
+        over = f" over trainer.tensor_parallel={ranks}" if ranks > 1 else ""
+        over += f" times trainer.accumulate={parts}" if parts > 1 else ""
+        raise ConfigError(
+            f"optim.batch_size must be a multiple of the number of processes{over}, got "
             f"{config.optim.batch_size} for {found.count}; change one of them"
         )
     return found
@@ -89,6 +108,7 @@ def check_devices(config: TrainerConfig) -> None:
     for where, impossible, remedy in (
         ("on a CPU", not gpu, "trainer=gpu"),
         ("with trainer.strategy=fsdp", config.strategy == "fsdp", "trainer=ddp"),
+        ("with trainer.tensor_parallel", config.tensor_parallel > 1, "trainer=ddp"),
     ):
         if config.precision == "16-mixed" and impossible:
             raise ConfigError(
@@ -118,9 +138,10 @@ def check_memory(config: TrainConfig, processes: Processes) -> None:
     model = config.model
     parameters = count_parameters(model)
     # Each process builds all of them in fp32. On a CPU their gradients and AdamW's two moments come
-    # on top, unless FSDP spreads these over the processes.
+    # on top, unless FSDP spreads these over the processes; or of its share the four.
     alone = not on_gpu(config.trainer) and config.trainer.strategy != "fsdp"
-    needed = parameters * processes.devices * (16 if alone else 4)
+    each = max(4, 16 / processes.tensor_parallel) if alone else 4
+    needed = parameters * processes.devices * each
     if needed > (memory := host_memory()):
         raise ConfigError(
             f"model={model_name(model)} must fit in the memory of this host, "

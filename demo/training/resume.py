@@ -26,6 +26,7 @@ from models.ranges import as_written
 # another way.
 FREE = {
     *("exact", "resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    "trainer.tensor_parallel",
     *("trainer.compile", "trainer.activation_checkpointing", "trainer.loggers"),
     *("trainer.checkpoint_every", "trainer.fuse_norm_linear"),
 }
@@ -34,7 +35,7 @@ FREE = {
 CHOICES = {
     "model": ["model.name"],
     "data": ["data.source"],
-    "trainer": ["trainer.accelerator", "trainer.strategy"],
+    "trainer": ["trainer.accelerator", "trainer.strategy", "trainer.tensor_parallel"],
 }
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from demo.config.command import warn
 from demo.data.report import Report
+from demo.training.processes import count_parameters
 from demo.training.run import FILES, Run
 from models.language_model import LanguageModel
 
@@ -41,7 +42,7 @@ class Summary:
     @property
     def parameters(self) -> int:
         """How many numbers are trained, tied ones once."""
-        return self.model.num_parameters()
+        return count_parameters(self.model.config)  # the model may have this process's share
 
 
 @rank_zero_only

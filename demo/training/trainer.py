@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from demo.checkpoints.checkpoint import BEST
-from demo.config.errors import ConfigError, first_line
+from demo.config.errors import ConfigError, about, first_line
 from demo.config.schema import TrainConfig
 from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
 from demo.training.loggers import loggers_of
@@ -20,6 +20,7 @@ from demo.training.run import Run
 from demo.training.schedule import steps_between_validations
 from demo.training.stopping import Signals
 from models.language_model import LanguageModel
+from models.tensor_parallel import check_ranks
 
 
 def build_trainer(
@@ -34,11 +35,13 @@ def build_trainer(
         precision = "bf16-mixed" if gpu else "32-true"
     parts, strategy = config.trainer.accumulate, config.trainer.strategy
     throughput = Throughput(config.optim.batch_size // parts * config.data.sequence_length)
-    sharded = strategy == "fsdp"
-    if sharded:
-        strategy = ModelParallelStrategy(
-            data_parallel_size=processes.count,
-            tensor_parallel_size=1,
+    sharded, ranks = strategy == "fsdp", processes.tensor_parallel
+    with about("trainer.tensor_parallel"):
+        check_ranks(model, ranks)
+    if sharded or ranks > 1:
+        strategy = (TensorParallelStrategy if ranks > 1 else ModelParallelStrategy)(
+            data_parallel_size=processes.readers,
+            tensor_parallel_size=ranks,
             # Checkpoints are those of a single process: whole tensors in one file.
             save_distributed_checkpoint=False,
         )
@@ -81,6 +84,19 @@ def record(trainer: L.Trainer, run: Run, config: TrainConfig, signals: Signals) 
     trainer.loggers = loggers_of(run, config)
     every = config.trainer.checkpoint_every, steps_between_validations(config)
     trainer.callbacks.append(Checkpoints(run, *every, signals))
+
+
+class TensorParallelStrategy(ModelParallelStrategy):
+    """Lightning's processes and device mesh, with the states of plain tensors that every process
+    has for itself: LitLanguageModel makes whole ones of them for a checkpoint, and parts again."""
+
+    restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
+    optimizer_state = Strategy.optimizer_state
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+    load_checkpoint = Strategy.load_checkpoint
 
 
 class RunCheckpoints(TorchCheckpointIO):

@@ -8,23 +8,38 @@ import sys
 import pytest
 
 from benchmarks import scaling
+from demo.config.command import compose
+from demo.training.processes import count_parameters
 
 
-@pytest.mark.slow
-def test_two_processes_beside_one(tmp_path):
+def measure(folder, *options):
+    """The rows of the table of small models."""
     small = ["size=mamba2_small", "trainer.accelerator=cpu", "data.sequence_length=32"]
     short = ["--models", "mamba2", "--seconds", "0.1", "--rows", "1", "--out", "scaling.csv"]
     subprocess.run(
-        [sys.executable, scaling.__file__, *short, *small],
-        cwd=tmp_path,
+        [sys.executable, scaling.__file__, *options, *short, *small],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
     )
-    with (tmp_path / "scaling.csv").open() as file:
-        one, two = csv.DictReader(file)
+    with (folder / "scaling.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_two_processes_beside_one(tmp_path):
+    one, two = measure(tmp_path)
     assert (one["processes"], two["processes"]) == ("1", "2")
     assert (one["rows"], two["rows"]) == ("1", "2")
     assert int(two["tokens_per_s"]) > 0
     ratio = int(two["tokens_per_s"]) / int(one["tokens_per_s"])
     assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_model(tmp_path):
+    (row,) = measure(tmp_path, "--strategy", "tp", "--processes", "2")
+    assert (row["strategy"], row["processes"], row["rows"]) == ("tp", "2", "2")
+    config = compose("train", ["model=mamba2"]).model
+    assert int(row["parameters"]) == count_parameters(config)

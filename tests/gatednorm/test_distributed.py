@@ -1,6 +1,7 @@
 """Norm groups over several ranks; what runs on them is in many_ranks.py and dtensor_ranks.py of
 tests/helpers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
     "command",
     [
         pytest.param("many_ranks.py quick", id="quick"),
+        pytest.param("many_ranks.py groups", id="groups", marks=pytest.mark.slow),
         pytest.param("many_ranks.py two", id="two", marks=pytest.mark.slow),
+        pytest.param("many_ranks.py compiled", id="compiled", marks=pytest.mark.slow),
         pytest.param("many_ranks.py four", id="four", marks=pytest.mark.slow),
-        pytest.param("dtensor_ranks.py 4", id="dtensors", marks=pytest.mark.slow),
+        pytest.param("dtensor_ranks.py 2", id="dtensors-2", marks=pytest.mark.slow),
+        pytest.param("dtensor_ranks.py 4", id="dtensors-4", marks=pytest.mark.slow),
     ],
 )
 def test_against_whole_rows(command):
@@ -29,7 +33,8 @@ def test_against_whole_rows(command):
     file, argument = command.split()
     done = subprocess.run(
         [sys.executable, f"tests/helpers/{file}", argument],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
 

@@ -19,11 +19,17 @@ from patterns import replaced
 ROOT = Path(__file__).resolve().parents[2]
 TESTED = [
     "pyproject.toml", "tests/conftest.py",
-    *(f"tests/helpers/{name}.py" for name in ("norm_calls", "norm_cases", "paths")),
+    *(
+        f"tests/helpers/{name}.py"
+        for name in ("dtensor_ranks", "many_ranks", "norm_calls", "norm_cases", "paths")
+    ),
     "tests/gatednorm/conftest.py",
     *(
         f"tests/gatednorm/test_{name}.py"
-        for name in ("cpu", "functional", "kernels", "launch", "linear", "numerics", "refusals")
+        for name in (
+            "cpu", "distributed", "functional", "kernels", "launch", "linear", "numerics",
+            "refusals",
+        )
     ),
 ]  # fmt: skip
 # Fast tests first; `-x` stops at the first that notices.
@@ -52,6 +58,8 @@ SUBSETS = {
         "-k", "not cpu",
     ],
     "calls": ["test_launch.py", "test_refusals.py", "test_functional.py"],
+    "ranks": ["test_distributed.py::test_against_whole_rows[groups]", "-m", ""],
+    "dtensors": ["test_distributed.py::test_against_whole_rows[dtensors-2]", "-m", ""],
 }  # fmt: skip
 
 
@@ -74,6 +82,8 @@ FIRST = {
     "test_refusals.py::test_bad_out": ("call: columns", "call: other strides"),
     "test_linear.py": ("output", "cpu: output"),
     "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
+    "test_distributed.py::test_against_whole_rows[compiled]": ("ranks: groups of a rank",),
+    "test_distributed.py::test_against_whole_rows[dtensors-4]": ("dtensors: dw of one",),
     "test_cpu.py::test_blocks_that_cut_inside_outer_dimensions": ("cpu: statistics", "cpu: last"),
 }  # fmt: skip
 
@@ -99,7 +109,8 @@ def run_tests(folder: Path, subset: str, name: str = "") -> tuple[int, str]:
 
 
 def subset_of(name: str) -> str:
-    return {"cpu": "cpu", "call": "calls"}.get(name.split(":")[0], "kernels")
+    subsets = {"cpu": "cpu", "call": "calls", "ranks": "ranks", "dtensors": "dtensors"}
+    return subsets.get(name.split(":")[0], "kernels")
 
 
 def verdict(folder: Path, name: str) -> str:

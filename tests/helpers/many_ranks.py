@@ -24,9 +24,12 @@ import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
+import sympy  # noqa: E402, F401 (einops has torch import it: once, not on each rank)
+
 import gatednorm  # noqa: E402
 import paths  # noqa: E402, F401 (before anything imports triton)
 from gatednorm import autograd, distributed  # noqa: E402
+from gatednorm.kernels import launch  # noqa: E402
 from norm_cases import Case, Inputs, Layout, check, inputs_of, same_bits  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
@@ -138,6 +141,14 @@ def some_options() -> None:
         check_case(case, by_hand if n % 2 else by_autograd)
 
 
+def groups_of_two_ranks() -> None:
+    """Half of the ranks share a group; and with some options each has one of its own, or two."""
+    size = dist.get_world_size()
+    own = [case for each in (1, 2) for case in list(cases(each * size, 8 * size))[:2]]
+    for n, case in enumerate([*own, *list(cases(2, 8 * size))[::2]]):
+        check_case(case, by_hand if n % 2 else by_autograd)
+
+
 def every_option() -> None:
     size = dist.get_world_size()
     for groups in {1, size // 2, size, 2 * size}:
@@ -147,8 +158,6 @@ def every_option() -> None:
 
 def by_kernels(*some: Case) -> None:
     """The Triton kernels, run by the interpreter."""
-    from gatednorm.kernels import launch
-
     backend, autograd.backend = autograd.backend, lambda device_type: launch
     try:
         for n, case in enumerate(some):
@@ -179,8 +188,6 @@ def refused(error: type, text: str, call: Callable) -> None:
 
 def bits_of_other_splits() -> None:
     """RMS norm by the kernels: the same bits on two and four ranks; on one, within rounding."""
-    from gatednorm.kernels import launch
-
     backend, autograd.backend = autograd.backend, lambda device_type: launch
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     case = Case((4,), 256, 1, True, False)
@@ -293,14 +300,15 @@ def modules_and_projection() -> None:
 
 
 def compiled() -> None:
-    """One graph, with the bits of an eager call; functions and modules."""
+    """One graph, with the bits of an eager call; functions and modules; groups in a rank too."""
     case = Case((6,), 32, 1, False, True, bias=True)
     i = inputs_of(case)
     norm = gatednorm.LayerNorm(32 // dist.get_world_size(), process_group=dist.group.WORLD)
     group = dist.new_group(list(range(dist.get_world_size())))
 
     def function(x, w, b, z):
-        return gatednorm.layernorm_fn(x * 2, w, b, z, process_group=group) + norm(x, z)
+        inside = gatednorm.layernorm_fn(x * 3, w, b, z, group_size=8, process_group=group)
+        return gatednorm.layernorm_fn(x * 2, w, b, z, process_group=group) + norm(x, z) + inside
 
     def run(f):
         leaves = [t.detach().requires_grad_() for t in parts_of(case, i)]
@@ -314,11 +322,24 @@ def compiled() -> None:
     torch.compiler.reset()
     for got, want in zip(run(f), wanted, strict=True):
         assert same_bits(got, want)
+    # What the compiler is told of the statistics: two groups a row.
+    shapes, meta = [], torch.empty(6, 16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda t: t):
+        gatednorm.rmsnorm_fn(meta, group_size=8, process_group=group)
+    assert (6, 2) in shapes, shapes
 
 
 CHECKS = {
     "quick": (2, [some_options, kernels, a_rank_that_differs, groups_that_do_not_fit]),
-    "two": (2, [every_option, kernels_of_every_kind, modules_and_projection, compiled]),
+    "groups": (
+        4,
+        [
+            *(groups_that_do_not_fit, a_rank_that_differs, some_options, groups_of_two_ranks),
+            bits_of_other_splits,
+        ],
+    ),
+    "two": (2, [every_option, kernels_of_every_kind, modules_and_projection]),
+    "compiled": (2, [compiled]),
     "four": (
         4, [every_option, bits_of_other_splits, a_rank_that_differs, groups_that_do_not_fit],
     ),

@@ -149,6 +149,9 @@ optim.schedule=wsd optim.decay_steps=9999
 trainer.precision=fp8
 trainer.compile=perhaps
 exact=true trainer.compile=true
+exact=true trainer=tp
+trainer=tp
+trainer=tp trainer.strategy=fsdp
 trainer.loggers=tensorbord
 seed=1,2
 'seed=a(b'

@@ -93,11 +93,16 @@ def test_a_loader_does_not_resume_on_another_text(change):
         loader_of(counting(300), 2, 9, 61).check_state(state)
 
 
-def test_all_processes_read_the_same_text(monkeypatch):
+@pytest.mark.parametrize("sharing", [1, 4])
+def test_all_processes_read_the_same_text(sharing, monkeypatch):
+    """Those that share a model too, which are one to the loader."""
+    readers = {"world_size": 4 // sharing}
     loaders = [
-        loader_of(counting(300 + rank // 2), 4, 9, 5, rank=rank, world_size=4) for rank in range(4)
+        loader_of(counting(300 + rank // 2), 4, 9, 5, rank=rank // sharing, **readers)
+        for rank in range(4)
     ]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
 
     def gather(gathered, own):
         gathered[:] = [loader.state_dict()["text"] for loader in loaders]
@@ -108,7 +113,7 @@ def test_all_processes_read_the_same_text(monkeypatch):
         with pytest.raises(ConfigError, match=says):
             next(iter(loader))
     loaders[2:] = loaders[:2]
-    assert len(next(iter(loaders[0]))) == 1
+    assert len(next(iter(loaders[0]))) == sharing
 
 
 @pytest.mark.usefixtures("own_cache_and_no_network")

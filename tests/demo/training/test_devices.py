@@ -97,6 +97,8 @@ def test_parameters_are_counted_without_the_model(model, more):
         (9, False, ["trainer=ddp"], Processes(2, 1, 0), False),
         (9, False, ["trainer=fsdp"], Processes(2, 1, 0), True),
         (9, False, ["trainer=ddp"], Processes(1, 2, 0), True),
+        (8, False, ["trainer=tp"], Processes(2, 1, 0, 2), False),
+        (9, False, ["trainer=tp"], Processes(2, 1, 0, 2), True),
         (2, True, [], ALONE, False),
         (3, True, [], ALONE, True),
         (math.inf, False, [], ALONE, True),

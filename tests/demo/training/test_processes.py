@@ -16,6 +16,7 @@ import train
 from demo.config.command import compose
 from demo.config.errors import ConfigError
 from demo.training.processes import Processes, find_processes
+from demo.training.run import Run
 from small_runs import TWELVE_STEPS, check_curves, checkpoint_step, train_in
 
 SMALL = [*TWELVE_STEPS, "model=mamba2"]
@@ -39,8 +40,13 @@ def launch(how: list[str], folder: Path, *overrides: str, script: str = train.__
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("how", [TORCHRUN, LIGHTNING], ids=["torchrun", "lightning"])
+@pytest.mark.parametrize(
+    ("how", "strategy"),
+    [
+        *(pytest.param(TORCHRUN, name, id=f"torchrun-{name}") for name in ("ddp", "fsdp", "tp")),
+        *(pytest.param(LIGHTNING, name, id=f"lightning-{name}") for name in ("ddp", "fsdp")),
+    ],
+)
 def test_two_processes_have_the_loss_curve_of_one(how, strategy, undisturbed, tmp_path):
     options = [f"trainer={strategy}", "trainer.devices=2", "runs_dir=a run (2)"]
     done = launch(how, tmp_path, *options)
@@ -50,9 +56,35 @@ def test_two_processes_have_the_loss_curve_of_one(how, strategy, undisturbed, tm
     check_curves(run, undisturbed.run)
 
 
+@pytest.mark.slow
+def test_two_pairs_of_processes_have_the_loss_curve_of_one(tmp_path):
+    """Each pair shares the heads of a Gated DeltaNet, and reads its half of the rows. One process
+    can go on, with moments that are those of the whole parameters."""
+    small = [
+        *TWELVE_STEPS,
+        "model=fla",
+        "trainer.accumulate=2",
+        "trainer.activation_checkpointing=true",
+    ]
+    one = train_in(tmp_path / "one", *small)
+    command = [*TORCHRUN[:-1], "4", train.__file__, *small, "trainer=tp", "trainer.accelerator=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
+    (run,) = (tmp_path / "runs").iterdir()
+    check_curves(run, one.run)
+    ours, theirs = (Run(folder).read_state() for folder in (run, one.run))
+    (ours,), (theirs,) = ours["optimizer_states"], theirs["optimizer_states"]
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, moments in theirs["state"].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(
+                ours["state"][index][name], tensor, rtol=1e-3, atol=1e-3 * tensor.abs().max().item()
+            )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
 def test_two_gpus_have_the_loss_curve_of_one(strategy, tmp_path):
     """Over NCCL; a single process on one GPU reads what they leave."""
     exact = ["trainer.accelerator=gpu", "trainer.precision=32-true"]
@@ -138,8 +170,11 @@ def breaks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(undisturbed, breaks, tmp_path):
-    options = ["trainer=fsdp", "trainer.checkpoint_every=4"]
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_a_sharded_run_goes_on_in_two_processes_and_then_in_one(
+    strategy, undisturbed, breaks, tmp_path
+):
+    options = [f"trainer={strategy}", "trainer.checkpoint_every=4"]
     for step, more in ((6, []), (10, ["resume=auto"])):
         done = launch(TORCHRUN, tmp_path, *options, *more, script=breaks, HOW="die", STEP=str(step))
         assert done.returncode
@@ -177,6 +212,35 @@ def test_who_am_i(environment, expected, monkeypatch):
     assert expected.count == expected.devices * expected.hosts
 
 
+def test_who_reads_what(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    config = compose("train", ["trainer=tp", "trainer.devices=6", "optim.batch_size=6"])
+    found = find_processes(config)
+    assert (found.reader, found.readers) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["trainer=tp", "exact=true"], "exact=true needs trainer.tensor_parallel=1, got 2"),
+        (["trainer=tp", "trainer.strategy=fsdp"], "must be 1 with trainer.strategy=fsdp, got 2"),
+    ],
+)
+def test_what_does_not_go_with_shared_heads(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        compose("train", overrides)
+
+
+def test_heads_that_cannot_be_shared_are_one_line_before_there_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    says = "trainer.tensor_parallel: num_v_heads must be a multiple of the number of ranks, got 3"
+    with pytest.raises(ConfigError, match=says):
+        train_in(tmp_path, *TWELVE_STEPS, "trainer=tp", "model.num_heads=3")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tasks_of_slurm_are_not_taken_for_one_process_each(monkeypatch):
     config = compose("train", ["trainer=ddp"])
     monkeypatch.setenv("SLURM_NTASKS", "4")
@@ -197,6 +261,14 @@ def test_tasks_of_slurm_are_not_taken_for_one_process_each(monkeypatch):
         (["trainer.devices=2"], "trainer.strategy must be ddp or fsdp"),
         (["trainer=ddp", "trainer.devices=3"], "optim.batch_size must be a multiple"),
         (["trainer.accumulate=3"], "a multiple of the number of processes times trainer.accum"),
+        (
+            ["trainer=tp"],
+            "trainer.tensor_parallel must divide the number of processes, got 2 for 1",
+        ),
+        (
+            ["trainer=tp", "trainer.devices=6", "optim.batch_size=4"],
+            "must be a multiple of the number of processes over trainer.tensor_parallel=2, got 4",
+        ),
     ],
 )
 def test_processes_that_cannot_share(overrides, says):

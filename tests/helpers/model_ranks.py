@@ -1,0 +1,208 @@
+"""Whole models over several processes, against one process in float64.
+
+    python tests/helpers/model_ranks.py 2
+
+How the ranks are started: many_ranks.py.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+from many_ranks import refused, run_on_ranks
+from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from models.generation import generate
+from models.language_model import LanguageModel
+from models.tensor_parallel import TensorParallel
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2}
+DELTA = GatedDeltaNetConfig(**SIZES, num_heads=4, head_dim=8, num_v_heads=8)
+MAMBA = Mamba2Config(**SIZES, d_state=8, head_dim=8)
+CONFIGS: dict[str, ModelConfig] = {
+    "delta": DELTA,
+    "delta with an MLP and one key head": replace(
+        DELTA, num_heads=1, num_v_heads=4, mlp_ratio=4.0, conv_bias=True, tie_embeddings=False
+    ),
+    "delta without a gate": replace(DELTA, use_gate=False, num_heads=2, num_v_heads=4),
+    "mamba2 with one group": replace(MAMBA, mlp_ratio=4.0),
+    "mamba2 with two groups": replace(MAMBA, n_groups=2),
+    "mamba2 with four groups, two of the norm": replace(MAMBA, n_groups=4, norm_groups=2),
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def model_of(config: ModelConfig, dtype: torch.dtype, **options) -> LanguageModel:
+    """The same on every rank, and in every dtype."""
+    torch.manual_seed(0)
+    model = LanguageModel(config, **options)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # norm weights of ones would hide which is which
+        parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype)
+
+
+def tokens_of(config: ModelConfig) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(config.vocab_size, (2, 33), generator=generator)
+
+
+def results(
+    model: LanguageModel,
+    tokens: torch.Tensor,
+    plan: TensorParallel | None,
+    copies: dist.ProcessGroup | None = None,
+) -> Tensors:
+    """Logits, loss, norm of the gradients, and the whole gradients, clipped."""
+    logits, _ = model(tokens[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    if plan is None:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    else:
+        plan.reduce_gradients(copies)
+        norm = plan.clip_gradients(0.1)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    if plan is not None:
+        grads = {name: plan.whole(name, grad) for name, grad in grads.items()}
+    return {"logits": logits.detach(), "loss": loss.detach(), "norm": norm, **grads}
+
+
+def models() -> None:
+    """All that one process computes: in float64 to its last digits, in fp32 with at most twice the
+    error that one process makes and a unit in the last place; and the same bits on every rank."""
+    for name, config in CONFIGS.items():
+        tokens = tokens_of(config)
+        truth = results(model_of(config, torch.float64), tokens, None)
+        one = results(model_of(config, torch.float32), tokens, None)
+        for fused in (False, True):
+            for dtype in (torch.float64, torch.float32):
+                model = model_of(config, dtype)
+                for block in model.blocks:
+                    block.mixer.fuse_norm_linear = fused
+                ours = results(model, tokens, TensorParallel(model, dist.group.WORLD))
+                for key, tensor in ours.items():
+                    same_on_all_ranks(tensor, f"{name}: {key}")
+                allowed = errors(one, truth)
+                for kind, error in errors(ours, truth).items():
+                    limit = 1e-12 if dtype == torch.float64 else 2 * allowed[kind] + 2**-23
+                    assert error <= limit, (name, kind, dtype, fused, error, limit)
+
+
+def errors(found: Tensors, truth: Tensors) -> dict[str, float]:
+    """Relative ones, a root mean square over all that is of a kind: over the layers."""
+    kinds: dict[str, list[torch.Tensor]] = {}
+    for key, true in truth.items():
+        kind = key.partition(".mixer.")[2] or key.partition(".mlp.")[2] or key.rpartition(".")[2]
+        kinds.setdefault(kind, []).append(((found[key] - true) / true.abs().max()).flatten())
+    return {kind: torch.cat(parts).square().mean().sqrt().item() for kind, parts in kinds.items()}
+
+
+def mean_over_copies() -> None:
+    """Two ranks for each of two parts of a batch: the gradients of the whole batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for config in (DELTA, MAMBA):
+        tokens = tokens_of(config)
+        truth = results(model_of(config, torch.float64), tokens, None)
+        model = model_of(config, torch.float64)
+        plan = TensorParallel(model, mesh.get_group("tensor"))
+        own = tokens[mesh.get_local_rank("data")][None]
+        ours = results(model, own, plan, mesh.get_group("data"))
+        for key in truth.keys() - {"logits", "loss"}:
+            torch.testing.assert_close(ours[key], truth[key], rtol=0, atol=1e-12)
+
+
+def parts_and_wholes() -> None:
+    """Every parameter comes back from the ranks as it was, to the bit."""
+    for name, config in CONFIGS.items():
+        before = {n: p.clone() for n, p in model_of(config, torch.float32).named_parameters()}
+        model = model_of(config, torch.float32)
+        plan = TensorParallel(model, dist.group.WORLD)
+        assert model.num_parameters() < sum(p.numel() for p in before.values())
+        for key, parameter in model.named_parameters():
+            assert torch.equal(plan.whole(key, parameter.data), before[key]), (name, key)
+            assert torch.equal(plan.part(key, before[key]), parameter), (name, key)
+
+
+def other_calls() -> None:
+    """What gives the same as plain training steps: packed sequences, blocks computed again in the
+    backward, compiled blocks, the inference path; and generation, of the same tokens."""
+    offsets = torch.tensor([0, 7, 32], dtype=torch.int32)
+    for config in (DELTA, CONFIGS["mamba2 with one group"]):
+        tokens = tokens_of(config)
+        one, model = (model_of(config, torch.float64) for _ in range(2))
+        plan = TensorParallel(model, dist.group.WORLD)
+        packed = [m(tokens[:1, :32], cu_seqlens=offsets)[0] for m in (one, model)]
+        torch.testing.assert_close(*packed, rtol=0, atol=1e-12)
+        truth = results(one, tokens, None)
+        for compiled, again in ((False, True), (True, False)):
+            model.zero_grad()
+            prepare_blocks(model, compiled, again)
+            for key, tensor in results(model, tokens, plan).items():
+                torch.testing.assert_close(tensor, truth[key], rtol=0, atol=1e-12, msg=key)
+        for path in ("inference", "training"):
+            pair = model_of(config, torch.float32), model_of(config, torch.float32)
+            TensorParallel(pair[1], dist.group.WORLD)
+            texts = []
+            for m in pair:
+                m.set_norm_path(path)
+                made = generate(m, tokens[:, :9], 12, temperature=0.9, seed=3)
+                texts.append(torch.stack(list(made)))
+            assert torch.equal(*texts), path
+
+
+def prepare_blocks(model: LanguageModel, compiled: bool, again: bool) -> None:
+    """As train.py has them."""
+    for block in model.blocks:
+        block.forward = type(block).forward.__get__(block)
+        if again:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif compiled:
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+
+
+def what_does_not_fit() -> None:
+    ranks = dist.get_world_size()
+    bad = {
+        f"num_v_heads must be a multiple of the number of ranks, got 3 for {ranks}; use 1": (
+            replace(DELTA, num_heads=3, num_v_heads=3), {}),
+        "num_heads must be a multiple of the number of ranks, or divide it, got 3": (
+            replace(DELTA, num_heads=3, num_v_heads=12), {},
+        ),
+        "num_heads must be a multiple": (replace(MAMBA, hidden_size=4, head_dim=8), {}),
+        "n_groups must be a multiple of the number of ranks, or divide it": (
+            replace(MAMBA, hidden_size=48, n_groups=3), {},
+        ),
+        "norm_groups must cover whole ranks, or lie within one": (
+            replace(MAMBA, hidden_size=48, norm_groups=3), {},
+        ),
+        "the MLP's inner size must be a multiple": (replace(MAMBA, mlp_size=7), {}),
+        "bias must be False": (replace(MAMBA, bias=True), {}),
+        f"exact mode needs a single rank, got {ranks}": (MAMBA, {"exact": True}),
+    }  # fmt: skip
+    for says, (config, options) in bad.items():
+        model = model_of(config, torch.float32, **options)
+        refused(ValueError, says, lambda model=model: TensorParallel(model, dist.group.WORLD))
+        model(torch.zeros(1, 64, dtype=torch.int64))  # is as it was
+    model = model_of(MAMBA, torch.float32)
+    TensorParallel(model, dist.group.WORLD)
+    model.exact = True
+    refused(ValueError, "exact mode needs a single rank", lambda: model(tokens_of(MAMBA)))
+
+
+def same_on_all_ranks(tensor: torch.Tensor, what: str) -> None:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    assert all(torch.equal(part, parts[0]) for part in parts), what
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1])
+    checks = [models, parts_and_wholes, what_does_not_fit]
+    run_on_ranks(size, [*checks, other_calls] if size == 2 else [*checks, mean_over_copies])

@@ -1,0 +1,21 @@
+"""Models whose heads lie on several ranks; what runs on them is in tests/helpers/model_ranks.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="not in this torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_against_one_process(ranks):
+    """Logits, loss and gradients, parameters and wholes, generation, and what is refused."""
+    done = subprocess.run(
+        [sys.executable, "tests/helpers/model_ranks.py", str(ranks)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
