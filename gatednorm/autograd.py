@@ -281,7 +281,7 @@ _library.define(
 )
 
 
-def _none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """An operator returns tensors only: an absent one becomes a tensor of no elements."""
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
@@ -290,7 +290,7 @@ def _forward_impl(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *options: Any
 ) -> tuple[Tensor, ...]:
     results = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
-    return _none_to_empty(x, *results)
+    return none_to_empty(x, *results)
 
 
 def _forward_out_impl(
@@ -308,7 +308,7 @@ def _backward_impl(
     results = run_backward(
         dy, x, weight, bias, z, mean, rstd, None, None, make_options(*options), with_output
     )
-    return _none_to_empty(x, *results)
+    return none_to_empty(x, *results)
 
 
 def _split(*options: Any) -> tuple[tuple[Any, ...], bool]:
@@ -338,7 +338,7 @@ def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy.contiguous()
 
 
-def _check_shapes(
+def check_shapes(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, options: Options
 ) -> None:
     """The rules of `describe` for devices, and for sizes that may be symbols. Whether groups fit a
@@ -377,7 +377,7 @@ def _forward_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    _check_shapes(x, weight, bias, z, None, options)
+    check_shapes(x, weight, bias, z, None, options)
     rows, width = 1, x.shape[-1]
     for size in x.shape[:-1]:
         rows = rows * size
@@ -394,7 +394,7 @@ def _forward_fake(
 def _forward_out_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
 ) -> None:
-    _check_shapes(x, weight, bias, z, out, Options(*options))
+    check_shapes(x, weight, bias, z, out, Options(*options))
 
 
 def _backward_fake(
@@ -404,7 +404,7 @@ def _backward_fake(
     options, with_output = _split(*values)
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
     dtype = Options(*options).out_dtype or x.dtype
-    return _none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
+    return none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
 
 
 for _name, _impl, _fake in (

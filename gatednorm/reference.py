@@ -3,7 +3,8 @@
     gate after:   y = (norm(x) * w + b) * act(z)      norm_before_gate=True
     gate before:  y =  norm(x * act(z)) * w + b       norm_before_gate=False
 
-Nothing here is fast, and nothing on the product's own path imports it.
+Nothing here is fast, and nothing on the product's own path imports it, but for the FP8 values of CPU
+tensors, which no CPU multiplies any faster.
 """
 
 from typing import Any
@@ -107,3 +108,34 @@ def rms_norm_ref(
     return gated_norm_ref(
         x, weight, bias, z, eps, group_size, norm_before_gate, upcast, is_rms_norm=True, **options
     )
+
+
+def quantize_fp8_ref(
+    y: Tensor, scaling: str = "1x128", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """FP8 values and their scales, `y = values * scale`, in the order of operations of the kernels.
+
+    `scale = max(amax, 1e-12) / 448`, where `amax` is the largest magnitude of a row or of its 128
+    columns, so that the largest value becomes 448, the largest of the format; zeros have a scale of
+    `1e-12 / 448`. An infinity or NaN makes the scale infinite or NaN, and all that shares it NaN
+    once it is multiplied. With a given scale what exceeds 448 becomes 448.
+
+    Args:
+        y: `[rows, K]` in fp32; of `1x128`, `K` is a multiple of 128.
+        scaling: `1x128`, `rowwise`, or `tensorwise` with a given scale.
+        scale: one fp32 number, of `tensorwise` alone.
+
+    Returns:
+        Values `[rows, K]` in `float8_e4m3fn`; scales in fp32, `[rows, K / 128]` with strides
+        `[1, rows]`, `[rows, 1]`, or the given one.
+    """
+    columns = 128 if scaling == "1x128" else y.shape[-1]
+    parts = rearrange(y, "rows (blocks columns) -> rows blocks columns", columns=columns)
+    if scaling != "tensorwise":
+        amax = parts.abs().amax(-1).clamp(min=1e-12)
+        scale = (amax * (1 / 448)).t().contiguous().t()
+    assert scale is not None  # it is given
+    inverse = 1 / scale
+    parts = parts * (inverse if scaling == "tensorwise" else inverse[..., None])
+    values = parts.clamp(-448, 448).to(torch.float8_e4m3fn)
+    return rearrange(values, "rows blocks columns -> rows (blocks columns)"), scale

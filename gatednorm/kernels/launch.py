@@ -137,7 +137,7 @@ def _sums_launcher(kernel: Any, kind: Kind, partial: bool = False) -> Launcher:
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launchers(
-    kind: Kind, save_stats: bool, stats_given: bool = False
+    kind: Kind, save_stats: bool, stats_given: bool = False, scaling: str | None = None
 ) -> tuple[Tile, Launcher, Launcher | None]:
     bias = kind.dtypes[2] is not None
     tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
@@ -147,7 +147,7 @@ def _forward_launchers(
     if tile.chunks > 1 and not stats_given:
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
-    constants |= {"STATS_GIVEN": given, "HOIST": tile.hoist and not bias}
+    constants |= {"STATS_GIVEN": given, "HOIST": tile.hoist and not bias, "SCALING": scaling}
     main = Launcher(
         forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
     )
@@ -174,9 +174,13 @@ def forward(
     mean: Tensor | None,
     rstd: Tensor | None,
     stats_given: bool = False,
+    scaling: str | None = None,
+    scale: Tensor | None = None,
+    heads: int = 1,
 ) -> None:
-    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given."""
-    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given)
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given; with
+    `scaling` FP8 values, and `scale` unless that is given (launch_fp8.py)."""
+    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given, scaling)
     numbers, eps, n_rows = call.numbers, call.options.eps, x.numel() // call.width
     if sums is not None:
         if rstd is None:
@@ -185,8 +189,8 @@ def forward(
         inputs = (*numbers[:-3], eps)  # without the strides of out
         sums(call.device, n_rows * call.n_groups, [x, z, mean, rstd], inputs)
     tiles = -(-n_rows // tile.rows) * call.n_groups * tile.chunks
-    tensors = [x, weight, bias, z, out, mean, rstd]
-    main(call.device, tiles, tensors, (n_rows, *numbers, eps))
+    tensors = [x, weight, bias, z, out, mean, rstd, scale]
+    main(call.device, tiles, tensors, (n_rows, heads, *numbers, eps))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,11 +28,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 from gatednorm import call  # noqa: E402
 from gatednorm.bench.cases import Case  # noqa: E402
+from gatednorm.fp8 import SCALINGS  # noqa: E402
 from gatednorm.kernels import launch  # noqa: E402
 from gatednorm.options import make_options  # noqa: E402
 
 TARGET = GPUTarget("cuda", int(ARCH), 32) if KIND == "cuda" else GPUTarget("hip", ARCH, 64)
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MORE = (
     Case(4096, 8192),
@@ -44,6 +47,7 @@ MORE = (
 )
 
 WITH_OUTPUT = (128, 4096, 5120)
+FP8 = KIND == "cuda" and int(ARCH) >= 89
 
 
 def compiled(launcher: launch.Launcher, tensors: list[torch.Tensor | None]):
@@ -106,7 +110,11 @@ def kernels_of(case: Case):
 
     kind = described(call._remembered, x, w, b, z, None)
     tile, main, sums = launch._forward_launchers(kind, True)
-    yield "forward", main, [x, w, b, z, x, mean, rstd]
+    yield "forward", main, [x, w, b, z, x, mean, rstd, None]
+    eighth = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
+    for scaling in SCALINGS if case.width in WITH_OUTPUT and FP8 else ():
+        _, fp8, _ = launch._forward_launchers(kind, True, False, scaling)
+        yield f"forward {scaling}", fp8, [x, w, b, z, eighth, mean, rstd, w]
     if sums is not None:
         yield "forward sums", sums, [x, z, mean, rstd]
     kind = described(call._describe_backward, x, x, w, b, z, mean, rstd, None, None)

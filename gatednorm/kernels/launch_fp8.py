@@ -1,0 +1,63 @@
+"""The launches of FP8: the norm's own forward where a program has all that shares a scale, else a
+forward in fp32 and a kernel that quantises it."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from . import fp8 as fp8_kernels
+from .launch import Launcher, forward
+from .tiles import WIDEST
+
+CHUNK = 4096  # columns of a row that a program quantises where they have scales of their own
+
+
+def forward_fp8(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    scaling: str,
+    scale: Tensor,
+    heads: int,
+) -> None:
+    """Write `y` `[rows, K]`, its scales unless one is given, and `mean`, `rstd` unless None; a row
+    has `heads` rows of the norm. `call` is that of a result in fp32."""
+    alone = scaling == "tensorwise"
+    if scaling == "1x128":
+        alone = call.group_size % 128 == 0
+    elif scaling == "rowwise":
+        alone = heads * call.n_groups == 1 and call.group_size <= WIDEST
+    if alone:
+        forward(call, x, weight, bias, z, y, mean, rstd, False, scaling, scale, heads)
+    else:
+        wide = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+        forward(call, x, weight, bias, z, wide, mean, rstd)
+        quantize_rows(wide, y, scaling, scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_launcher(
+    width: int, dtype: torch.dtype, scaling: str, device: torch.device
+) -> tuple[int, Launcher]:
+    """Programs a row, and the launcher; `dtype` tells apart what is compiled."""
+    block = max(128, 1 << (width - 1).bit_length())
+    block = min(block, WIDEST if scaling == "rowwise" else CHUNK)
+    chunks = -(-width // block)
+    constants = {"D": width, "BLOCK": block, "CHUNKS": chunks, "SCALING": scaling}
+    num_warps = max(1, min(16, block // 512))
+    launcher = Launcher(fp8_kernels.quantize_rows_kernel, constants, device, num_warps)
+    return 1 if scaling == "rowwise" else chunks, launcher
+
+
+def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
+    """Write the values `y` and scales of contiguous rows `x` `[rows, K]`."""
+    rows, width = x.shape
+    chunks, launcher = _rows_launcher(width, x.dtype, scaling, x.device)
+    launcher(x.device, rows * chunks, [x, y, scale], (rows,))
