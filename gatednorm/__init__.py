@@ -11,6 +11,7 @@ FP8: `quantize_fp8_ref`.
 """
 
 from .autograd import LayerNormFn
+from .fp8 import rms_norm_gated_fp8
 from .functional import (
     NORM_PATHS,
     layernorm_backward,
@@ -19,7 +20,6 @@ from .functional import (
     rms_norm_gated,
     rmsnorm_fn,
 )
-from .fp8 import rms_norm_gated_fp8
 from .linear import GatedNormLinear, gated_norm_linear, norm_then_linear
 from .modules import LayerNorm, NotesHooks, RMSNorm
 from .patching import patch

@@ -1,6 +1,7 @@
 """FP8 on the CPU: the norm's result in fp32, then the reference, which has the kernels' bits."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
@@ -34,3 +35,24 @@ def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
     y.copy_(values)
     if given is None:
         scale.copy_(scales)
+
+
+def quantize_columns(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    y: Tensor,
+    scale: Tensor,
+    heads: int,
+) -> None:
+    """As in kernels/launch_fp8.py."""
+    wide = x
+    if rstd is not None:
+        wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        forward(call, x, weight, bias, z, wide, None, None)
+    columns = wide.reshape(-1, call.width * heads).t()
+    quantize_rows(F.pad(columns, (0, y.shape[1] - columns.shape[1])), y, "1x128", scale)

@@ -120,6 +120,72 @@ def _run_forward(
     return y, scales, mean, rstd
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous `x` `[rows, K]` to values `[rows, K]` and scales of each 128 columns."""
+    return autograd.ops.quantize_rows(x) if needs_operator(x) else _run_rows(x)
+
+
+def _run_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scales = new_scales(y, "1x128")
+    if x.numel():
+        backend(x.device.type).quantize_rows(x, y, "1x128", scales)
+    return y, scales
+
+
+def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` `[rows, K]` to values `[K, padded]` and scales of each 128 rows, `padded` with zeros to a
+    multiple of 128."""
+    return norm_columns(x, None, None, None, None, None, Options(), False)
+
+
+def norm_columns(
+    x: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    z: Maybe,
+    mean: Maybe,
+    rstd: Maybe,
+    options: Options,
+    heads: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same of the norm's result `[tokens, K]`, from what its forward kept."""
+    given = (x, weight, bias, z, mean, rstd)
+    if needs_operator(*given):
+        return autograd.ops.quantize_columns(*given, *options[:-2], heads)
+    return _run_columns(*given, options, heads)
+
+
+def _run_columns(
+    x: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    z: Maybe,
+    mean: Maybe,
+    rstd: Maybe,
+    options: Options,
+    heads: bool,
+) -> tuple[Tensor, Tensor]:
+    call = describe(x, weight, bias, z, None, options._replace(out_dtype=torch.float32))
+    y, scales = _new_columns(x, heads)
+    if x.numel():
+        mean = None if options.is_rms_norm else mean
+        n_heads = x.shape[-2] if heads else 1
+        backend(x.device.type).quantize_columns(
+            call, x, weight, bias, z, mean, rstd, y, scales, n_heads
+        )
+    return y, scales
+
+
+def _new_columns(x: Tensor, heads: bool) -> tuple[Tensor, Tensor]:
+    *outer, width = _shape(x, heads)
+    tokens = 1
+    for size in outer:
+        tokens = tokens * size
+    y = x.new_empty((width, (tokens + 127) // 128 * 128), dtype=torch.float8_e4m3fn)
+    return y, new_scales(y, "1x128")
+
+
 def backend(device_type: str) -> ModuleType:
     """The module beside that of the norm whose functions write FP8."""
     return importlib.import_module(f"{autograd.backend(device_type).__name__}_fp8")
@@ -200,6 +266,13 @@ _library.define(
 )
 
 
+_library.define("quantize_rows(Tensor x) -> (Tensor y, Tensor scales)")
+_library.define(
+    "quantize_columns(Tensor x, Tensor? weight, Tensor? bias, Tensor? z, Tensor? mean, "
+    f"Tensor? rstd, {_NORM}, bool heads) -> (Tensor y, Tensor scales)"
+)
+
+
 def _split(*values: Any) -> tuple[tuple[Any, ...], str, bool, bool]:
     *norm, scaling, heads, save_stats = values
     return (*norm, torch.float32, None), scaling, heads, save_stats
@@ -209,9 +282,7 @@ def _forward_impl(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, scale: Maybe, *values: Any
 ) -> tuple[Tensor, ...]:
     options, *rest = _split(*values)
-    y, scales, mean, rstd = _run_forward(
-        x, weight, bias, z, scale, make_options(*options), *rest
-    )
+    y, scales, mean, rstd = _run_forward(x, weight, bias, z, scale, make_options(*options), *rest)
     return none_to_empty(x, y, scales if scale is None else None, mean, rstd)
 
 
@@ -237,6 +308,27 @@ def _forward_fake(
     return none_to_empty(x, y, scales, mean, rstd)
 
 
-for _device in DEVICES:
-    _library.impl("forward_fp8", _forward_impl, _device.upper())
-torch.library.register_fake(f"{NAMESPACE}::forward_fp8", _forward_fake, lib=_library)
+def _rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return y, new_scales(y, "1x128")
+
+
+def _columns_impl(x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Maybe, rstd: Maybe,
+                  *values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    *norm, heads = values
+    options = make_options(*norm, None, None)
+    return _run_columns(x, weight, bias, z, mean, rstd, options, heads)
+
+
+def _columns_fake(x: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    return _new_columns(x, values[-1])
+
+
+for _name, _impl, _fake in (
+    ("forward_fp8", _forward_impl, _forward_fake),
+    ("quantize_rows", _run_rows, _rows_fake),
+    ("quantize_columns", _columns_impl, _columns_fake),
+):
+    for _device in DEVICES:
+        _library.impl(_name, _impl, _device.upper())
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -50,7 +50,7 @@ def _result(u, z, rstd, w_ptr, b_ptr, w, b, col_start, WEIGHT_OFFSET: tl.constex
 @triton.jit
 def _write(h, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group, col_start,
            N: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-           FULL: tl.constexpr, SCALING: tl.constexpr):  # fmt: skip
+           FULL: tl.constexpr, SCALING: tl.constexpr, LONG: tl.constexpr):  # fmt: skip
     """One piece to memory, in the dtype of `y_ptr`, or as FP8 values and their scales."""
     if SCALING == "1x128":
         BLOCKS: tl.constexpr = N // COLUMNS
@@ -58,7 +58,7 @@ def _write(h, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, gr
         first = group * BLOCKS
         store_block_scales(scale_ptr, scale, row, row_mask, n_rows, heads,
                            first + col_start // COLUMNS, first + BLOCKS, GROUPS * BLOCKS,
-                           BLOCK // COLUMNS)  # fmt: skip
+                           BLOCK // COLUMNS, LONG)  # fmt: skip
     elif SCALING is not None:
         h = h * inverse
     if SCALING is not None:
@@ -119,9 +119,14 @@ def forward_kernel(
         b_ptr += group * N
 
     w_a, b_a, w_b, b_b = 0.0, 0.0, 0.0, 0.0
+    # What is loaded last says which thread has which columns of the result, until it is stored. A
+    # maximum over these must find them as the rows were loaded.
+    PARAMETERS_FIRST: tl.constexpr = HOIST and SCALING is not None
+    if PARAMETERS_FIRST:
+        w_a, b_a = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, N, BLOCK_A)
     u_a, z_a = gated_input(x_ptr, x_off, z_ptr, z_off, row_mask, col_start, N, BLOCK_A, FULL_A,
                            NORM_BEFORE_GATE, SIGMOID)  # fmt: skip
-    if HOIST:
+    if HOIST and not PARAMETERS_FIRST:
         w_a, b_a = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, N, BLOCK_A)
     if BLOCK_B > 0:
         if HOIST:
@@ -162,13 +167,13 @@ def forward_kernel(
                   GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
     if SCALING != "rowwise":
         _write(h_a, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group,
-               col_start, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING)  # fmt: skip
+               col_start, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, LONG)  # fmt: skip
     if BLOCK_B > 0:
         h_b = _result(u_b, z_b, rstd, w_ptr, b_ptr, w_b, b_b, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B,
                       GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
         if SCALING != "rowwise":
             _write(h_b, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group,
-                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING)  # fmt: skip
+                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, LONG)  # fmt: skip
     if SCALING == "rowwise":
         largest = tl.max(magnitude(h_a), axis=1)
         if BLOCK_B > 0:
@@ -176,10 +181,10 @@ def forward_kernel(
         scale, inverse = scales_of(largest)
         tl.store(scale_ptr + row, scale, mask=row_mask)
         _write(h_a, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, heads, group,
-               0, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING)  # fmt: skip
+               0, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, LONG)  # fmt: skip
         if BLOCK_B > 0:
             _write(h_b, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, heads,
-                   group, BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING)  # fmt: skip
+                   group, BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, LONG)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

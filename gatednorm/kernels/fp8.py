@@ -13,8 +13,10 @@ from .rows import (
     UNSPECIALIZED,
     act_of,
     affine,
+    gated_input,
     load,
     load_parameters,
+    load_rows,
     overlap_launches,
     row_offset,
     store,
@@ -68,50 +70,123 @@ def block_scales(v, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_block_scales(ptr, scale, row, row_mask, n_rows, heads, first, last,
-                       HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+                       HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+                       LONG: tl.constexpr):  # fmt: skip
     """`scale` `[ROWS, BLOCKS]` of the blocks from `first` to before `last` of a head; the scales
-    `[tokens, blocks]` lie with strides `[1, tokens]`."""
-    row = row.to(tl.int64)
+    `[tokens, blocks]` lie with strides `[1, tokens]`. Rows have 64 bits if `LONG`."""
+    if not LONG:
+        row = row.to(tl.uint32)
+        heads = heads.to(tl.uint32)
+        n_rows = n_rows.to(tl.uint32)
     block = first + tl.arange(0, BLOCKS)
-    place = (row % heads * HEAD_BLOCKS)[:, None] + block[None, :]
-    ptr = ptr + place * (n_rows // heads) + (row // heads)[:, None]
+    place = (row % heads).to(tl.int64)[:, None] * HEAD_BLOCKS + block[None, :]
+    ptr = ptr + place * (n_rows // heads) + (row // heads).to(tl.int64)[:, None]
     mask = (block < last)[None, :]
     if row_mask is not None:
         mask = mask & row_mask[:, None]
     tl.store(ptr, scale, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_rows_kernel(
-    x_ptr, y_ptr, scale_ptr, n_rows: tl.int64,
+    x_ptr, y_ptr, scale_ptr, n_rows: tl.int64, y_s0: tl.int64,
     D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SCALING: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 columns. A program
-    has a chunk of a row; with one scale a row, all of it, what follows the first chunk twice."""
+    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 columns. A
+    program has a chunk of a row; with one scale a row all of it, and what follows the first chunk
+    is read twice."""
     overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     FULL: tl.constexpr = D % BLOCK == 0
-    if SCALING == "rowwise":
-        row = pid + tl.arange(0, 1)
-        offset = row * D
-        v = to_fp32(load(x_ptr, offset, None, 0, D, BLOCK, FULL, ""))
+    row = pid + tl.arange(0, 1)
+    start = 0
+    if SCALING == "1x128":
+        row = pid // CHUNKS + tl.arange(0, 1)
+        start = pid % CHUNKS * BLOCK
+    offset = row * D
+    # The values of a thread stay with it, as in the forward.
+    y_off = tl.multiple_of(row * y_s0, 8 if D % 8 == 0 else 1)
+    v = to_fp32(load(x_ptr, offset, None, start, D, BLOCK, FULL, ""))
+    if SCALING == "1x128":
+        scale, v = block_scales(v, 1, BLOCK)
+        store_block_scales(scale_ptr, scale, row, None, n_rows, n_rows * 0 + 1, start // COLUMNS,
+                           D // COLUMNS, 0, BLOCK // COLUMNS, True)  # fmt: skip
+        store(y_ptr, y_off, None, start, to_fp8(v), D, BLOCK, FULL)
+    else:
         largest = magnitude(v)
-        for start in range(BLOCK, D, BLOCK):
-            more = to_fp32(load(x_ptr, offset, None, start, D, BLOCK, FULL, ""))
-            largest = tl.maximum(largest, magnitude(more))
+        for more in range(BLOCK, D, BLOCK):
+            other = to_fp32(load(x_ptr, offset, None, more, D, BLOCK, FULL, ""))
+            largest = tl.maximum(largest, magnitude(other))
         scale, inverse = scales_of(tl.max(largest, axis=1))
         inverse = inverse[:, None]
         tl.store(scale_ptr + row, scale)
-        store(y_ptr, offset, None, 0, to_fp8(v * inverse), D, BLOCK, FULL)
-        for start in range(BLOCK, D, BLOCK):
-            more = to_fp32(load(x_ptr, offset, None, start, D, BLOCK, FULL, ""))
-            store(y_ptr, offset, None, start, to_fp8(more * inverse), D, BLOCK, FULL)
+        store(y_ptr, y_off, None, 0, to_fp8(v * inverse), D, BLOCK, FULL)
+        for more in range(BLOCK, D, BLOCK):
+            other = to_fp32(load(x_ptr, offset, None, more, D, BLOCK, FULL, ""))
+            store(y_ptr, y_off, None, more, to_fp8(other * inverse), D, BLOCK, FULL)
+
+
+@triton.jit
+def _statistics(ptr, row, row_mask, col, GROUPS: tl.constexpr, N: tl.constexpr):
+    """`[ROWS, BLOCK]`, or `[ROWS, 1]` for one group, of what is saved for each row and group."""
+    if GROUPS == 1:
+        return load_rows(ptr, row.to(tl.int64), row_mask)[:, None]
     else:
-        row = pid // CHUNKS + tl.arange(0, 1)
-        start = pid % CHUNKS * BLOCK
-        v = to_fp32(load(x_ptr, row * D, None, start, D, BLOCK, FULL, ""))
-        scale, v = block_scales(v, 1, BLOCK)
-        store_block_scales(scale_ptr, scale, row, None, n_rows, 1, start // COLUMNS, D // COLUMNS,
-                           0, BLOCK // COLUMNS)  # fmt: skip
-        store(y_ptr, row * D, None, start, to_fp8(v), D, BLOCK, FULL)
+        stat = row.to(tl.int64)[:, None] * GROUPS + (col // N)[None, :]
+        inside = row_mask[:, None] & (col < N * GROUPS)[None, :]
+        return tl.load(ptr + stat, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def quantize_columns_kernel(
+    x_ptr, w_ptr, b_ptr, z_ptr, mean_ptr, rstd_ptr, y_ptr, scale_ptr,
+    n_rows: tl.int64, heads: tl.int64, size1: tl.int64, size2: tl.int64,
+    x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
+    z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64,
+    N: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr, IS_RMS: tl.constexpr,
+    NORM_BEFORE_GATE: tl.constexpr, SIGMOID: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
+    ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The columns of the norm's result, quantised along them: `y` `[heads * D, padded]`, and one
+    scale for each 128 tokens, `[heads * D, padded / 128]` with strides `[1, heads * D]`.
+
+    `n_rows` tokens are padded with zeros to a multiple of 128. The result comes from `x`, `z` and
+    the saved statistics, in the forward's bits; without an `rstd_ptr` it is `x` itself.
+    """
+    D: tl.constexpr = N * GROUPS
+    TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    FULL: tl.constexpr = D % BLOCK == 0
+    overlap_launches(PDL)
+    pid = tl.program_id(0).to(tl.int64)
+    part = pid // (heads * TILES)
+    head = pid // TILES % heads
+    col_start = (pid % TILES).to(tl.int32) * BLOCK
+    col = col_start + tl.arange(0, BLOCK)
+    token = part * ROWS + tl.arange(0, ROWS)
+    row_mask = token < n_rows
+    row = token * heads + head
+    x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
+    z_off = x_off
+    if z_ptr is not None:
+        z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
+    h, z = gated_input(x_ptr, x_off, z_ptr, z_off, row_mask, col_start, D, BLOCK, FULL,
+                       NORM_BEFORE_GATE, SIGMOID)  # fmt: skip
+    if rstd_ptr is not None:
+        if not IS_RMS:
+            h = h - _statistics(mean_ptr, row, row_mask, col, GROUPS, N)
+        w, b = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, D, BLOCK)
+        rstd = _statistics(rstd_ptr, row, row_mask, col, GROUPS, N)
+        _, h = affine(h * rstd, w, b, w_ptr is not None, b_ptr is not None, ROUND_NORM,
+                      ROUND_WEIGHT)  # fmt: skip
+        if z_ptr is not None and NORM_BEFORE_GATE:
+            h = h * act_of(to_fp32(z), SIGMOID)
+        h = tl.where(row_mask[:, None], h, 0.0)
+    scale, inverse = scales_of(tl.max(magnitude(h), axis=0))
+    column = head * D + col
+    tl.store(scale_ptr + part * heads * D + column, scale, mask=col < D)
+    values = tl.trans(to_fp8(h * inverse[None, :]))
+    padded = (n_rows + ROWS - 1) // ROWS * ROWS
+    place = tl.multiple_of(column * padded, 16)[:, None] + token[None, :]
+    tl.store(y_ptr + place, values, mask=(col < D)[:, None])

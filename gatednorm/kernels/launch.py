@@ -93,7 +93,7 @@ def _hooked(runtime: Any = knobs.runtime) -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _constants(kind: Kind) -> dict[str, Any]:
+def constants_of(kind: Kind) -> dict[str, Any]:
     """The constants that all kernels of a call share."""
 
     round_norm, round_weight = (
@@ -132,7 +132,7 @@ def _sums_launcher(kernel: Any, kind: Kind, partial: bool = False) -> Launcher:
         "BLOCK": tile.block_a, "REPEATS": layout["REPEATS_A"], "WARPS": layout["WARPS_A"],
         "FULL": kind.group_size % tile.block_a == 0, "PARTIAL": partial,
     }  # fmt: skip
-    return Launcher(kernel, _constants(kind) | chunk, kind.device, tile.num_warps)
+    return Launcher(kernel, constants_of(kind) | chunk, kind.device, tile.num_warps)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,12 +142,13 @@ def _forward_launchers(
     bias = kind.dtypes[2] is not None
     tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
-    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants = constants_of(kind) | _tile_constants(kind, tile)
     sums = None
     if tile.chunks > 1 and not stats_given:
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
-    constants |= {"STATS_GIVEN": given, "HOIST": tile.hoist and not bias, "SCALING": scaling}
+    hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
+    constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling}
     main = Launcher(
         forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
     )
@@ -205,7 +206,7 @@ def _backward_launchers(
     loaded = [dtype for dtype in (kind.dtypes[0], *kind.dtypes[3:]) if dtype is not None]
     whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
     ahead = tile.ahead and whole and _since_hopper(kind.device)
-    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants = constants_of(kind) | _tile_constants(kind, tile)
     sums = None
     if tile.chunks > 1 and not sums_given:
         sums = _sums_launcher(backward_kernels.backward_sums_kernel, kind)

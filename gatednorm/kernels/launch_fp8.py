@@ -6,9 +6,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Kind
 from . import fp8 as fp8_kernels
-from .launch import Launcher, forward
+from .launch import Launcher, constants_of, forward
 from .tiles import WIDEST
 
 CHUNK = 4096  # columns of a row that a program quantises where they have scales of their own
@@ -60,4 +60,34 @@ def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
     """Write the values `y` and scales of contiguous rows `x` `[rows, K]`."""
     rows, width = x.shape
     chunks, launcher = _rows_launcher(width, x.dtype, scaling, x.device)
-    launcher(x.device, rows * chunks, [x, y, scale], (rows,))
+    launcher(x.device, rows * chunks, [x, y, scale], (rows, width))
+
+
+@functools.lru_cache(maxsize=4096)
+def _columns_launcher(kind: Kind, block: int, norm: bool) -> Launcher:
+    """`norm` tells apart what is compiled."""
+    constants = constants_of(kind) | {"ROWS": 128, "BLOCK": block}
+    return Launcher(fp8_kernels.quantize_columns_kernel, constants, kind.device, 8)
+
+
+def quantize_columns(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    y: Tensor,
+    scale: Tensor,
+    heads: int,
+) -> None:
+    """Write the values `y` `[K, padded]` and scales `[K, padded / 128]`, along the tokens, of the
+    norm's result; without `rstd`, of `x` itself."""
+    tokens = x.numel() // (call.width * heads)
+    block = min(64, max(16, 1 << (call.width - 1).bit_length()))
+    programs = -(-tokens // 128) * heads * -(-call.width // block)
+    tensors = [x, weight, bias, z, mean, rstd, y, scale]
+    numbers = (tokens, heads, *call.numbers[:-3])  # without the strides of out
+    launcher = _columns_launcher(call.kind, block, rstd is not None)
+    launcher(call.device, programs, tensors, numbers)
