@@ -192,11 +192,12 @@ def save_forward(
         y, mean, rstd = ops.forward(x, weight, bias, z, *options)
     else:
         y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
-    _save(ctx, (x, weight, bias, z, mean, rstd), options, *others)
+    save_statistics(ctx, (x, weight, bias, z, mean, rstd), options, *others)
     return y
 
 
-def _save(ctx: Any, saved: Saved, options: Options, *others: Maybe) -> None:
+def save_statistics(ctx: Any, saved: Saved, options: Options, *others: Maybe) -> None:
+    """Keep what :func:`gradients` needs, and `others` after it."""
     ctx.options, ctx.dtypes = options, [t is not None and t.dtype for t in saved]
     ctx.save_for_backward(*saved, *others)
 
@@ -419,7 +420,7 @@ for _name, _impl, _fake in (
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
+    save_statistics(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
 
 
 torch.library.register_autograd(
