@@ -8,6 +8,7 @@ wraps around it, would make a forward plus backward take half as long again (ben
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -238,7 +239,8 @@ def _backward_op(
     """:func:`run_backward` by way of the operator; `options` and then `with_output`. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
-        return tuple(_OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options))
+        given = (dy, x, weight, bias, z, mean, rstd, *options)
+        return tuple(OnceDifferentiable.apply(_backward_op, *given))
     if mean is None:
         mean = x.new_empty(0)
     *given, process_group, with_output = options
@@ -247,12 +249,14 @@ def _backward_op(
     return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The backward as a function that has no derivative itself."""
+class OnceDifferentiable(torch.autograd.Function):
+    """A backward as a function that has no derivative itself: `apply(function, *arguments)`."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
-        return _backward_op(*arguments)
+    def forward(
+        ctx: Any, function: Callable[..., tuple[Maybe, ...]], *arguments: Any
+    ) -> tuple[Maybe, ...]:
+        return function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .autograd import DEVICES, NAMESPACE, Maybe, check_shapes, needs_operator, none_to_empty
-from .call import check_tensors, describe
+from .autograd import NAMESPACE, Maybe, check_shapes, needs_operator, none_to_empty
+from .call import DEVICES, check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
 from .options import Options, make_options, one_of
 
@@ -47,9 +47,10 @@ def rms_norm_gated_fp8(
             columns. Otherwise `K = D`.
 
     Returns:
-        Values `[..., K]` in `float8_e4m3fn`, contiguous, and their scales in fp32: `[rows, K / 128]`
-        with strides `[1, rows]`, `[rows, 1]`, or the given one. `values * scale` is the result. The
-        bits are those of :func:`quantize_fp8_ref` for the norm's result in fp32.
+        Values `[..., K]` in `float8_e4m3fn`, contiguous, and their scales in fp32: for `1x128`
+        `[rows, K / 128]` with strides `[1, rows]`, for `rowwise` `[rows, 1]`, else the given one.
+        `values * scale` is the result; the bits are those of :func:`quantize_fp8_ref` for the
+        norm's result in fp32.
 
     Raises:
         ValueError, TypeError: as :func:`rms_norm_gated`; also for a scale that does not fit, for
@@ -122,7 +123,10 @@ def _run_forward(
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous `x` `[rows, K]` to values `[rows, K]` and scales of each 128 columns."""
-    return autograd.ops.quantize_rows(x) if needs_operator(x) else _run_rows(x)
+    if not needs_operator(x):
+        return _run_rows(x)
+    y, scales = autograd.ops.quantize_rows(x)
+    return y, scales
 
 
 def _run_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +155,10 @@ def norm_columns(
 ) -> tuple[Tensor, Tensor]:
     """The same of the norm's result `[tokens, K]`, from what its forward kept."""
     given = (x, weight, bias, z, mean, rstd)
-    if needs_operator(*given):
-        return autograd.ops.quantize_columns(*given, *options[:-2], heads)
-    return _run_columns(*given, options, heads)
+    if not needs_operator(*given):
+        return _run_columns(*given, options, heads)
+    y, scales = autograd.ops.quantize_columns(*given, *options[:-2], heads)
+    return y, scales
 
 
 def _run_columns(
@@ -281,8 +286,9 @@ def _split(*values: Any) -> tuple[tuple[Any, ...], str, bool, bool]:
 def _forward_impl(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, scale: Maybe, *values: Any
 ) -> tuple[Tensor, ...]:
-    options, *rest = _split(*values)
-    y, scales, mean, rstd = _run_forward(x, weight, bias, z, scale, make_options(*options), *rest)
+    options, scaling, heads, save_stats = _split(*values)
+    given = (x, weight, bias, z, scale)
+    y, scales, mean, rstd = _run_forward(*given, make_options(*options), scaling, heads, save_stats)
     return none_to_empty(x, y, scales if scale is None else None, mean, rstd)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .autograd import gradients, save_statistics
+from .autograd import OnceDifferentiable, gradients, save_statistics
 from .fp8 import forward_fp8, norm_columns, quantize_columns, quantize_rows
 from .options import Options, one_of
 
@@ -58,34 +57,38 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
         return out.view(*y.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, linear_weight = ctx.saved_tensors
-        x, weight, bias, z, mean, rstd = saved
-        dout = (dout.flatten(0, -2) if dout.dim() > 1 else dout[None]).contiguous()
-        emulated, dtype = ctx.emulated, dout.dtype
-        dy = _product(quantize_rows(dout), quantize_columns(linear_weight), dtype, emulated)
-        grads = gradients(ctx, dy.view(x.shape), tuple(saved))[:4]
-        y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
-        dlinear = _product(quantize_columns(dout), y, linear_weight.dtype, emulated)
-        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
-        return *grads, dlinear, dbias, None, None, None
+        given = (ctx, dout, *ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            grads = OnceDifferentiable.apply(_gradients, *given)
+        else:
+            grads = _gradients(*given)
+        return *grads, None, None, None
+
+
+def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """Of `x, weight, bias, z, linear_weight, linear_bias`."""
+    x, weight, bias, z, mean, rstd, linear_weight = saved
+    dout = (dout.flatten(0, -2) if dout.dim() > 1 else dout[None]).contiguous()
+    dy = _product(quantize_rows(dout), quantize_columns(linear_weight), dout.dtype, ctx.emulated)
+    grads = gradients(ctx, dy.view(x.shape), saved[:-1])[:4]
+    y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
+    dlinear = _product(quantize_columns(dout), y, linear_weight.dtype, ctx.emulated)
+    dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
+    return *grads, dlinear, dbias
 
 
 def _product(
     a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, emulated: bool
 ) -> Tensor:
     """`a @ b^T` of values `[M, K]` and `[N, K]` with their scales, to `[M, N]`."""
-    (a, scale_a), (b, scale_b) = a, b
     if emulated:
-        wide = [
-            values.float() * scale.repeat_interleave(128, 1)
-            for values, scale in ((a, scale_a), (b, scale_b))
-        ]
-        return (wide[0] @ wide[1].t()).to(dtype)
+        wide = (values.float() * scale.repeat_interleave(128, 1) for values, scale in (a, b))
+        return torch.mm(next(wide), next(wide).t()).to(dtype)
+    (a8, scale_a), (b8, scale_b) = a, b
     recipe = F.ScalingType.BlockWise1x128
     narrow = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    out = F.scaled_mm(a, b.t(), scale_a, recipe, scale_b, recipe, output_dtype=narrow)
+    out: Tensor = F.scaled_mm(a8, b8.t(), scale_a, recipe, scale_b, recipe, output_dtype=narrow)
     return out.to(dtype)
 
 

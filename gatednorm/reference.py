@@ -3,8 +3,7 @@
     gate after:   y = (norm(x) * w + b) * act(z)      norm_before_gate=True
     gate before:  y =  norm(x * act(z)) * w + b       norm_before_gate=False
 
-Nothing here is fast, and nothing on the product's own path imports it, but for the FP8 values of CPU
-tensors, which no CPU multiplies any faster.
+Nothing here is fast, and nothing on the product's own path imports it, but for FP8 on a CPU.
 """
 
 from typing import Any

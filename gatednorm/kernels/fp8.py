@@ -90,41 +90,43 @@ def store_block_scales(ptr, scale, row, row_mask, n_rows, heads, first, last,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_rows_kernel(
     x_ptr, y_ptr, scale_ptr, n_rows: tl.int64, y_s0: tl.int64,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SCALING: tl.constexpr,
-    PDL: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    SCALING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 columns. A
-    program has a chunk of a row; with one scale a row all of it, and what follows the first chunk
-    is read twice."""
+    program has a chunk of a row, or several short rows; with one scale a row all of it, and what
+    follows the first chunk is read twice."""
     overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     FULL: tl.constexpr = D % BLOCK == 0
-    row = pid + tl.arange(0, 1)
     start = 0
     if SCALING == "1x128":
-        row = pid // CHUNKS + tl.arange(0, 1)
         start = pid % CHUNKS * BLOCK
+        pid = pid // CHUNKS
+    row = pid * ROWS + tl.arange(0, ROWS)
+    row_mask = row < n_rows if ROWS > 1 else None
     offset = row * D
     # The values of a thread stay with it, as in the forward.
     y_off = tl.multiple_of(row * y_s0, 8 if D % 8 == 0 else 1)
-    v = to_fp32(load(x_ptr, offset, None, start, D, BLOCK, FULL, ""))
+    v = to_fp32(load(x_ptr, offset, row_mask, start, D, BLOCK, FULL, ""))
     if SCALING == "1x128":
-        scale, v = block_scales(v, 1, BLOCK)
-        store_block_scales(scale_ptr, scale, row, None, n_rows, n_rows * 0 + 1, start // COLUMNS,
-                           D // COLUMNS, 0, BLOCK // COLUMNS, True)  # fmt: skip
-        store(y_ptr, y_off, None, start, to_fp8(v), D, BLOCK, FULL)
+        scale, v = block_scales(v, ROWS, BLOCK)
+        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, n_rows * 0 + 1,
+                           start // COLUMNS, D // COLUMNS, 0, BLOCK // COLUMNS,
+                           True)  # fmt: skip
+        store(y_ptr, y_off, row_mask, start, to_fp8(v), D, BLOCK, FULL)
     else:
         largest = magnitude(v)
         for more in range(BLOCK, D, BLOCK):
-            other = to_fp32(load(x_ptr, offset, None, more, D, BLOCK, FULL, ""))
+            other = to_fp32(load(x_ptr, offset, row_mask, more, D, BLOCK, FULL, ""))
             largest = tl.maximum(largest, magnitude(other))
         scale, inverse = scales_of(tl.max(largest, axis=1))
         inverse = inverse[:, None]
-        tl.store(scale_ptr + row, scale)
-        store(y_ptr, y_off, None, 0, to_fp8(v * inverse), D, BLOCK, FULL)
+        tl.store(scale_ptr + row, scale, mask=row_mask)
+        store(y_ptr, y_off, row_mask, 0, to_fp8(v * inverse), D, BLOCK, FULL)
         for more in range(BLOCK, D, BLOCK):
-            other = to_fp32(load(x_ptr, offset, None, more, D, BLOCK, FULL, ""))
-            store(y_ptr, y_off, None, more, to_fp8(other * inverse), D, BLOCK, FULL)
+            other = to_fp32(load(x_ptr, offset, row_mask, more, D, BLOCK, FULL, ""))
+            store(y_ptr, y_off, row_mask, more, to_fp8(other * inverse), D, BLOCK, FULL)
 
 
 @triton.jit

@@ -45,22 +45,22 @@ def forward_fp8(
 @functools.lru_cache(maxsize=4096)
 def _rows_launcher(
     width: int, dtype: torch.dtype, scaling: str, device: torch.device
-) -> tuple[int, Launcher]:
-    """Programs a row, and the launcher; `dtype` tells apart what is compiled."""
+) -> tuple[int, int, Launcher]:
+    """Rows a program, programs a row, and the launcher; `dtype` tells apart what is compiled."""
     block = max(128, 1 << (width - 1).bit_length())
     block = min(block, WIDEST if scaling == "rowwise" else CHUNK)
-    chunks = -(-width // block)
-    constants = {"D": width, "BLOCK": block, "CHUNKS": chunks, "SCALING": scaling}
-    num_warps = max(1, min(16, block // 512))
+    rows, chunks = max(1, 2048 // block), -(-width // block)
+    constants = {"D": width, "ROWS": rows, "BLOCK": block, "CHUNKS": chunks, "SCALING": scaling}
+    num_warps = max(4, min(16, block // 512))
     launcher = Launcher(fp8_kernels.quantize_rows_kernel, constants, device, num_warps)
-    return 1 if scaling == "rowwise" else chunks, launcher
+    return rows, 1 if scaling == "rowwise" else chunks, launcher
 
 
 def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
     """Write the values `y` and scales of contiguous rows `x` `[rows, K]`."""
-    rows, width = x.shape
-    chunks, launcher = _rows_launcher(width, x.dtype, scaling, x.device)
-    launcher(x.device, rows * chunks, [x, y, scale], (rows, width))
+    n_rows, width = x.shape
+    rows, chunks, launcher = _rows_launcher(width, x.dtype, scaling, x.device)
+    launcher(x.device, -(-n_rows // rows) * chunks, [x, y, scale], (n_rows, width))
 
 
 @functools.lru_cache(maxsize=4096)
