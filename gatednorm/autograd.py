@@ -239,8 +239,8 @@ def _backward_op(
     """:func:`run_backward` by way of the operator; `options` and then `with_output`. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
-        given = (dy, x, weight, bias, z, mean, rstd, *options)
-        return tuple(OnceDifferentiable.apply(_backward_op, *given))
+        saved = (x, weight, bias, z, mean, rstd)
+        return tuple(OnceDifferentiable.apply(_backward_op, dy, *saved, *options))
     if mean is None:
         mean = x.new_empty(0)
     *given, process_group, with_output = options

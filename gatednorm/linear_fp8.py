@@ -60,10 +60,8 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         given = (ctx, dout, *ctx.saved_tensors)
         if torch.is_grad_enabled():
-            grads = OnceDifferentiable.apply(_gradients, *given)
-        else:
-            grads = _gradients(*given)
-        return *grads, None, None, None
+            return *OnceDifferentiable.apply(_gradients, *given), None, None, None
+        return *_gradients(*given), None, None, None
 
 
 def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:

@@ -37,7 +37,7 @@ CASES = [
     (Case((19,), 40), "rowwise"),  # tiles of many rows
     (Case((3,), 1000, 1, False, bias=True, norm_before_gate=False), "rowwise"),
     (Case((3,), 48, 3, numerics="qwen3_next"), "rowwise"),
-    (Case((3,), 1537, 1, gated=False, numerics="mamba2"), "rowwise"),
+    (Case((3,), 1536, 1, gated=False, numerics="mamba2"), "rowwise"),  # two pieces
     (Case((5,), 129, 1, zero_centered=True, layouts=STRIDED), "tensorwise"),
     (Case((3,), 600, 2, False, norm_before_gate=False), "tensorwise"),
     (Case((7, 2), 8, 2, layouts={"x": Layout(order=(1, 0))}), "tensorwise"),

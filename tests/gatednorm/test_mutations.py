@@ -23,7 +23,10 @@ TESTED = [
     "tests/gatednorm/conftest.py",
     *(
         f"tests/gatednorm/test_{name}.py"
-        for name in ("cpu", "functional", "kernels", "launch", "linear", "numerics", "refusals")
+        for name in (
+            "cpu", "functional", "fp8", "kernels", "launch", "linear", "linear_fp8", "numerics",
+            "refusals",
+        )
     ),
 ]  # fmt: skip
 # Fast tests first; `-x` stops at the first that notices.
@@ -49,6 +52,8 @@ SUBSETS = {
         "test_numerics.py::test_bits_of_the_reference",
         "test_numerics.py::test_gradients_take_the_rounded_values",
         "test_linear.py",
+        "test_fp8.py",
+        "test_linear_fp8.py",
         "-k", "not cpu",
     ],
     "calls": ["test_launch.py", "test_refusals.py", "test_functional.py"],
@@ -73,6 +78,8 @@ FIRST = {
     "test_refusals.py::test_bad_input": ("call: the gate",),
     "test_refusals.py::test_bad_out": ("call: columns", "call: other strides"),
     "test_linear.py": ("output", "cpu: output"),
+    "test_fp8.py": ("fp8:",),
+    "test_linear_fp8.py": ("fp8 linear",),
     "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
     "test_cpu.py::test_blocks_that_cut_inside_outer_dimensions": ("cpu: statistics", "cpu: last"),
 }  # fmt: skip
