@@ -37,7 +37,7 @@ def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
         scale.copy_(scales)
 
 
-def quantize_columns(
+def quantize_tiles(
     call: Call,
     x: Tensor,
     weight: Tensor | None,
@@ -45,8 +45,9 @@ def quantize_columns(
     z: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
-    y: Tensor,
-    scale: Tensor,
+    rows: tuple[Tensor, Tensor] | None,
+    columns: tuple[Tensor, Tensor] | None,
+    square: bool,
     heads: int,
 ) -> None:
     """As in kernels/launch_fp8.py."""
@@ -54,5 +55,10 @@ def quantize_columns(
     if rstd is not None:
         wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         forward(call, x, weight, bias, z, wide, None, None)
-    columns = wide.reshape(-1, call.width * heads).t()
-    quantize_rows(F.pad(columns, (0, y.shape[1] - columns.shape[1])), y, "1x128", scale)
+    wide = wide.reshape(-1, call.width * heads)
+    scaling = "128x128" if square else "1x128"
+    if rows is not None:
+        quantize_rows(wide, rows[0], scaling, rows[1])
+    if columns is not None:
+        wide = F.pad(wide.t(), (0, columns[0].shape[1] - len(wide)))
+        quantize_rows(wide, columns[0], scaling, columns[1])

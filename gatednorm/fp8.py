@@ -121,26 +121,23 @@ def _run_forward(
     return y, scales, mean, rstd
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous `x` `[rows, K]` to values `[rows, K]` and scales of each 128 columns."""
-    if not needs_operator(x):
-        return _run_rows(x)
-    y, scales = autograd.ops.quantize_rows(x)
-    return y, scales
+Pair = tuple[Tensor, Tensor]
 
 
-def _run_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    scales = new_scales(y, "1x128")
-    if x.numel():
-        backend(x.device.type).quantize_rows(x, y, "1x128", scales)
-    return y, scales
+def quantize(
+    x: Tensor, *, rows: bool = False, columns: bool = False, square: bool = False
+) -> list[Pair]:
+    """`x` `[M, K]`, of a multiple of 128 columns, as a product reads it: pairs of values and scales
+    along its rows `[M, K]`, along its columns `[K, padded]`, or both, in this order.
 
-
-def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` `[rows, K]` to values `[K, padded]` and scales of each 128 rows, `padded` with zeros to a
-    multiple of 128."""
-    return norm_columns(x, None, None, None, None, None, Options(), False)
+    One scale for each 128 values, or for a square of 128 times 128; rows are padded with zeros to a
+    multiple of 128 where scales run along them.
+    """
+    if needs_operator(x):
+        found = autograd.ops.quantize(x, rows, columns, square)
+    else:
+        found = _run_quantize(x, rows, columns, square)
+    return [found[i : i + 2] for i, asked in ((0, rows), (2, columns)) if asked]
 
 
 def norm_columns(
@@ -149,16 +146,24 @@ def norm_columns(
     bias: Maybe,
     z: Maybe,
     mean: Maybe,
-    rstd: Maybe,
+    rstd: Tensor,
     options: Options,
     heads: bool,
-) -> tuple[Tensor, Tensor]:
-    """The same of the norm's result `[tokens, K]`, from what its forward kept."""
+) -> Pair:
+    """The columns of the norm's result `[tokens, K]`, in squares, from what its forward kept."""
     given = (x, weight, bias, z, mean, rstd)
     if not needs_operator(*given):
         return _run_columns(*given, options, heads)
-    y, scales = autograd.ops.quantize_columns(*given, *options[:-2], heads)
+    y, scales = autograd.ops.norm_columns(*given, *options[:-2], heads)
     return y, scales
+
+
+def _run_quantize(x: Tensor, *asked: bool) -> tuple[Tensor, ...]:
+    found = _new_tiles(x, False, *asked)
+    if x.numel():
+        nothing = (None,) * 5
+        _run_tiles(x, *nothing, Options(), found, asked, 1)
+    return found
 
 
 def _run_columns(
@@ -167,28 +172,54 @@ def _run_columns(
     bias: Maybe,
     z: Maybe,
     mean: Maybe,
-    rstd: Maybe,
+    rstd: Tensor,
     options: Options,
     heads: bool,
-) -> tuple[Tensor, Tensor]:
-    call = describe(x, weight, bias, z, None, options._replace(out_dtype=torch.float32))
-    y, scales = _new_columns(x, heads)
+) -> Pair:
+    asked = (False, True, True)
+    found = _new_tiles(x, heads, *asked)
     if x.numel():
         mean = None if options.is_rms_norm else mean
         n_heads = x.shape[-2] if heads else 1
-        backend(x.device.type).quantize_columns(
-            call, x, weight, bias, z, mean, rstd, y, scales, n_heads
-        )
-    return y, scales
+        _run_tiles(x, weight, bias, z, mean, rstd, options, found, asked, n_heads)
+    return found[2], found[3]
 
 
-def _new_columns(x: Tensor, heads: bool) -> tuple[Tensor, Tensor]:
+def _run_tiles(
+    x: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    z: Maybe,
+    mean: Maybe,
+    rstd: Maybe,
+    options: Options,
+    found: tuple[Tensor, ...],
+    asked: tuple[bool, ...],
+    heads: int,
+) -> None:
+    rows, columns, square = asked
+    call = describe(x, weight, bias, z, None, options._replace(out_dtype=torch.float32))
+    backend(x.device.type).quantize_tiles(
+        call, x, weight, bias, z, mean, rstd, found[:2] if rows else None,
+        found[2:] if columns else None, square, heads,
+    )  # fmt: skip
+
+
+def _new_tiles(
+    x: Tensor, heads: bool, rows: bool, columns: bool, square: bool
+) -> tuple[Tensor, ...]:
+    """Memory for values and scales along rows, and along columns; of no elements for what is not
+    asked for."""
     *outer, width = _shape(x, heads)
     tokens = 1
     for size in outer:
         tokens = tokens * size
-    y = x.new_empty((width, (tokens + 127) // 128 * 128), dtype=torch.float8_e4m3fn)
-    return y, new_scales(y, "1x128")
+    padded = (tokens + 127) // 128 * 128
+    found = []
+    for asked, shape in ((rows, (tokens, width)), (columns, (width, padded))):
+        y = x.new_empty(shape if asked else (0, 0), dtype=torch.float8_e4m3fn)
+        found += [y, new_scales(y, "128x128" if square else "1x128")]
+    return tuple(found)
 
 
 def backend(device_type: str) -> ModuleType:
@@ -204,6 +235,8 @@ def _shape(x: Tensor, heads: bool) -> tuple[Any, ...]:
 def new_scales(y: Tensor, scaling: str) -> Tensor:
     """Memory for the scales of `y` `[rows, K]`."""
     rows, width = y.shape
+    if scaling == "128x128":
+        return y.new_empty((rows // 128, width // 128), dtype=torch.float32)
     blocks = width // 128 if scaling == "1x128" else 1
     return y.new_empty((blocks, rows), dtype=torch.float32).t()
 
@@ -271,10 +304,13 @@ _library.define(
 )
 
 
-_library.define("quantize_rows(Tensor x) -> (Tensor y, Tensor scales)")
 _library.define(
-    "quantize_columns(Tensor x, Tensor? weight, Tensor? bias, Tensor? z, Tensor? mean, "
-    f"Tensor? rstd, {_NORM}, bool heads) -> (Tensor y, Tensor scales)"
+    "quantize(Tensor x, bool rows, bool columns, bool square) "
+    "-> (Tensor rows, Tensor row_scales, Tensor columns, Tensor column_scales)"
+)
+_library.define(
+    "norm_columns(Tensor x, Tensor? weight, Tensor? bias, Tensor? z, Tensor? mean, Tensor rstd, "
+    f"{_NORM}, bool heads) -> (Tensor columns, Tensor scales)"
 )
 
 
@@ -314,26 +350,26 @@ def _forward_fake(
     return none_to_empty(x, y, scales, mean, rstd)
 
 
-def _rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return y, new_scales(y, "1x128")
+def _quantize_fake(x: Tensor, *asked: bool) -> tuple[Tensor, ...]:
+    return _new_tiles(x, False, *asked)
 
 
-def _columns_impl(x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Maybe, rstd: Maybe,
-                  *values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _columns_impl(
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Maybe, rstd: Tensor, *values: Any
+) -> Pair:
     *norm, heads = values
     options = make_options(*norm, None, None)
     return _run_columns(x, weight, bias, z, mean, rstd, options, heads)
 
 
-def _columns_fake(x: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
-    return _new_columns(x, values[-1])
+def _columns_fake(x: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    return _new_tiles(x, values[-1], False, True, True)[2:]
 
 
 for _name, _impl, _fake in (
     ("forward_fp8", _forward_impl, _forward_fake),
-    ("quantize_rows", _run_rows, _rows_fake),
-    ("quantize_columns", _columns_impl, _columns_fake),
+    ("quantize", _run_quantize, _quantize_fake),
+    ("norm_columns", _columns_impl, _columns_fake),
 ):
     for _device in DEVICES:
         _library.impl(_name, _impl, _device.upper())

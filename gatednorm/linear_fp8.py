@@ -1,13 +1,13 @@
 """The gated norm and the projection after it with products of FP8, forward and backward.
 
-One recipe for all three products: both operands in `float8_e4m3fn`, one scale for each 128 values
-along the sum, sums and scales in fp32 (`ScalingType.BlockWise1x128` of `scaled_mm`).
+The first operand of each product has one scale for each 128 values along the sum (`BlockWise1x128`
+of `scaled_mm`), the second one for a square of 128 times 128 (`BlockWise128x128`):
 
     out = y @ W^T          y along its rows, by the norm's forward; W along its rows
-    dy  = dout @ W         dout along its rows, W along its columns
+    dy  = dout @ W         dout along its rows; W along its columns
     dW  = dout^T @ y       dout along its columns; y along its columns, from x, z and the statistics
 
-Gradients pass straight through the rounding.
+Values are `float8_e4m3fn`, scales fp32. Gradients pass straight through the rounding.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import OnceDifferentiable, gradients, save_statistics
-from .fp8 import forward_fp8, norm_columns, quantize_columns, quantize_rows
+from .fp8 import Pair, forward_fp8, norm_columns, quantize
 from .options import Options, one_of
 
 PRECISIONS = ("fp8", "fp8_emulated")
@@ -51,7 +51,8 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
         ctx.heads, ctx.emulated = heads, emulated
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
         rows = y.flatten(0, -2) if y.dim() > 1 else y[None]
-        out = _product((rows, scales), quantize_rows(linear_weight), dtype, emulated)
+        (columns,) = quantize(linear_weight, rows=True, square=True)
+        out = _product((rows, scales), columns, dtype, emulated)
         if linear_bias is not None:
             out = out + linear_bias.to(dtype)
         return out.view(*y.shape[:-1], -1)
@@ -68,26 +69,34 @@ def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]
     """Of `x, weight, bias, z, linear_weight, linear_bias`."""
     x, weight, bias, z, mean, rstd, linear_weight = saved
     dout = (dout.flatten(0, -2) if dout.dim() > 1 else dout[None]).contiguous()
-    dy = _product(quantize_rows(dout), quantize_columns(linear_weight), dout.dtype, ctx.emulated)
+    rows, columns = quantize(dout, rows=True, columns=True)
+    (of_weight,) = quantize(linear_weight, columns=True, square=True)
+    dy = _product(rows, of_weight, dout.dtype, ctx.emulated)
     grads = gradients(ctx, dy.view(x.shape), saved[:-1])[:4]
     y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
-    dlinear = _product(quantize_columns(dout), y, linear_weight.dtype, ctx.emulated)
+    dlinear = _product(columns, y, linear_weight.dtype, ctx.emulated)
     dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
     return *grads, dlinear, dbias
 
 
-def _product(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, emulated: bool
-) -> Tensor:
-    """`a @ b^T` of values `[M, K]` and `[N, K]` with their scales, to `[M, N]`."""
-    if emulated:
-        wide = (values.float() * scale.repeat_interleave(128, 1) for values, scale in (a, b))
-        return torch.mm(next(wide), next(wide).t()).to(dtype)
+def _product(a: Pair, b: Pair, dtype: torch.dtype, emulated: bool) -> Tensor:
+    """`a @ b^T` to `[M, N]`: `a` `[M, K]` with scales `[M, K / 128]`, `b` `[N, K]` with scales
+    `[N / 128, K / 128]`."""
     (a8, scale_a), (b8, scale_b) = a, b
-    recipe = F.ScalingType.BlockWise1x128
+    if emulated:
+        wide_a = a8.float() * scale_a.repeat_interleave(128, 1)
+        wide_b = b8.float() * scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return torch.mm(wide_a, wide_b.t()).to(dtype)
+    rows = len(a8)
+    if rows % 4:  # cuBLAS reads four scales at a time
+        a8 = F.pad(a8.view(torch.uint8), (0, 0, 0, -rows % 4)).view(a8.dtype)
+        scale_a = F.pad(scale_a.t(), (0, -rows % 4)).t()
+    if scale_b.shape[1] % 4:
+        scale_b = F.pad(scale_b, (0, -scale_b.shape[1] % 4))
+    one, square = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     narrow = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    out: Tensor = F.scaled_mm(a8, b8.t(), scale_a, recipe, scale_b, recipe, output_dtype=narrow)
-    return out.to(dtype)
+    out = F.scaled_mm(a8, b8.t(), scale_a, one, scale_b.t(), square, output_dtype=narrow)
+    return out[:rows].to(dtype)
 
 
 def check_precision(precision: str, x: Tensor, linear_weight: Tensor) -> bool:

@@ -120,21 +120,24 @@ def quantize_fp8_ref(
     once it is multiplied. With a given scale what exceeds 448 becomes 448.
 
     Args:
-        y: `[rows, K]` in fp32; of `1x128`, `K` is a multiple of 128.
-        scaling: `1x128`, `rowwise`, or `tensorwise` with a given scale.
+        y: `[rows, K]` in fp32; of `1x128`, `K` is a multiple of 128, of `128x128` rows too.
+        scaling: `1x128`, `rowwise`, `tensorwise` with a given scale, or `128x128`, as a product
+            reads its weight.
         scale: one fp32 number, of `tensorwise` alone.
 
     Returns:
         Values `[rows, K]` in `float8_e4m3fn`; scales in fp32, `[rows, K / 128]` with strides
-        `[1, rows]`, `[rows, 1]`, or the given one.
+        `[1, rows]`, `[rows, 1]`, the given one, or `[rows / 128, K / 128]`.
     """
-    columns = 128 if scaling == "1x128" else y.shape[-1]
-    parts = rearrange(y, "rows (blocks columns) -> rows blocks columns", columns=columns)
-    if scaling != "tensorwise":
-        amax = parts.abs().amax(-1).clamp(min=1e-12)
-        scale = (amax * (1 / 448)).t().contiguous().t()
-    assert scale is not None  # it is given
-    inverse = 1 / scale
-    parts = parts * (inverse if scaling == "tensorwise" else inverse[..., None])
-    values = parts.clamp(-448, 448).to(torch.float8_e4m3fn)
-    return rearrange(values, "rows blocks columns -> rows (blocks columns)"), scale
+    if scaling == "tensorwise":
+        assert scale is not None  # it is given
+        return (y * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    columns = y.shape[-1] if scaling == "rowwise" else 128
+    rows = 128 if scaling == "128x128" else 1
+    pattern = "(m rows) (k columns) -> m k rows columns"
+    parts = rearrange(y, pattern, rows=rows, columns=columns)
+    amax = parts.abs().amax((-2, -1)).clamp(min=1e-12)
+    scale = amax * (1 / 448)
+    values = (parts * (1 / scale)[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    values = rearrange(values, "m k rows columns -> (m rows) (k columns)")
+    return values, scale if scaling == "128x128" else scale.t().contiguous().t()

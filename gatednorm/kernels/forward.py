@@ -10,7 +10,7 @@ several ranks (distributed.py). Names: rows.py.
 import triton
 import triton.language as tl
 
-from .fp8 import COLUMNS, block_scales, magnitude, scales_of, store_block_scales, to_fp8
+from .fp8 import COLUMNS, block_scales, inverse_of, magnitude, scales_of, store_block_scales, to_fp8
 from .rows import (
     UNSPECIALIZED,
     act_of,
@@ -48,28 +48,29 @@ def _result(u, z, rstd, w_ptr, b_ptr, w, b, col_start, WEIGHT_OFFSET: tl.constex
 
 
 @triton.jit
-def _write(h, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group, col_start,
+def _write(h, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group, col_start,
            N: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-           FULL: tl.constexpr, SCALING: tl.constexpr, LONG: tl.constexpr):  # fmt: skip
+           FULL: tl.constexpr, SCALING: tl.constexpr, HEADS: tl.constexpr,
+           LONG: tl.constexpr):  # fmt: skip
     """One piece to memory, in the dtype of `y_ptr`, or as FP8 values and their scales."""
     if SCALING == "1x128":
         BLOCKS: tl.constexpr = N // COLUMNS
         scale, h = block_scales(h, ROWS, BLOCK)
+        store(y_ptr, y_off, row_mask, col_start, to_fp8(h), N, BLOCK, FULL)
         first = group * BLOCKS
-        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, heads,
-                           first + col_start // COLUMNS, first + BLOCKS, GROUPS * BLOCKS,
-                           BLOCK // COLUMNS, LONG)  # fmt: skip
-    elif SCALING is not None:
-        h = h * inverse
-    if SCALING is not None:
-        h = to_fp8(h)
-    store(y_ptr, y_off, row_mask, col_start, h, N, BLOCK, FULL)
+        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, first + col_start // COLUMNS,
+                           first + BLOCKS, HEADS, GROUPS * BLOCKS, BLOCK // COLUMNS,
+                           LONG)  # fmt: skip
+    else:
+        if SCALING is not None:
+            h = to_fp8(h * inverse)
+        store(y_ptr, y_off, row_mask, col_start, h, N, BLOCK, FULL)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     x_ptr, w_ptr, b_ptr, z_ptr, y_ptr, mean_ptr, rstd_ptr, scale_ptr,
-    n_rows: tl.int64, heads: tl.int64, size1: tl.int64, size2: tl.int64,
+    n_rows: tl.int64, size1: tl.int64, size2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64,
     y_s0: tl.int64, y_s1: tl.int64, y_s2: tl.int64,
@@ -80,14 +81,15 @@ def forward_kernel(
     FULL: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr,
     IS_RMS: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr, SIGMOID: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr,
-    STATS_GIVEN: tl.constexpr, HOIST: tl.constexpr, SCALING: tl.constexpr, PDL: tl.constexpr,
+    STATS_GIVEN: tl.constexpr, HOIST: tl.constexpr, SCALING: tl.constexpr, HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y = (norm(x) * w + b) * act(z), or norm(x * act(z)) * w + b unless NORM_BEFORE_GATE.
 
     norm(u) = (u - mean(u)) * rstd, rstd = 1 / sqrt(mean((u - mean(u))^2) + eps), mean(u) = 0 for
     RMS. Mamba-2 (arXiv 2405.21060) gates before the norm, Gated DeltaNet (arXiv 2412.06464) after.
 
-    SCALING: y is FP8 with scales of each 128 columns of a row of all `heads`, of each row (of one
+    SCALING: y is FP8 with scales of each 128 columns of a row of HEADS heads, of each row (of one
     program), or a given one.
     """
     GATE_HERE: tl.constexpr = z_ptr is not None and NORM_BEFORE_GATE
@@ -162,29 +164,29 @@ def forward_kernel(
             tl.store(rstd_ptr + stat, rstd, mask=row_mask)
     inverse = 1.0
     if SCALING == "tensorwise":
-        inverse = tl.div_rn(tl.full([], 1.0, tl.float32), tl.load(scale_ptr))
+        inverse = inverse_of(tl.load(scale_ptr + tl.arange(0, 1)))[:, None]
     h_a = _result(u_a, z_a, rstd, w_ptr, b_ptr, w_a, b_a, col_start, WEIGHT_OFFSET, N, BLOCK_A,
                   GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
     if SCALING != "rowwise":
-        _write(h_a, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group,
-               col_start, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, LONG)  # fmt: skip
+        _write(h_a, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group,
+               col_start, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, HEADS, LONG)  # fmt: skip
     if BLOCK_B > 0:
         h_b = _result(u_b, z_b, rstd, w_ptr, b_ptr, w_b, b_b, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B,
                       GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
         if SCALING != "rowwise":
-            _write(h_b, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, heads, group,
-                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, LONG)  # fmt: skip
+            _write(h_b, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group,
+                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, HEADS, LONG)  # fmt: skip
     if SCALING == "rowwise":
         largest = tl.max(magnitude(h_a), axis=1)
         if BLOCK_B > 0:
             largest = tl.maximum(largest, tl.max(magnitude(h_b), axis=1))
         scale, inverse = scales_of(largest)
         tl.store(scale_ptr + row, scale, mask=row_mask)
-        _write(h_a, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, heads, group,
-               0, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, LONG)  # fmt: skip
+        _write(h_a, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, group,
+               0, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, HEADS, LONG)  # fmt: skip
         if BLOCK_B > 0:
-            _write(h_b, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, heads,
-                   group, BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, LONG)  # fmt: skip
+            _write(h_b, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, group,
+                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, HEADS, LONG)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

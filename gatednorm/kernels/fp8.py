@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .rows import (
     INTERPRETED,
+    NVIDIA,
     UNSPECIALIZED,
     act_of,
     affine,
@@ -53,10 +54,21 @@ def magnitude(v):
 
 
 @triton.jit
+def inverse_of(scale):
+    """`1 / scale`, rounded once."""
+    if NVIDIA:  # shorter than a division
+        return tl.inline_asm_elementwise(
+            "rcp.rn.f32 $0, $1;", "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
 def scales_of(largest):
     """The scale, and what to multiply by, from the bits of the largest magnitude."""
     scale = tl.maximum(largest, LEAST).to(tl.float32, bitcast=True) * INVERSE_LARGEST
-    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return scale, inverse_of(scale)
 
 
 @triton.jit
@@ -69,18 +81,19 @@ def block_scales(v, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_block_scales(ptr, scale, row, row_mask, n_rows, heads, first, last,
+def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, HEADS: tl.constexpr,
                        HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
                        LONG: tl.constexpr):  # fmt: skip
     """`scale` `[ROWS, BLOCKS]` of the blocks from `first` to before `last` of a head; the scales
     `[tokens, blocks]` lie with strides `[1, tokens]`. Rows have 64 bits if `LONG`."""
     if not LONG:
         row = row.to(tl.uint32)
-        heads = heads.to(tl.uint32)
         n_rows = n_rows.to(tl.uint32)
     block = first + tl.arange(0, BLOCKS)
-    place = (row % heads).to(tl.int64)[:, None] * HEAD_BLOCKS + block[None, :]
-    ptr = ptr + place * (n_rows // heads) + (row // heads).to(tl.int64)[:, None]
+    place = block[None, :]
+    if HEADS > 1:
+        place = (row % HEADS * HEAD_BLOCKS)[:, None] + place
+    ptr = ptr + place.to(tl.int64) * (n_rows // HEADS) + (row // HEADS)[:, None]
     mask = (block < last)[None, :]
     if row_mask is not None:
         mask = mask & row_mask[:, None]
@@ -111,10 +124,9 @@ def quantize_rows_kernel(
     v = to_fp32(load(x_ptr, offset, row_mask, start, D, BLOCK, FULL, ""))
     if SCALING == "1x128":
         scale, v = block_scales(v, ROWS, BLOCK)
-        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, n_rows * 0 + 1,
-                           start // COLUMNS, D // COLUMNS, 0, BLOCK // COLUMNS,
-                           True)  # fmt: skip
         store(y_ptr, y_off, row_mask, start, to_fp8(v), D, BLOCK, FULL)
+        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, start // COLUMNS,
+                           D // COLUMNS, 1, 0, BLOCK // COLUMNS, True)  # fmt: skip
     else:
         largest = magnitude(v)
         for more in range(BLOCK, D, BLOCK):
@@ -136,59 +148,84 @@ def _statistics(ptr, row, row_mask, col, GROUPS: tl.constexpr, N: tl.constexpr):
         return load_rows(ptr, row.to(tl.int64), row_mask)[:, None]
     else:
         stat = row.to(tl.int64)[:, None] * GROUPS + (col // N)[None, :]
-        inside = row_mask[:, None] & (col < N * GROUPS)[None, :]
-        return tl.load(ptr + stat, mask=inside, other=0.0)
+        return tl.load(ptr + stat, mask=row_mask[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def quantize_columns_kernel(
-    x_ptr, w_ptr, b_ptr, z_ptr, mean_ptr, rstd_ptr, y_ptr, scale_ptr,
-    n_rows: tl.int64, heads: tl.int64, size1: tl.int64, size2: tl.int64,
+def quantize_tiles_kernel(
+    x_ptr, w_ptr, b_ptr, z_ptr, mean_ptr, rstd_ptr, rows_ptr, row_scale_ptr, cols_ptr,
+    col_scale_ptr, n_rows: tl.int64, size1: tl.int64, size2: tl.int64,
     x_s0: tl.int64, x_s1: tl.int64, x_s2: tl.int64,
     z_s0: tl.int64, z_s1: tl.int64, z_s2: tl.int64,
-    N: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, SQUARE: tl.constexpr,
     DIMS: tl.constexpr, ALIGN: tl.constexpr, LONG: tl.constexpr, IS_RMS: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr, SIGMOID: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_WEIGHT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The columns of the norm's result, quantised along them: `y` `[heads * D, padded]`, and one
-    scale for each 128 tokens, `[heads * D, padded / 128]` with strides `[1, heads * D]`.
+    """A tile of 128 tokens and 128 columns of the norm's result `[n_rows, K]`, K = HEADS * N *
+    GROUPS, along its rows, its columns, or both; what is not asked for has no pointer.
 
-    `n_rows` tokens are padded with zeros to a multiple of 128. The result comes from `x`, `z` and
-    the saved statistics, in the forward's bits; without an `rstd_ptr` it is `x` itself.
+    Along rows: values `[n_rows, K]`, scales `[n_rows, K / 128]` with strides `[1, n_rows]`. Along
+    columns: values `[K, padded]`, scales `[K, padded / 128]` with strides `[1, K]`, where the
+    tokens are padded with zeros to a multiple of 128. SQUARE: one scale a tile, contiguous. The
+    result comes from `x`, `z` and the saved statistics, in the forward's bits; without an
+    `rstd_ptr` it is `x` itself.
     """
     D: tl.constexpr = N * GROUPS
-    TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    FULL: tl.constexpr = D % BLOCK == 0
+    K: tl.constexpr = HEADS * D
+    BLOCKS: tl.constexpr = K // COLUMNS
     overlap_launches(PDL)
-    pid = tl.program_id(0).to(tl.int64)
-    part = pid // (heads * TILES)
-    head = pid // TILES % heads
-    col_start = (pid % TILES).to(tl.int32) * BLOCK
-    col = col_start + tl.arange(0, BLOCK)
-    token = part * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    part = pid // BLOCKS
+    block = pid % BLOCKS
+    column = block * COLUMNS
+    col_start = column % D
+    token = part * COLUMNS + tl.arange(0, COLUMNS)
+    if LONG:
+        token = token.to(tl.int64)
     row_mask = token < n_rows
-    row = token * heads + head
+    row = token * HEADS + column // D
     x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)
     z_off = x_off
     if z_ptr is not None:
         z_off = row_offset(row, size1, size2, z_s0, z_s1, z_s2, DIMS, ALIGN, LONG)
-    h, z = gated_input(x_ptr, x_off, z_ptr, z_off, row_mask, col_start, D, BLOCK, FULL,
+    h, z = gated_input(x_ptr, x_off, z_ptr, z_off, row_mask, col_start, D, COLUMNS, True,
                        NORM_BEFORE_GATE, SIGMOID)  # fmt: skip
     if rstd_ptr is not None:
+        col = col_start + tl.arange(0, COLUMNS)
         if not IS_RMS:
             h = h - _statistics(mean_ptr, row, row_mask, col, GROUPS, N)
-        w, b = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, D, BLOCK)
+        w, b = load_parameters(w_ptr, b_ptr, col_start, WEIGHT_OFFSET, D, COLUMNS)
         rstd = _statistics(rstd_ptr, row, row_mask, col, GROUPS, N)
         _, h = affine(h * rstd, w, b, w_ptr is not None, b_ptr is not None, ROUND_NORM,
                       ROUND_WEIGHT)  # fmt: skip
         if z_ptr is not None and NORM_BEFORE_GATE:
             h = h * act_of(to_fp32(z), SIGMOID)
         h = tl.where(row_mask[:, None], h, 0.0)
-    scale, inverse = scales_of(tl.max(magnitude(h), axis=0))
-    column = head * D + col
-    tl.store(scale_ptr + part * heads * D + column, scale, mask=col < D)
-    values = tl.trans(to_fp8(h * inverse[None, :]))
-    padded = (n_rows + ROWS - 1) // ROWS * ROWS
-    place = tl.multiple_of(column * padded, 16)[:, None] + token[None, :]
-    tl.store(y_ptr + place, values, mask=(col < D)[:, None])
+    parts = (n_rows + COLUMNS - 1) // COLUMNS
+    size = magnitude(h)
+    tile_rows = tl.reshape(row_mask, [COLUMNS, 1])
+    along = tl.arange(0, COLUMNS)
+    if SQUARE:
+        scale, inverse = scales_of(tl.max(tl.max(size, axis=1), axis=0))
+        values = to_fp8(h * inverse)
+        if rows_ptr is not None:
+            tl.store(row_scale_ptr + part.to(tl.int64) * BLOCKS + block, scale)
+        if cols_ptr is not None:
+            tl.store(col_scale_ptr + block * parts + part, scale)
+    if rows_ptr is not None:
+        if not SQUARE:
+            scale, inverse = scales_of(tl.max(size, axis=1))
+            values = to_fp8(h * inverse[:, None])
+            tl.store(row_scale_ptr + block * n_rows + token, scale, mask=row_mask)
+        # The values of a thread stay with it, as in the forward.
+        place = tl.multiple_of(token.to(tl.int64) * K + column, 8)
+        tl.store(rows_ptr + place[:, None] + along[None, :], values, mask=tile_rows)
+    if cols_ptr is not None:
+        if not SQUARE:
+            scale, inverse = scales_of(tl.max(size, axis=0))
+            values = to_fp8(h * inverse[None, :])
+            tl.store(col_scale_ptr + part.to(tl.int64) * K + column + along, scale)
+        place = (column + along).to(tl.int64) * (parts * COLUMNS) + part * COLUMNS
+        place = tl.multiple_of(place, 16)
+        tl.store(cols_ptr + place[:, None] + along[None, :], tl.trans(values))

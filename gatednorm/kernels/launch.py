@@ -137,7 +137,11 @@ def _sums_launcher(kernel: Any, kind: Kind, partial: bool = False) -> Launcher:
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launchers(
-    kind: Kind, save_stats: bool, stats_given: bool = False, scaling: str | None = None
+    kind: Kind,
+    save_stats: bool,
+    stats_given: bool = False,
+    scaling: str | None = None,
+    heads: int = 1,
 ) -> tuple[Tile, Launcher, Launcher | None]:
     bias = kind.dtypes[2] is not None
     tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
@@ -148,7 +152,7 @@ def _forward_launchers(
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
     hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
-    constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling}
+    constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
     main = Launcher(
         forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
     )
@@ -181,7 +185,7 @@ def forward(
 ) -> None:
     """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given; with
     `scaling` FP8 values, and `scale` unless that is given (launch_fp8.py)."""
-    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given, scaling)
+    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given, scaling, heads)
     numbers, eps, n_rows = call.numbers, call.options.eps, x.numel() // call.width
     if sums is not None:
         if rstd is None:
@@ -191,7 +195,7 @@ def forward(
         sums(call.device, n_rows * call.n_groups, [x, z, mean, rstd], inputs)
     tiles = -(-n_rows // tile.rows) * call.n_groups * tile.chunks
     tensors = [x, weight, bias, z, out, mean, rstd, scale]
-    main(call.device, tiles, tensors, (n_rows, heads, *numbers, eps))
+    main(call.device, tiles, tensors, (n_rows, *numbers, eps))
 
 
 @functools.lru_cache(maxsize=4096)

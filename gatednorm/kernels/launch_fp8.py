@@ -6,11 +6,13 @@ import functools
 import torch
 from torch import Tensor
 
-from ..call import Call, Kind
+from ..call import Call, Kind, describe
+from ..options import Options
 from . import fp8 as fp8_kernels
 from .launch import Launcher, constants_of, forward
 from .tiles import WIDEST
 
+TILE_WARPS = 16  # of a tile of 128 times 128
 CHUNK = 4096  # columns of a row that a program quantises where they have scales of their own
 
 
@@ -64,13 +66,15 @@ def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _columns_launcher(kind: Kind, block: int, norm: bool) -> Launcher:
-    """`norm` tells apart what is compiled."""
-    constants = constants_of(kind) | {"ROWS": 128, "BLOCK": block}
-    return Launcher(fp8_kernels.quantize_columns_kernel, constants, kind.device, 8)
+def _tiles_launcher(
+    kind: Kind, heads: int, square: bool, norm: bool, rows: bool, columns: bool
+) -> Launcher:
+    """The last three tell apart what is compiled."""
+    constants = constants_of(kind) | {"HEADS": heads, "SQUARE": square}
+    return Launcher(fp8_kernels.quantize_tiles_kernel, constants, kind.device, TILE_WARPS)
 
 
-def quantize_columns(
+def quantize_tiles(
     call: Call,
     x: Tensor,
     weight: Tensor | None,
@@ -78,16 +82,26 @@ def quantize_columns(
     z: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
-    y: Tensor,
-    scale: Tensor,
+    rows: tuple[Tensor, Tensor] | None,
+    columns: tuple[Tensor, Tensor] | None,
+    square: bool,
     heads: int,
 ) -> None:
-    """Write the values `y` `[K, padded]` and scales `[K, padded / 128]`, along the tokens, of the
-    norm's result; without `rstd`, of `x` itself."""
+    """Write the values and scales of `rows`, `columns` or both of the norm's result `[tokens, K]`;
+    without `rstd`, of `x` itself. `square`: one scale for 128 of each."""
+    if call.width % 128:  # a tile has several heads
+        wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        forward(call, x, weight, bias, z, wide, None, None)
+        wide = wide.view(-1, heads * call.width)
+        plain = describe(wide, None, None, None, None, Options())
+        quantize_tiles(plain, wide, None, None, None, None, None, rows, columns, square, 1)
+        return
     tokens = x.numel() // (call.width * heads)
-    block = min(64, max(16, 1 << (call.width - 1).bit_length()))
-    programs = -(-tokens // 128) * heads * -(-call.width // block)
-    tensors = [x, weight, bias, z, mean, rstd, y, scale]
-    numbers = (tokens, heads, *call.numbers[:-3])  # without the strides of out
-    launcher = _columns_launcher(call.kind, block, rstd is not None)
+    programs = -(-tokens // 128) * (call.width * heads // 128)
+    no_pair = (None, None)
+    tensors = [x, weight, bias, z, mean, rstd, *(rows or no_pair), *(columns or no_pair)]
+    launcher = _tiles_launcher(
+        call.kind, heads, square, rstd is not None, rows is not None, columns is not None
+    )
+    numbers = (tokens, *call.numbers[:-3])  # without the strides of out
     launcher(call.device, programs, tensors, numbers)

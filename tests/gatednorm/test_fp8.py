@@ -90,20 +90,23 @@ def test_bytes_and_scales(path, case, scaling, heads):
         assert (scales.shape, scales.stride()) == layout[scaling]
 
 
-@pytest.mark.parametrize("scaling", ["1x128", "rowwise"])
+@pytest.mark.parametrize("scaling", ["1x128", "rowwise", "128x128"])
 def test_the_reference_against_float64(scaling):
     """The largest value of what shares a scale is 448, and no value is off by more than half a step
     of its three bits, or of the smallest numbers."""
-    y = torch.randn(9, 512, generator=torch.Generator().manual_seed(0)) * 3
-    y *= torch.logspace(-8, 8, 9)[:, None]
+    y = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 3
+    y *= torch.logspace(-8, 8, 256)[:, None]
     values, scales = quantize_fp8_ref(y, scaling)
-    columns = 128 if scaling == "1x128" else 512
-    wide = scales.double().repeat_interleave(columns, 1)
-    assert (values.float().view(9, -1, columns).abs().amax(-1) == 448).all()
+    rows, columns = 256 // len(scales), 512 // scales.shape[1]
+    wide = scales.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+    def largest(t):
+        return t.double().abs().view(256 // rows, rows, 512 // columns, columns).amax((1, 3))
+
+    assert (largest(values) == 448).all()
     error = (values.double() * wide - y.double()).abs()
     assert (error <= torch.maximum(y.double().abs() * 2**-4, wide * 2**-10) * 1.0001).all()
-    exact = y.double().view(9, -1, columns).abs().amax(-1) / 448
-    assert ((scales / exact - 1).abs() < 1e-6).all()
+    assert ((scales / (largest(y) / 448) - 1).abs() < 1e-6).all()
 
 
 def test_the_conversion_rounds_as_torch_does(kernels):
@@ -218,12 +221,12 @@ def test_wide_rows(kernels, monkeypatch):
 
 
 COLUMNS = [
-    (Case((130,), 40), False),
-    (Case((3,), 32, 3, norm_before_gate=False, layouts=STRIDED), False),
-    (Case((2, 5), 96, 1, False, bias=True, numerics="qwen3_next"), False),
-    (Case((5, 3), 24, 2, False, activation="sigmoid", zero_centered=True), True),
-    (Case((2, 3, 4), 16, weight=False), True),
-    (Case((3,), 16, gated=False, layouts={"x": Layout(expand=True)}), False),
+    (Case((130,), 128), False),
+    (Case((3,), 64, 6, norm_before_gate=False, layouts=STRIDED), False),
+    (Case((2, 5), 256, 1, False, bias=True, numerics="qwen3_next"), False),
+    (Case((5, 3), 64, 4, False, activation="sigmoid", zero_centered=True), True),
+    (Case((2, 3, 4), 32, weight=False), True),  # a tile has several heads
+    (Case((3,), 128, gated=False, layouts={"x": Layout(expand=True)}), False),
 ]
 
 
@@ -235,18 +238,27 @@ def test_columns_of_the_result(path, case, heads):
     wide, mean, rstd = gatednorm.layernorm_forward(*given, **options, out_dtype=torch.float32)
     values = [options[name] for name in gatednorm.options.Options._fields[:-2]]
     made = gatednorm.options.make_options(*values, None, None)
-    y, scales = fp8.norm_columns(*given, mean, rstd, made, heads)
+    found = fp8.norm_columns(*given, mean, rstd, made, heads)
     columns = wide.reshape(-1, case.width * (case.outer[-1] if heads else 1)).t()
     padded = F.pad(columns, (0, -columns.shape[1] % 128))
-    assert all(map(same_bits, (y, scales), quantize_fp8_ref(padded)))
-    assert scales.stride() == (1, len(y))
+    assert all(map(same_bits, found, quantize_fp8_ref(padded, "128x128")))
 
 
-def test_rows_and_columns_of_a_tensor(path):
-    x = torch.randn(37, 384, device=path.device)
-    assert all(map(same_bits, fp8.quantize_rows(x), quantize_fp8_ref(x)))
-    padded = F.pad(x.t(), (0, 128 - 37))
-    assert all(map(same_bits, fp8.quantize_columns(x), quantize_fp8_ref(padded)))
+@pytest.mark.parametrize("asked", ["rows", "columns", "both"])
+@pytest.mark.parametrize("square", [False, True], ids=["1x128", "128x128"])
+def test_rows_and_columns_of_a_tensor(path, asked, square):
+    rows = 256 if square else 133
+    x = torch.randn(rows, 384, device=path.device)
+    scaling = "128x128" if square else "1x128"
+    wanted = [x, F.pad(x.t(), (0, -rows % 128))]
+    wanted = {"rows": wanted[:1], "columns": wanted[1:], "both": wanted}[asked]
+    sides = {side: asked in (side, "both") for side in ("rows", "columns")}
+    found = fp8.quantize(x, **sides, square=square)
+    for ours, exact in zip(found, wanted, strict=True):
+        values, scales = quantize_fp8_ref(exact, scaling)
+        assert same_bits(ours[0], values)
+        assert same_bits(ours[1], scales)
+        assert ours[1].stride() == scales.stride()
 
 
 def test_no_rows(path):
@@ -280,9 +292,10 @@ def test_the_operators(path):
         torch.library.opcheck(autograd.ops.forward_fp8.default, arguments, test_utils=tests)
     _, _, mean, rstd = autograd.ops.forward_fp8(x, w, None, z, None, *options, "1x128", True, True)
     arguments = (x, w, None, z, mean, rstd, *options, True)
-    torch.library.opcheck(autograd.ops.quantize_columns.default, arguments, test_utils=tests)
-    rows = x.view(5, -1)
-    torch.library.opcheck(autograd.ops.quantize_rows.default, (rows,), test_utils=tests)
+    torch.library.opcheck(autograd.ops.norm_columns.default, arguments, test_utils=tests)
+    for asked in ((True, True, False), (False, True, True)):
+        arguments = (x.view(5, -1), *asked)
+        torch.library.opcheck(autograd.ops.quantize.default, arguments, test_utils=tests)
 
 
 X = torch.ones(4, 2, 96)

@@ -24,14 +24,18 @@ CASES = [
 ]
 
 
-def dequantised(t, columns=False):
-    """`[rows, K]` in float64, as the product reads it: with scales along K, or along the rows."""
+def dequantised(t, columns=False, square=False):
+    """`[rows, K]` in float64, as the product reads it: with scales along K, or along the rows, for
+    each value's 128 neighbours or for a square."""
     t = t.float()
     rows = len(t)
     if columns:
         t = F.pad(t.t(), (0, -rows % 128))
-    values, scales = quantize_fp8_ref(t)
-    wide = values.double() * scales.double().repeat_interleave(128, 1)
+    values, scales = quantize_fp8_ref(t, "128x128" if square else "1x128")
+    wide = scales.double().repeat_interleave(128, 1)
+    if square:
+        wide = wide.repeat_interleave(128, 0)
+    wide = values.double() * wide
     return wide.t()[:rows] if columns else wide
 
 
@@ -70,10 +74,11 @@ def test_the_three_products_and_the_gradients(path, case, heads):
         i.x, i.weight, i.bias, i.z, **options, out_dtype=torch.float32
     ).view(-1, width)
     flat = dout.reshape(-1, N)
-    product = (dequantised(wide) @ dequantised(linear).t()).to(dtype).double()
+    product = dequantised(wide) @ dequantised(linear, square=True).t()
+    product = product.to(dtype).double()
     close(out.detach().view(-1, N), product + offset.double(), dtype)
-    dy = (dequantised(flat) @ dequantised(linear, columns=True)).to(dtype)
-    dlinear = dequantised(flat, columns=True).t() @ dequantised(wide, columns=True)
+    dy = (dequantised(flat) @ dequantised(linear, columns=True, square=True)).to(dtype)
+    dlinear = dequantised(flat, columns=True).t() @ dequantised(wide, columns=True, square=True)
     norm = [
         None if t is None else t.detach().double().requires_grad_()
         for t in (i.x, i.weight, i.bias, i.z)
