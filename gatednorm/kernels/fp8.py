@@ -179,7 +179,7 @@ def quantize_tiles_kernel(
     part = pid // BLOCKS
     block = pid % BLOCKS
     column = block * COLUMNS
-    col_start = column % D
+    col_start = tl.multiple_of(column % D, 128)
     token = part * COLUMNS + tl.arange(0, COLUMNS)
     if LONG:
         token = token.to(tl.int64)
