@@ -29,7 +29,7 @@ def compile_for(kind: str, arch: str, cache: Path) -> list[dict]:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
     backward = {"backward", "backward with output", "backward sums", "reduce"}
-    fp8 = {"forward 1x128", "forward rowwise", "forward tensorwise", "columns", "rows"}
+    fp8 = {"forward 1x128", "forward rowwise", "forward tensorwise", "both", "columns", "rows"}
     has_fp8 = kind == "cuda" and int(arch) >= 89
     assert names == {"forward", "forward sums"} | backward | (fp8 if has_fp8 else set())
     return rows

@@ -46,12 +46,15 @@ def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after
             assert torch.equal(again, y)
         assert y.isfinite().all()
         given = (x, weight, bias, z)
-        for scaling in ("rowwise", *(["1x128"] if width % 128 == 0 else [])):
+        fits = width % 128 == 0
+        for scaling in ("rowwise", "1x128")[: 1 + fits]:
             y, _ = gatednorm.rms_norm_gated_fp8(*given, **options, scaling=scaling)
             assert y.float().isfinite().all()
-        made = make_options(*options.values(), "silu", False, "fp32", None, None)
-        y, _ = fp8.norm_columns(*given, mean, rstd, made, False)
-        assert y.float().isfinite().all()
+        if fits:
+            made = make_options(*options.values(), "silu", False, "fp32", None, None)
+            y, _ = fp8.norm_columns(*given, mean, rstd, made, False)
+            assert y.float().isfinite().all()
+            fp8.quantize(x.contiguous(), rows=True, columns=True)
 
 
 if __name__ == "__main__":
