@@ -112,11 +112,11 @@ MUTANTS = {
     "fp8: column of a tile": ("quantize_tiles_kernel", "any_column % D", "any_column % COLUMNS"),
     "fp8: scales of the first tokens": ("quantize_tiles_kernel", "any_ptr + any_part * K + any_column + any_along", "any_ptr + any_column + any_along"),
     "fp8: scale of a square in another place": ("quantize_tiles_kernel", "any_ptr + any_block * parts + any_part", "any_ptr + any_block + any_part"),
-    "fp8: scales along columns of rows": ("quantize_tiles_kernel", "scales_of(tl.max(any_size, axis=0))", "scales_of(tl.max(any_size, axis=1))"),
+    "fp8: columns with the scales of rows": ("quantize_tiles_kernel", "any_h * any_inverse[None, :]", "any_h * any_inverse[:, None]"),
     "fp8: values of rows that are not there": ("quantize_tiles_kernel", "tl.store(any_ptr, values, mask=any_mask)", "tl.store(any_ptr, values)"),
     "fp8: blocks across groups in one kernel": ("forward_fp8", "call.group_size % 128 == 0", "True"),
     "fp8: a row of heads in one kernel": ("forward_fp8", "any_heads * call.n_groups == 1 and any_rest", "call.n_groups == 1 and any_rest"),
-    "fp8 linear: no scales": ("_product", "any_values.float() * any_scales.repeat_interleave(128, 1)", "any_values.float()"),
+    "fp8 linear: no scales": ("_product", "any_values.float() * any_scales.repeat_interleave(128, 0).repeat_interleave(128, 1)", "any_values.float()"),
     "fp8 linear: y along the rows of x alone": ("_gradients", "norm_columns(*any_others, ctx.options, ctx.heads)", "norm_columns(*any_others, ctx.options, False)"),
     # launches
     "whole tiles only": ("forward", "-(-any_rows // tile.rows)", "max(1, any_rows // tile.rows)"),
