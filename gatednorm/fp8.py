@@ -82,6 +82,8 @@ def forward_fp8(
     """Values, scales, and the `mean` and `rstd` of the norm where they are kept; by way of the
     operator where something traces."""
     check_tensors(x=x, weight=weight, bias=bias, z=z, scale=scale)
+    if autograd.dtensors(type(x)) is not None:
+        raise TypeError("FP8 takes local tensors, and x is a DTensor; pass x.to_local()")
     _check_scaling(x, scaling, scale, heads)
     given = (x, weight, bias, z, scale)
     if not needs_operator(*given):
