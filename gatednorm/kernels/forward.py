@@ -48,23 +48,17 @@ def _result(u, z, rstd, w_ptr, b_ptr, w, b, col_start, WEIGHT_OFFSET: tl.constex
 
 
 @triton.jit
-def _write(h, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group, col_start,
-           N: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-           FULL: tl.constexpr, SCALING: tl.constexpr, HEADS: tl.constexpr,
-           LONG: tl.constexpr):  # fmt: skip
-    """One piece to memory, in the dtype of `y_ptr`, or as FP8 values and their scales."""
+def _write(h, y_ptr, y_off, inverse, row_mask, col_start, N: tl.constexpr, ROWS: tl.constexpr,
+           BLOCK: tl.constexpr, FULL: tl.constexpr, SCALING: tl.constexpr):  # fmt: skip
+    """One piece to memory, in the dtype of `y_ptr` or as FP8 values; the scales of `1x128`."""
+    scale = inverse
     if SCALING == "1x128":
-        BLOCKS: tl.constexpr = N // COLUMNS
         scale, h = block_scales(h, ROWS, BLOCK)
-        store(y_ptr, y_off, row_mask, col_start, to_fp8(h), N, BLOCK, FULL)
-        first = group * BLOCKS
-        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, first + col_start // COLUMNS,
-                           first + BLOCKS, HEADS, GROUPS * BLOCKS, BLOCK // COLUMNS,
-                           LONG)  # fmt: skip
-    else:
-        if SCALING is not None:
-            h = to_fp8(h * inverse)
-        store(y_ptr, y_off, row_mask, col_start, h, N, BLOCK, FULL)
+        h = to_fp8(h)
+    elif SCALING is not None:
+        h = to_fp8(h * inverse)
+    store(y_ptr, y_off, row_mask, col_start, h, N, BLOCK, FULL)
+    return scale
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -168,25 +162,39 @@ def forward_kernel(
     h_a = _result(u_a, z_a, rstd, w_ptr, b_ptr, w_a, b_a, col_start, WEIGHT_OFFSET, N, BLOCK_A,
                   GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
     if SCALING != "rowwise":
-        _write(h_a, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group,
-               col_start, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, HEADS, LONG)  # fmt: skip
+        scale_a = _write(h_a, y_ptr, y_off, inverse, row_mask, col_start, N, ROWS, BLOCK_A, FULL_A,
+                         SCALING)  # fmt: skip
     if BLOCK_B > 0:
         h_b = _result(u_b, z_b, rstd, w_ptr, b_ptr, w_b, b_b, BLOCK_A, WEIGHT_OFFSET, N, BLOCK_B,
                       GATE_HERE, SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST)  # fmt: skip
         if SCALING != "rowwise":
-            _write(h_b, y_ptr, y_off, scale_ptr, inverse, row, row_mask, n_rows, group,
-                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, HEADS, LONG)  # fmt: skip
-    if SCALING == "rowwise":
-        largest = tl.max(magnitude(h_a), axis=1)
+            scale_b = _write(h_b, y_ptr, y_off, inverse, row_mask, BLOCK_A, N, ROWS, BLOCK_B, FULL,
+                             SCALING)  # fmt: skip
+    if SCALING == "1x128":
+        BLOCKS: tl.constexpr = N // COLUMNS
+        first = group * BLOCKS
+        store_block_scales(scale_ptr, scale_a, row, row_mask, n_rows, first + col_start // COLUMNS,
+                           first + BLOCKS, HEADS, GROUPS * BLOCKS, BLOCK_A // COLUMNS,
+                           LONG)  # fmt: skip
         if BLOCK_B > 0:
+            store_block_scales(scale_ptr, scale_b, row, row_mask, n_rows,
+                               first + BLOCK_A // COLUMNS, first + BLOCKS, HEADS, GROUPS * BLOCKS,
+                               BLOCK_B // COLUMNS, LONG)  # fmt: skip
+    if SCALING == "rowwise":
+        largest = magnitude(h_a)
+        if BLOCK_B == BLOCK_A:
+            largest = tl.maximum(largest, magnitude(h_b))
+        largest = tl.max(largest, axis=1)
+        if BLOCK_B > 0 and BLOCK_B != BLOCK_A:
             largest = tl.maximum(largest, tl.max(magnitude(h_b), axis=1))
         scale, inverse = scales_of(largest)
-        tl.store(scale_ptr + row, scale, mask=row_mask)
-        _write(h_a, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, group,
-               0, N, GROUPS, ROWS, BLOCK_A, FULL_A, SCALING, HEADS, LONG)  # fmt: skip
+        inverse = inverse[:, None]
+        _write(h_a, y_ptr, y_off, inverse, row_mask, 0, N, ROWS, BLOCK_A, FULL_A,
+               SCALING)  # fmt: skip
         if BLOCK_B > 0:
-            _write(h_b, y_ptr, y_off, scale_ptr, inverse[:, None], row, row_mask, n_rows, group,
-                   BLOCK_A, N, GROUPS, ROWS, BLOCK_B, FULL, SCALING, HEADS, LONG)  # fmt: skip
+            _write(h_b, y_ptr, y_off, inverse, row_mask, BLOCK_A, N, ROWS, BLOCK_B, FULL,
+                   SCALING)  # fmt: skip
+        tl.store(scale_ptr + row, scale, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -18,7 +18,7 @@ from ..options import rounding
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import Tile, backward_tile, forward_tile, reduce_tile, sums_tile
+from .tiles import FP8_REGISTERS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -153,9 +153,9 @@ def _forward_launchers(
     given = stats_given or sums is not None
     hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
     constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
-    main = Launcher(
-        forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
-    )
+    columns = tile.block_a + tile.block_b
+    maxnreg = FP8_REGISTERS.get((scaling, kind.norm_before_gate, columns), tile.maxnreg)
+    main = Launcher(forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, maxnreg)
     return tile, main, sums
 
 

@@ -12,7 +12,6 @@ from . import fp8 as fp8_kernels
 from .launch import Launcher, constants_of, forward
 from .tiles import WIDEST
 
-TILE_WARPS = 16  # of a tile of 128 times 128
 CHUNK = 4096  # columns of a row that a program quantises where they have scales of their own
 
 
@@ -71,7 +70,8 @@ def _tiles_launcher(
 ) -> Launcher:
     """The last three tell apart what is compiled."""
     constants = constants_of(kind) | {"HEADS": heads, "SQUARE": square}
-    return Launcher(fp8_kernels.quantize_tiles_kernel, constants, kind.device, TILE_WARPS)
+    # More warps would have too few registers for a tile, and more registers too few warps.
+    return Launcher(fp8_kernels.quantize_tiles_kernel, constants, kind.device, 8, maxnreg=128)
 
 
 def quantize_tiles(
