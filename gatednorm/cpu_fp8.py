@@ -34,7 +34,7 @@ def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
     values, scales = quantize_fp8_ref(x.float(), scaling, given)
     y.copy_(values)
     if given is None:
-        scale.copy_(scales)
+        scale.copy_(scales.view(scale.dtype) if scaling == "mxfp8" else scales)
 
 
 def quantize_tiles(

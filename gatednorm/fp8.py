@@ -12,9 +12,9 @@ from . import autograd
 from .autograd import NAMESPACE, Maybe, check_shapes, needs_operator, none_to_empty
 from .call import DEVICES, check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
-from .options import Options, make_options, one_of
+from .options import BLOCKS, Options, make_options, one_of
 
-SCALINGS = ("1x128", "rowwise", "tensorwise")
+SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8")
 
 
 def rms_norm_gated_fp8(
@@ -41,20 +41,20 @@ def rms_norm_gated_fp8(
 
     Args:
         scaling: `1x128` one scale for each row and 128 columns, `rowwise` one a row, `tensorwise`
-            a given one.
+            a given one; `mxfp8` a power of two for each row and 32 columns.
         scale: one fp32 number on the device of `x`, for `tensorwise` alone.
         heads: `x` is `[..., H, D]`, and a row of the product has all heads of a token: `K = H * D`
             columns. Otherwise `K = D`.
 
     Returns:
         Values `[..., K]` in `float8_e4m3fn`, contiguous, and their scales in fp32: for `1x128`
-        `[rows, K / 128]` with strides `[1, rows]`, for `rowwise` `[rows, 1]`, else the given one.
-        `values * scale` is the result; the bits are those of :func:`quantize_fp8_ref` for the
-        norm's result in fp32.
+        `[rows, K / 128]` with strides `[1, rows]`, for `rowwise` `[rows, 1]`, else the given one;
+        for `mxfp8` in `float8_e8m0fnu`, swizzled. `values * scale` is the result; the bits are
+        those of :func:`quantize_fp8_ref` for the norm's result in fp32.
 
     Raises:
         ValueError, TypeError: as :func:`rms_norm_gated`; also for a scale that does not fit, for
-            `1x128` and a `K` that is no multiple of 128, and on a GPU without FP8.
+            a `K` that is no multiple of 128 (`1x128`) or 32 (`mxfp8`), and on a GPU without FP8.
         RuntimeError: as :func:`rms_norm_gated`.
     """
     refuse_transforms("rms_norm_gated_fp8", x, weight, bias, z)
@@ -82,7 +82,7 @@ def forward_fp8(
     """Values, scales, and the `mean` and `rstd` of the norm where they are kept; by way of the
     operator where something traces."""
     check_tensors(x=x, weight=weight, bias=bias, z=z, scale=scale)
-    if autograd.dtensors(type(x)) is not None:
+    if not torch.compiler.is_compiling() and autograd.dtensors(type(x)) is not None:
         raise TypeError("FP8 takes local tensors, and x is a DTensor; pass x.to_local()")
     _check_scaling(x, scaling, scale, heads)
     given = (x, weight, bias, z, scale)
@@ -117,8 +117,9 @@ def _run_forward(
     scales = new_scales(flat, scaling) if scale is None else scale
     if x.numel():
         n_heads = x.shape[-2] if heads else 1
+        bits = scales.view(torch.uint8) if scaling == "mxfp8" else scales  # triton knows no e8m0
         backend(x.device.type).forward_fp8(
-            call, x, weight, bias, z, flat, mean, rstd, scaling, scales, n_heads
+            call, x, weight, bias, z, flat, mean, rstd, scaling, bits, n_heads
         )
     return y, scales, mean, rstd
 
@@ -237,6 +238,9 @@ def _shape(x: Tensor, heads: bool) -> tuple[Any, ...]:
 def new_scales(y: Tensor, scaling: str) -> Tensor:
     """Memory for the scales of `y` `[rows, K]`."""
     rows, width = y.shape
+    if scaling == "mxfp8":
+        shape = (rows + 127) // 128 * 128, (width // 32 + 3) // 4 * 4
+        return y.new_zeros(shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     if scaling == "128x128":
         return y.new_empty((rows // 128, width // 128), dtype=torch.float32)
     blocks = width // 128 if scaling == "1x128" else 1
@@ -268,11 +272,11 @@ def _check_scaling(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> None:
             f"scale must be on the device of x, got {scale.device} and {x.device}; "
             f"move it with scale.to('{x.device}')"
         )
-    width = _shape(x, heads)[-1] if x.dim() else 0
-    if scaling == "1x128" and width % 128:
+    width, block = _shape(x, heads)[-1] if x.dim() else 0, BLOCKS.get(scaling, 1)
+    if width % block:
         raise ValueError(
-            f"a row must be a multiple of 128 channels with scaling='1x128', got {width}; pad "
-            "x, z and weight, or use scaling='rowwise'"
+            f"a row must be a multiple of {block} channels with scaling={scaling!r}, got {width}; "
+            "pad x, z and weight, or use scaling='rowwise'"
         )
 
 

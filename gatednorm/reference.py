@@ -116,28 +116,46 @@ def quantize_fp8_ref(
 
     `scale = max(amax, 1e-12) / 448`, where `amax` is the largest magnitude of a row or of its 128
     columns, so that the largest value becomes 448, the largest of the format; zeros have a scale of
-    `1e-12 / 448`. An infinity or NaN makes the scale infinite or NaN, and all that shares it NaN
-    once it is multiplied. With a given scale what exceeds 448 becomes 448.
+    `1e-12 / 448`. With `mxfp8` it is the smallest power of two that is no less. An infinity or NaN
+    makes the scale infinite or NaN, and all that shares it NaN once it is multiplied. With a given
+    scale what exceeds 448 becomes 448.
 
     Args:
-        y: `[rows, K]` in fp32; of `1x128`, `K` is a multiple of 128, of `128x128` rows too.
-        scaling: `1x128`, `rowwise`, `tensorwise` with a given scale, or `128x128`, as a product
-            reads its weight.
+        y: `[rows, K]` in fp32; `K` is a multiple of 128 for `1x128`, of 32 for `mxfp8`, and for
+            `128x128` rows are a multiple of 128 too.
+        scaling: `1x128`, `mxfp8`, `rowwise`, `tensorwise` with a given scale, or `128x128`, as a
+            product reads its weight.
         scale: one fp32 number, of `tensorwise` alone.
 
     Returns:
         Values `[rows, K]` in `float8_e4m3fn`; scales in fp32, `[rows, K / 128]` with strides
-        `[1, rows]`, `[rows, 1]`, the given one, or `[rows / 128, K / 128]`.
+        `[1, rows]`, `[rows, 1]`, the given one, or `[rows / 128, K / 128]`. For `mxfp8` in
+        `float8_e8m0fnu`, padded with zeros to a multiple of 128 rows and of 4 blocks of 32 columns,
+        and swizzled as PyTorch's `SWIZZLE_32_4_4`.
     """
     if scaling == "tensorwise":
         assert scale is not None  # it is given
         return (y * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
-    columns = y.shape[-1] if scaling == "rowwise" else 128
+    columns = {"rowwise": y.shape[-1], "mxfp8": 32}.get(scaling, 128)
     rows = 128 if scaling == "128x128" else 1
     pattern = "(m rows) (k columns) -> m k rows columns"
     parts = rearrange(y, pattern, rows=rows, columns=columns)
     amax = parts.abs().amax((-2, -1)).clamp(min=1e-12)
     scale = amax * (1 / 448)
-    values = (parts * (1 / scale)[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-    values = rearrange(values, "m k rows columns -> (m rows) (k columns)")
-    return values, scale if scaling == "128x128" else scale.t().contiguous().t()
+    inverse = 1 / scale
+    if scaling == "mxfp8":
+        exponent = (scale.view(torch.int32).clamp(max=0x7F800000) + 0x7FFFFF) >> 23
+        inverse = ((254 - exponent) << 23).view(torch.float32).where(exponent < 255, float("nan"))
+        scale = swizzled(exponent.to(torch.uint8)).view(torch.float8_e8m0fnu)
+    elif scaling != "128x128":
+        scale = scale.t().contiguous().t()
+    values = (parts * inverse[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return rearrange(values, "m k rows columns -> (m rows) (k columns)"), scale
+
+
+def swizzled(scales: Tensor) -> Tensor:
+    """`[rows, blocks]` in tiles of 128 x 4, padded with zeros: what `SWIZZLE_32_4_4` names."""
+    rows, blocks = scales.shape
+    padded = F.pad(scales, (0, -blocks % 4, 0, -rows % 128))
+    tiles = rearrange(padded, "(r a b) (c d) -> r c b a d", a=4, b=32, d=4)
+    return tiles.reshape(padded.shape)

@@ -10,7 +10,7 @@ several ranks (distributed.py). Names: rows.py.
 import triton
 import triton.language as tl
 
-from .fp8 import COLUMNS, block_scales, inverse_of, magnitude, scales_of, store_block_scales, to_fp8
+from .fp8 import block_scales, inverse_of, magnitude, scales_of, store_block_scales, to_fp8
 from .rows import (
     UNSPECIALIZED,
     act_of,
@@ -50,10 +50,10 @@ def _result(u, z, rstd, w_ptr, b_ptr, w, b, col_start, WEIGHT_OFFSET: tl.constex
 @triton.jit
 def _write(h, y_ptr, y_off, inverse, row_mask, col_start, N: tl.constexpr, ROWS: tl.constexpr,
            BLOCK: tl.constexpr, FULL: tl.constexpr, SCALING: tl.constexpr):  # fmt: skip
-    """One piece to memory, in the dtype of `y_ptr` or as FP8 values; the scales of `1x128`."""
+    """One piece to memory, in the dtype of `y_ptr` or as FP8 values; the scales of blocks."""
     scale = inverse
-    if SCALING == "1x128":
-        scale, h = block_scales(h, ROWS, BLOCK)
+    if SCALING == "1x128" or SCALING == "mxfp8":
+        scale, h = block_scales(h, ROWS, BLOCK, 32 if SCALING == "mxfp8" else 128)
         h = to_fp8(h)
     elif SCALING is not None:
         h = to_fp8(h * inverse)
@@ -83,8 +83,8 @@ def forward_kernel(
     norm(u) = (u - mean(u)) * rstd, rstd = 1 / sqrt(mean((u - mean(u))^2) + eps), mean(u) = 0 for
     RMS. Mamba-2 (arXiv 2405.21060) gates before the norm, Gated DeltaNet (arXiv 2412.06464) after.
 
-    SCALING: y is FP8 with scales of each 128 columns of a row of HEADS heads, of each row (of one
-    program), or a given one.
+    SCALING: y is FP8 with scales of each 128 or 32 columns of a row of HEADS heads, of each row (of
+    one program), or a given one.
     """
     GATE_HERE: tl.constexpr = z_ptr is not None and NORM_BEFORE_GATE
     FULL_A: tl.constexpr = FULL or BLOCK_B > 0
@@ -170,16 +170,17 @@ def forward_kernel(
         if SCALING != "rowwise":
             scale_b = _write(h_b, y_ptr, y_off, inverse, row_mask, BLOCK_A, N, ROWS, BLOCK_B, FULL,
                              SCALING)  # fmt: skip
-    if SCALING == "1x128":
-        BLOCKS: tl.constexpr = N // COLUMNS
+    if SCALING == "1x128" or SCALING == "mxfp8":
+        WIDTH: tl.constexpr = 32 if SCALING == "mxfp8" else 128
+        BLOCKS: tl.constexpr = N // WIDTH
         first = group * BLOCKS
-        store_block_scales(scale_ptr, scale_a, row, row_mask, n_rows, first + col_start // COLUMNS,
-                           first + BLOCKS, HEADS, GROUPS * BLOCKS, BLOCK_A // COLUMNS,
+        store_block_scales(scale_ptr, scale_a, row, row_mask, n_rows, first + col_start // WIDTH,
+                           first + BLOCKS, WIDTH, HEADS, GROUPS * BLOCKS, BLOCK_A // WIDTH,
                            LONG)  # fmt: skip
         if BLOCK_B > 0:
             store_block_scales(scale_ptr, scale_b, row, row_mask, n_rows,
-                               first + BLOCK_A // COLUMNS, first + BLOCKS, HEADS, GROUPS * BLOCKS,
-                               BLOCK_B // COLUMNS, LONG)  # fmt: skip
+                               first + BLOCK_A // WIDTH, first + BLOCKS, WIDTH, HEADS,
+                               GROUPS * BLOCKS, BLOCK_B // WIDTH, LONG)  # fmt: skip
     if SCALING == "rowwise":
         largest = magnitude(h_a)
         if BLOCK_B == BLOCK_A:

@@ -72,32 +72,55 @@ def scales_of(largest):
 
 
 @triton.jit
-def block_scales(v, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The scales of each 128 columns `[ROWS, BLOCK / 128]`, and `v / scale`."""
-    BLOCKS: tl.constexpr = BLOCK // COLUMNS
-    v = tl.reshape(v, [ROWS, BLOCKS, COLUMNS])
-    scale, inverse = scales_of(tl.max(magnitude(v), axis=2))
+def power_scales_of(largest):
+    """The same for the smallest power of two that is no less: the biased exponent, which is what
+    `float8_e8m0fnu` holds, 255 for NaN."""
+    scale, _ = scales_of(largest)
+    bits = tl.minimum(scale.to(tl.int32, bitcast=True), 0x7F800000)
+    exponent = (bits + 0x7FFFFF) >> 23
+    inverse = tl.where(exponent == 255, 0x7FC00000, (254 - exponent) << 23)
+    return exponent.to(tl.uint8), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_scales(v, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The scales of each WIDTH columns `[ROWS, BLOCK / WIDTH]`, and `v / scale`. 32 columns have a
+    power of two."""
+    BLOCKS: tl.constexpr = BLOCK // WIDTH
+    v = tl.reshape(v, [ROWS, BLOCKS, WIDTH])
+    largest = tl.max(magnitude(v), axis=2)
+    if WIDTH == 32:
+        scale, inverse = power_scales_of(largest)
+    else:
+        scale, inverse = scales_of(largest)
     return scale, tl.reshape(v * inverse[:, :, None], [ROWS, BLOCK])
 
 
 @triton.jit
-def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, HEADS: tl.constexpr,
-                       HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, WIDTH: tl.constexpr,
+                       HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
                        LONG: tl.constexpr):  # fmt: skip
-    """`scale` `[ROWS, BLOCKS]` of the blocks from `first` to before `last` of a head; the scales
-    `[tokens, blocks]` lie with strides `[1, tokens]`. Rows have 64 bits if `LONG`."""
+    """`scale` `[ROWS, BLOCKS]` of the blocks from `first` to before `last` of a head. The scales of
+    128 columns `[tokens, blocks]` lie with strides `[1, tokens]`; those of 32 in tiles of 128
+    tokens and 4 blocks, in each by `token % 32`, `token // 32`, block. Rows have 64 bits if
+    `LONG`."""
     if not LONG:
         row = row.to(tl.uint32)
         n_rows = n_rows.to(tl.uint32)
-    block = first + tl.arange(0, BLOCKS)
-    place = block[None, :]
-    if HEADS > 1:
-        place = (row % HEADS * HEAD_BLOCKS)[:, None] + place
-    ptr = ptr + place.to(tl.int64) * (n_rows // HEADS) + (row // HEADS)[:, None]
-    mask = (block < last)[None, :]
+    block = (first + tl.arange(0, BLOCKS))[None, :]
+    mask = block < last
     if row_mask is not None:
         mask = mask & row_mask[:, None]
-    tl.store(ptr, scale, mask=mask)
+    if HEADS > 1:
+        block = (row % HEADS * HEAD_BLOCKS)[:, None] + block
+    token = (row // HEADS)[:, None]
+    if WIDTH == 32:
+        TILES: tl.constexpr = (HEADS * HEAD_BLOCKS + 3) // 4
+        tile = (token // 128).to(tl.int64) * TILES + block // 4
+        place = tile * 512 + (token % 32 * 16 + token % 128 // 32 * 4 + block % 4)
+    else:
+        place = block.to(tl.int64) * (n_rows // HEADS) + token
+    tl.store(ptr + place, scale, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -106,14 +129,15 @@ def quantize_rows_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     SCALING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 columns. A
+    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 or 32 columns. A
     program has a chunk of a row, or several short rows; with one scale a row all of it, and what
     follows the first chunk is read twice."""
+    WIDTH: tl.constexpr = 32 if SCALING == "mxfp8" else 128
     overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     FULL: tl.constexpr = D % BLOCK == 0
     start = 0
-    if SCALING == "1x128":
+    if SCALING != "rowwise":
         start = pid % CHUNKS * BLOCK
         pid = pid // CHUNKS
     row = pid * ROWS + tl.arange(0, ROWS)
@@ -122,11 +146,11 @@ def quantize_rows_kernel(
     # The values of a thread stay with it, as in the forward.
     y_off = tl.multiple_of(row * y_s0, 8 if D % 8 == 0 else 1)
     v = to_fp32(load(x_ptr, offset, row_mask, start, D, BLOCK, FULL, ""))
-    if SCALING == "1x128":
-        scale, v = block_scales(v, ROWS, BLOCK)
+    if SCALING != "rowwise":
+        scale, v = block_scales(v, ROWS, BLOCK, WIDTH)
         store(y_ptr, y_off, row_mask, start, to_fp8(v), D, BLOCK, FULL)
-        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, start // COLUMNS,
-                           D // COLUMNS, 1, 0, BLOCK // COLUMNS, True)  # fmt: skip
+        store_block_scales(scale_ptr, scale, row, row_mask, n_rows, start // WIDTH, D // WIDTH,
+                           WIDTH, 1, D // WIDTH, BLOCK // WIDTH, True)  # fmt: skip
     else:
         largest = magnitude(v)
         for more in range(BLOCK, D, BLOCK):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Kind, describe
-from ..options import Options
+from ..options import BLOCKS, Options
 from . import fp8 as fp8_kernels
 from .launch import Launcher, constants_of, forward
 from .tiles import WIDEST
@@ -31,8 +31,8 @@ def forward_fp8(
     """Write `y` `[rows, K]`, its scales unless one is given, and `mean`, `rstd` unless None; a row
     has `heads` rows of the norm. `call` is that of a result in fp32."""
     alone = scaling == "tensorwise"
-    if scaling == "1x128":
-        alone = call.group_size % 128 == 0
+    if scaling in BLOCKS:
+        alone = call.group_size % BLOCKS[scaling] == 0
     elif scaling == "rowwise":
         alone = heads * call.n_groups == 1 and call.group_size <= WIDEST
     if alone:

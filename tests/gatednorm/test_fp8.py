@@ -1,5 +1,6 @@
 """FP8 output: bytes and scales of the reference, whatever the options, on both paths."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -34,6 +35,10 @@ CASES = [
     (Case((5,), 640, 1, False, bias=True, activation="sigmoid"), "1x128"),  # two pieces
     (Case((3,), 384, 1, weight=False, gated=False, layouts=STRIDED), "1x128"),
     (Case((5,), 32, 8, bias=True, layouts=STRIDED), "1x128"),  # blocks that span groups
+    (Case((130,), 96), "mxfp8"),  # padded rows and blocks
+    (Case((3,), 608, 1, False, bias=True, norm_before_gate=False), "mxfp8"),  # two pieces
+    (Case((3,), 64, 2, numerics="qwen3_next", layouts=STRIDED), "mxfp8"),
+    (Case((3,), 48, 2), "mxfp8"),  # blocks that span groups
     (Case((19,), 40), "rowwise"),  # tiles of many rows
     (Case((3,), 1000, 1, False, bias=True, norm_before_gate=False), "rowwise"),
     (Case((3,), 48, 3, numerics="qwen3_next"), "rowwise"),
@@ -46,6 +51,7 @@ HEADS = [
     (Case((5, 3), 128), "1x128"),
     (Case((2, 3, 4), 64), "1x128"),  # blocks that span heads
     (Case((2, 4), 32, 2, False, bias=True), "1x128"),
+    (Case((5, 3), 32), "mxfp8"),
     (Case((5, 3), 24), "rowwise"),
     (Case((5, 3), 24, layouts={"x": Layout(order=(1, 0), left=8)}), "tensorwise"),
 ]
@@ -122,6 +128,28 @@ def test_the_conversion_rounds_as_torch_does(kernels):
     y = torch.empty(2048, dtype=E4M3, device=kernels.device)
     convert_kernel[(1,)](x, y, 2048)
     assert same_bits(y, x.clamp(-448, 448).to(E4M3))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 448.0, 449.0, 1e-20, float("inf"), float("nan")])
+def test_a_power_of_two_for_each_32_columns(path, value):
+    """The smallest that leaves no value above 448; `swizzled` is undone by hand."""
+    x = torch.ones(130, 192, device=path.device)
+    z = torch.full_like(x, 1e3)
+    z[129, 160:] = value
+    y, scales = rms_norm_gated_fp8(x, None, None, z, activation="silu", scaling="mxfp8", eps=0)
+    assert scales.shape == (256, 8)
+    flat = scales.view(torch.uint8).flatten()
+    byte = int(flat[(1 * 2 + 1) * 512 + 1 * 16 + 0 * 4 + 1])  # row 129, block 5
+    silu = float(F.silu(torch.tensor(value)))
+    if value == value and value != float("inf"):
+        wanted = 127 + math.ceil(math.log2(max(silu, 1e-12) / 448))
+        assert byte == wanted
+        step = 2.0 ** (byte - 127)
+        assert (y[129, 160:].float() * step - silu).abs().max() <= silu * 2**-4 + step * 2**-10
+    else:
+        assert byte == 255
+    first = flat.view(2, 2, 32, 4, 4)
+    assert (first[0] == 127 + 2)[0].all()  # 1000 / 448 lies between 2 and 4
 
 
 @pytest.mark.parametrize("scaling", ["1x128", "rowwise"])
@@ -266,7 +294,7 @@ def test_no_rows(path):
     assert (y.shape, y.dtype, scales.shape) == ((0, 256), E4M3, (0, 2))
 
 
-@pytest.mark.parametrize("scaling", ["1x128", "rowwise", "tensorwise"])
+@pytest.mark.parametrize("scaling", fp8.SCALINGS)
 def test_it_compiles_into_one_graph_for_any_number_of_rows(path, scaling):
     scale = scale_of(scaling, path.device)
 
@@ -301,10 +329,14 @@ def test_the_operators(path):
 X = torch.ones(4, 2, 96)
 BAD = {
     "x": ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
-    "scaling": ({"scaling": "blockwise"}, ValueError, "one of 1x128, rowwise, tensorwise, got"),
+    "scaling": ({"scaling": "blockwise"}, ValueError, "1x128, rowwise, tensorwise, mxfp8, got"),
     "heads": ({"heads": 2}, TypeError, "heads must be True or False, got 2"),
     "no_heads": ({"x": X[0, 0], "z": None, "heads": True}, ValueError, "got shape (96,); pass"),
     "width": ({}, ValueError, "a multiple of 128 channels with scaling='1x128', got 96; pad"),
+    "mx_width": (
+        {"scaling": "mxfp8", "x": X[..., :40], "z": None}, ValueError,
+        "a multiple of 32 channels with scaling='mxfp8', got 40; pad",
+    ),
     "heads_width": ({"heads": True}, ValueError, "with scaling='1x128', got 192; pad"),
     "no_scale": ({"scaling": "tensorwise"}, ValueError, "'tensorwise' alone, got None and"),
     "a_scale": (
