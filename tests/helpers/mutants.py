@@ -101,7 +101,7 @@ MUTANTS = {
     "fp8: first block of a group": ("forward_kernel", "group * BLOCKS", "group * 0"),
     "fp8: largest of the first piece": ("forward_kernel", "tl.maximum(any_largest, tl.max(magnitude(any_h), axis=1))", "any_largest"),
     "fp8: largest of the first half": ("forward_kernel", "tl.maximum(any_largest, magnitude(any_h))", "any_largest"),
-    "fp8: scales of the second piece in the place of the first": ("forward_kernel", "any_first + BLOCK_A // COLUMNS", "any_first"),
+    "fp8: scales of the second piece in the place of the first": ("forward_kernel", "any_first + BLOCK_A // WIDTH", "any_first"),
     "fp8: given scale in place of its inverse": ("forward_kernel", "inverse_of(any_scale)[:, None]", "any_scale[:, None]"),
     "fp8: largest of the last chunk": ("quantize_rows_kernel", "any_largest = tl.maximum(any_largest, magnitude(any_other))", "any_largest = magnitude(any_other)"),
     "fp8: chunk of a row": ("quantize_rows_kernel", "any_pid % CHUNKS * BLOCK", "0"),
