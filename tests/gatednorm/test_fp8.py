@@ -18,7 +18,7 @@ if TRITON:
     import triton
     import triton.language as tl
 
-    from gatednorm.kernels import launch_fp8
+    from gatednorm.kernels import launch, launch_fp8, tiles
     from gatednorm.kernels.fp8 import to_fp8
 
     @triton.jit
@@ -148,6 +148,7 @@ def test_a_power_of_two_for_each_32_columns(path, value):
         assert (y[129, 160:].float() * step - silu).abs().max() <= silu * 2**-4 + step * 2**-10
     else:
         assert byte == 255
+        assert y[129, 160:].float().isnan().all()
     first = flat.view(2, 2, 32, 4, 4)
     assert (first[0] == 127 + 2)[0].all()  # 1000 / 448 lies between 2 and 4
 
@@ -229,23 +230,26 @@ def test_one_kernel_where_a_program_has_what_shares_a_scale(
 
 def test_wide_rows(kernels, monkeypatch):
     """Groups in chunks, and rows that are quantised in several pieces."""
-    from gatednorm.kernels import tiles
-
     monkeypatch.setattr(tiles, "WIDEST", 255)
     monkeypatch.setattr(tiles, "CHUNK", 256)
     monkeypatch.setattr(launch_fp8, "WIDEST", 256)
     monkeypatch.setattr(launch_fp8, "CHUNK", 256)
     launch_fp8._rows_launcher.cache_clear()
-    launch_fp8.forward.__globals__["_forward_launchers"].cache_clear()
+    launch._forward_launchers.cache_clear()
     try:
         for width, scaling in ((640, "1x128"), (640, "rowwise"), (700, "rowwise")):
             ours, theirs = both(Case((3,), width), scaling, False, kernels.device)
             assert all(map(same_bits, ours, theirs))
         ours, theirs = both(Case((3,), 64, 10), "1x128", False, kernels.device)
         assert all(map(same_bits, ours, theirs))
+        chosen = launch.forward_tile
+        halves = {"block_a": 128, "block_b": 128}  # as of 16384 columns
+        monkeypatch.setattr(launch, "forward_tile", lambda *a: chosen(*a)._replace(**halves))
+        ours, theirs = both(Case((5,), 250), "rowwise", False, kernels.device)
+        assert all(map(same_bits, ours, theirs))
     finally:
         launch_fp8._rows_launcher.cache_clear()
-        launch_fp8.forward.__globals__["_forward_launchers"].cache_clear()
+        launch._forward_launchers.cache_clear()
 
 
 COLUMNS = [
