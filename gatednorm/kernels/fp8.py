@@ -193,7 +193,7 @@ def quantize_tiles_kernel(
     columns: values `[K, padded]`, scales `[K, padded / 128]` with strides `[1, K]`, where the
     tokens are padded with zeros to a multiple of 128. SQUARE: one scale a tile, contiguous. The
     result comes from `x`, `z` and the saved statistics, in the forward's bits; without an
-    `rstd_ptr` it is `x` itself.
+    `rstd_ptr` it is `x` itself. Both without SQUARE: of `x` itself alone.
     """
     D: tl.constexpr = N * GROUPS
     K: tl.constexpr = HEADS * D
@@ -230,6 +230,8 @@ def quantize_tiles_kernel(
     size = magnitude(h)
     tile_rows = tl.reshape(row_mask, [COLUMNS, 1])
     along = tl.arange(0, COLUMNS)
+    if cols_ptr is not None and not SQUARE:
+        largest = tl.max(size, axis=0)
     if SQUARE:
         scale, inverse = scales_of(tl.max(tl.max(size, axis=1), axis=0))
         values = to_fp8(h * inverse)
@@ -247,7 +249,12 @@ def quantize_tiles_kernel(
         tl.store(rows_ptr + place[:, None] + along[None, :], values, mask=tile_rows)
     if cols_ptr is not None:
         if not SQUARE:
-            scale, inverse = scales_of(tl.max(size, axis=0))
+            if rows_ptr is not None:
+                # Read again, from the cache: two sets of values at a time take too many registers.
+                # The zero, which the compiler cannot see, keeps the two reads apart.
+                again = x_off + (n_rows >> 40) * 16
+                h = to_fp32(load(x_ptr, again, row_mask, col_start, D, COLUMNS, True, ""))
+            scale, inverse = scales_of(largest)
             values = to_fp8(h * inverse[None, :])
             tl.store(col_scale_ptr + part.to(tl.int64) * K + column + along, scale)
         place = (column + along).to(tl.int64) * (parts * COLUMNS) + part * COLUMNS

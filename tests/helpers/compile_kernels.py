@@ -35,6 +35,7 @@ from gatednorm.options import make_options  # noqa: E402
 TARGET = GPUTarget("cuda", int(ARCH), 32) if KIND == "cuda" else GPUTarget("hip", ARCH, 64)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MORE = (
@@ -115,7 +116,8 @@ def kernels_of(case: Case):
         eighth = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
         for scaling in SCALINGS:
             _, main, _ = launch._forward_launchers(kind, True, False, scaling)
-            yield f"forward {scaling}", main, [x, w, b, z, eighth, mean, rstd, w]
+            scale = eighth.view(torch.uint8) if scaling == "mxfp8" else w
+            yield f"forward {scaling}", main, [x, w, b, z, eighth, mean, rstd, scale]
         columns = launch_fp8._tiles_launcher(kind, 1, True, True, False, True)
         yield "columns", columns, [x, w, b, z, mean, rstd, None, None, eighth, w]
         both = launch_fp8._tiles_launcher(kind, 1, False, False, True, True)
