@@ -3,8 +3,9 @@
     python -m benchmarks.linear               # a table, and results/linear.csv; needs a CUDA GPU
 
 bf16, forward and backward in one CUDA graph. `apart` is `rmsnorm_fn` and `F.linear`, `together` is
-`gated_norm_linear`, which keeps no output of the norm; `FLA` is flash-linear-attention's
-`rms_norm_swish_gate_linear` where it is installed (gate after the norm alone).
+`gated_norm_linear`, which keeps no output of the norm; `FP8` is that with `precision="fp8"`; `FLA`
+is flash-linear-attention's `rms_norm_swish_gate_linear` where it is installed (gate after the norm
+alone).
 """
 
 import importlib.util
@@ -38,6 +39,10 @@ def functions(heads: int, norm_before_gate: bool) -> dict:
         "apart": apart,
         "together": lambda x, z, w, linear: gated_norm_linear(x, z, w, linear, **options),
     }
+    if hasattr(F, "scaled_mm") and torch.cuda.get_device_capability()[0] == 9:
+        found["FP8"] = lambda x, z, w, linear: gated_norm_linear(
+            x, z, w, linear, precision="fp8", **options
+        )
     if norm_before_gate and heads == 1 and importlib.util.find_spec("fla"):
         from fla.modules.fused_norm_gate import rms_norm_swish_gate_linear
 
@@ -78,6 +83,8 @@ def measure(tokens: int, heads: int, width: int, columns: int, norm_before_gate:
         row[f"{name}_us"] = round(min(times[name]), 1)
         row[f"{name}_held_mib"] = round(held(call, leaves), 1)
     row["ratio"] = round(row["together_us"] / row["apart_us"], 3)
+    if "FP8" in calls:
+        row["FP8_faster"] = round(row["apart_us"] / row["FP8_us"], 2)
     return row
 
 

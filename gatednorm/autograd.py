@@ -8,6 +8,7 @@ wraps around it, would make a forward plus backward take half as long again (ben
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -192,11 +193,12 @@ def save_forward(
         y, mean, rstd = ops.forward(x, weight, bias, z, *options)
     else:
         y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
-    _save(ctx, (x, weight, bias, z, mean, rstd), options, *others)
+    save_statistics(ctx, (x, weight, bias, z, mean, rstd), options, *others)
     return y
 
 
-def _save(ctx: Any, saved: Saved, options: Options, *others: Maybe) -> None:
+def save_statistics(ctx: Any, saved: Saved, options: Options, *others: Maybe) -> None:
+    """Keep what :func:`gradients` needs, and `others` after it."""
     ctx.options, ctx.dtypes = options, [t is not None and t.dtype for t in saved]
     ctx.save_for_backward(*saved, *others)
 
@@ -237,7 +239,8 @@ def _backward_op(
     """:func:`run_backward` by way of the operator; `options` and then `with_output`. Under
     `create_graph=True` the gradients refuse to be differentiated."""
     if torch.is_grad_enabled():
-        return tuple(_OnceDifferentiable.apply(dy, x, weight, bias, z, mean, rstd, *options))
+        saved = (x, weight, bias, z, mean, rstd)
+        return tuple(OnceDifferentiable.apply(_backward_op, dy, *saved, *options))
     if mean is None:
         mean = x.new_empty(0)
     *given, process_group, with_output = options
@@ -246,12 +249,14 @@ def _backward_op(
     return tuple(t if given else None for t, given in zip(results, there, strict=True))
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The backward as a function that has no derivative itself."""
+class OnceDifferentiable(torch.autograd.Function):
+    """A backward as a function that has no derivative itself: `apply(function, *arguments)`."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Maybe, ...]:
-        return _backward_op(*arguments)
+    def forward(
+        ctx: Any, function: Callable[..., tuple[Maybe, ...]], *arguments: Any
+    ) -> tuple[Maybe, ...]:
+        return function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
@@ -281,7 +286,7 @@ _library.define(
 )
 
 
-def _none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """An operator returns tensors only: an absent one becomes a tensor of no elements."""
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
@@ -290,7 +295,7 @@ def _forward_impl(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *options: Any
 ) -> tuple[Tensor, ...]:
     results = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
-    return _none_to_empty(x, *results)
+    return none_to_empty(x, *results)
 
 
 def _forward_out_impl(
@@ -308,7 +313,7 @@ def _backward_impl(
     results = run_backward(
         dy, x, weight, bias, z, mean, rstd, None, None, make_options(*options), with_output
     )
-    return _none_to_empty(x, *results)
+    return none_to_empty(x, *results)
 
 
 def _split(*options: Any) -> tuple[tuple[Any, ...], bool]:
@@ -338,7 +343,7 @@ def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     return dy.contiguous()
 
 
-def _check_shapes(
+def check_shapes(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, options: Options
 ) -> None:
     """The rules of `describe` for devices, and for sizes that may be symbols. Whether groups fit a
@@ -377,7 +382,7 @@ def _forward_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(*values)
-    _check_shapes(x, weight, bias, z, None, options)
+    check_shapes(x, weight, bias, z, None, options)
     rows, width = 1, x.shape[-1]
     for size in x.shape[:-1]:
         rows = rows * size
@@ -394,7 +399,7 @@ def _forward_fake(
 def _forward_out_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
 ) -> None:
-    _check_shapes(x, weight, bias, z, out, Options(*options))
+    check_shapes(x, weight, bias, z, out, Options(*options))
 
 
 def _backward_fake(
@@ -404,7 +409,7 @@ def _backward_fake(
     options, with_output = _split(*values)
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
     dtype = Options(*options).out_dtype or x.dtype
-    return _none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
+    return none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
 
 
 for _name, _impl, _fake in (
@@ -419,7 +424,7 @@ for _name, _impl, _fake in (
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
+    save_statistics(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
 
 
 torch.library.register_autograd(

@@ -31,6 +31,17 @@ def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
                 )
 
 
+def refuse_gradients(function: str, **tensors: Tensor | None) -> None:
+    """Raises RuntimeError where a function for inference would cut the graph."""
+    if torch.is_grad_enabled():
+        for name, t in tensors.items():
+            if isinstance(t, Tensor) and t.requires_grad:
+                raise RuntimeError(
+                    f"{function} is for inference, and {name} requires a gradient; "
+                    "use rmsnorm_fn, or call it under torch.no_grad()"
+                )
+
+
 def _refuse_wrappers(name: str, *tensors: Tensor | None) -> None:
     """Raises TypeError for a tensor without memory of its own: DTensor, FakeTensor and so on."""
     for t in tensors:
@@ -198,15 +209,7 @@ def rms_norm_gated(
             cut the graph.
     """
     refuse_transforms("rms_norm_gated", x, weight, bias, z)
-    if torch.is_grad_enabled():
-        for name, t in (
-            ("x", x), ("z", z), ("weight", weight), ("bias", bias), ("out", out)
-        ):  # fmt: skip
-            if isinstance(t, Tensor) and t.requires_grad:
-                raise RuntimeError(
-                    f"rms_norm_gated is for inference, and {name} requires a gradient; "
-                    "use rmsnorm_fn, or call it under torch.no_grad()"
-                )
+    refuse_gradients("rms_norm_gated", x=x, z=z, weight=weight, bias=bias, out=out)
     group = None if process_group is None else name_of(process_group)
     options = (
         eps, group_size, norm_before_gate, is_rms_norm,

@@ -10,8 +10,9 @@ from torch import distributed as dist
 from .autograd import gradients, save_forward
 from .distributed import name_of
 from .functional import refuse_transforms
+from .linear_fp8 import PRECISIONS, GatedNormLinearFP8Fn, check_precision
 from .modules import LayerNorm, NotesHooks, RMSNorm
-from .options import Options, make_options
+from .options import Options, make_options, one_of
 
 
 class GatedNormLinearFn(torch.autograd.Function):
@@ -79,6 +80,7 @@ def gated_norm_linear(
     zero_centered: bool = False,
     numerics: str = "fp32",
     process_group: "dist.ProcessGroup | None" = None,
+    precision: str | None = None,
 ) -> Tensor:
     """`gated_norm(x, z) @ linear_weight^T + linear_bias`, keeping `x` and `z` for the backward.
 
@@ -94,14 +96,17 @@ def gated_norm_linear(
     are for this rank's channels, and the result is its share of a sum over the ranks, which is left
     to the caller, like its gradient: `torch.distributed.all_reduce`, or a row-parallel layer.
 
+    `precision` `fp8` multiplies in FP8, forward and backward, on a Hopper GPU; `fp8_emulated` does
+    the same with the same FP8 values in fp32, anywhere. docs/fp8.md has the recipe.
+
     Returns:
         `[..., N]` in the dtype of `x`, or under autocast in its dtype; the product's operands are
         converted to it.
 
     Raises:
         ValueError, TypeError: as :func:`gatednorm.layernorm_fn`; also for a `linear_weight` or
-            `linear_bias` that does not fit.
-        RuntimeError: as :func:`gatednorm.layernorm_fn`.
+            `linear_bias` that does not fit, and for a `precision` that sizes or device do not have.
+        RuntimeError: as :func:`gatednorm.layernorm_fn`; `fp8` with a PyTorch before 2.10.
 
     Source: flash-linear-attention's `rms_norm_swish_gate_linear` computes the output again in the
     backward; here the backward's kernel writes it beside `dx` and `dz`.
@@ -114,7 +119,21 @@ def gated_norm_linear(
     # A trace cannot look into the memory of checked options; the operator checks them again.
     options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)
     check_projection(x, linear_weight, linear_bias)
-    out: Tensor = GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
+    out: Tensor
+    if precision is not None:
+        if process_group is not None:
+            raise ValueError(
+                f"process_group must be None with precision, got precision={precision!r}; leave "
+                "out one of them"
+            )
+        emulated = check_precision(precision, x, linear_weight)
+        heads = linear_weight.shape[1] != x.shape[-1]
+        out = GatedNormLinearFP8Fn.apply(
+            x, weight, bias, z, linear_weight, linear_bias,
+            options._replace(out_dtype=torch.float32), heads, emulated,
+        )  # fmt: skip
+        return out
+    out = GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
     return out
 
 
@@ -149,7 +168,13 @@ class _Linear(NotesHooks, nn.Linear):
 
 
 def norm_then_linear(
-    norm: nn.Module, linear: nn.Module, x: Tensor, z: Tensor | None, *, heads: bool = False
+    norm: nn.Module,
+    linear: nn.Module,
+    x: Tensor,
+    z: Tensor | None,
+    *,
+    heads: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
     """`linear(norm(x, z))`, by :func:`gated_norm_linear` where both modules are plain. Where one
     has a hook, an adapter or another class, both are called, so that nothing of it is left out.
@@ -158,6 +183,7 @@ def norm_then_linear(
         norm: such as :class:`gatednorm.RMSNorm`, of `D` channels.
         linear: of `D` columns, or `H * D`; plain if it is a :class:`gatednorm.NotesHooks`.
         x, z: `[..., D]`; with `heads` `[..., H, D]`; `z` may be None for no gate.
+        precision: as there, where both modules are plain.
 
     Returns:
         `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
@@ -174,7 +200,7 @@ def norm_then_linear(
             x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
             group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
             is_rms_norm=norm.is_rms_norm, activation=norm.activation,
-            zero_centered=norm.zero_centered, numerics=norm.numerics,
+            zero_centered=norm.zero_centered, numerics=norm.numerics, precision=precision,
             process_group=norm.process_group,
         )  # fmt: skip
     y: Tensor = norm(x, z)
@@ -195,6 +221,7 @@ class GatedNormLinear(nn.Module):
         out_features: `N`.
         num_heads: `H`; above 1, `x` and `z` are `[..., H, D]`.
         linear_bias: whether the projection has a bias.
+        precision: `fp8` or `fp8_emulated`, as in :func:`gated_norm_linear`.
 
     Other arguments as :class:`gatednorm.LayerNorm`.
     """
@@ -215,8 +242,12 @@ class GatedNormLinear(nn.Module):
         activation: str = "silu",
         zero_centered: bool = False,
         numerics: str = "fp32",
+        precision: str | None = None,
     ):
         super().__init__()
+        if precision is not None:
+            one_of("precision", precision, PRECISIONS)
+        self.precision = precision
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
             raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
         self.num_heads = num_heads
@@ -230,4 +261,6 @@ class GatedNormLinear(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """`x`, `z` `[..., D]`, or `[..., H, D]` for several heads, to `[..., N]`."""
-        return norm_then_linear(self.norm, self.linear, x, z, heads=self.num_heads > 1)
+        return norm_then_linear(
+            self.norm, self.linear, x, z, heads=self.num_heads > 1, precision=self.precision
+        )

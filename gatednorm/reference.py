@@ -3,7 +3,7 @@
     gate after:   y = (norm(x) * w + b) * act(z)      norm_before_gate=True
     gate before:  y =  norm(x * act(z)) * w + b       norm_before_gate=False
 
-Nothing here is fast, and nothing on the product's own path imports it.
+Nothing here is fast, and nothing on the product's own path imports it, but for FP8 on a CPU.
 """
 
 from typing import Any
@@ -107,3 +107,55 @@ def rms_norm_ref(
     return gated_norm_ref(
         x, weight, bias, z, eps, group_size, norm_before_gate, upcast, is_rms_norm=True, **options
     )
+
+
+def quantize_fp8_ref(
+    y: Tensor, scaling: str = "1x128", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """FP8 values and their scales, `y = values * scale`, in the order of operations of the kernels.
+
+    `scale = max(amax, 1e-12) / 448`, where `amax` is the largest magnitude of a row or of its 128
+    columns, so that the largest value becomes 448, the largest of the format; zeros have a scale of
+    `1e-12 / 448`. With `mxfp8` it is the smallest power of two that is no less. An infinity or NaN
+    makes the scale infinite or NaN, and all that shares it NaN once it is multiplied. With a given
+    scale what exceeds 448 becomes 448.
+
+    Args:
+        y: `[rows, K]` in fp32; `K` is a multiple of 128 for `1x128`, of 32 for `mxfp8`, and for
+            `128x128` rows are a multiple of 128 too.
+        scaling: `1x128`, `mxfp8`, `rowwise`, `tensorwise` with a given scale, or `128x128`, as a
+            product reads its weight.
+        scale: one fp32 number, of `tensorwise` alone.
+
+    Returns:
+        Values `[rows, K]` in `float8_e4m3fn`; scales in fp32, `[rows, K / 128]` with strides
+        `[1, rows]`, `[rows, 1]`, the given one, or `[rows / 128, K / 128]`. For `mxfp8` in
+        `float8_e8m0fnu`, padded with zeros to a multiple of 128 rows and of 4 blocks of 32 columns,
+        and swizzled as PyTorch's `SWIZZLE_32_4_4`.
+    """
+    if scaling == "tensorwise":
+        assert scale is not None  # it is given
+        return (y * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    columns = {"rowwise": y.shape[-1], "mxfp8": 32}.get(scaling, 128)
+    rows = 128 if scaling == "128x128" else 1
+    pattern = "(m rows) (k columns) -> m k rows columns"
+    parts = rearrange(y, pattern, rows=rows, columns=columns)
+    amax = parts.abs().amax((-2, -1)).clamp(min=1e-12)
+    scale = amax * (1 / 448)
+    inverse = 1 / scale
+    if scaling == "mxfp8":
+        exponent = (scale.view(torch.int32).clamp(max=0x7F800000) + 0x7FFFFF) >> 23
+        inverse = ((254 - exponent) << 23).view(torch.float32).where(exponent < 255, float("nan"))
+        scale = swizzled(exponent.to(torch.uint8)).view(torch.float8_e8m0fnu)
+    elif scaling != "128x128":
+        scale = scale.t().contiguous().t()
+    values = (parts * inverse[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return rearrange(values, "m k rows columns -> (m rows) (k columns)"), scale
+
+
+def swizzled(scales: Tensor) -> Tensor:
+    """`[rows, blocks]` in tiles of 128 x 4, padded with zeros: what `SWIZZLE_32_4_4` names."""
+    rows, blocks = scales.shape
+    padded = F.pad(scales, (0, -blocks % 4, 0, -rows % 128))
+    tiles = rearrange(padded, "(r a b) (c d) -> r c b a d", a=4, b=32, d=4)
+    return tiles.reshape(padded.shape)

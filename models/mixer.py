@@ -68,12 +68,15 @@ class Mixer(nn.Module, ABC):
         exact: whether this is part of a model in exact mode; see `models.exact`.
         fuse_norm_linear: whether training keeps no output of the norm for the backward, which
             writes it again; outside exact mode.
+        norm_linear_precision: with that, the precision of the norm and the projection after it:
+            None, or `fp8` or `fp8_emulated` of `gatednorm.gated_norm_linear`.
     """
 
     SCANS: tuple[Callable, Callable]
     SHARED: str
     exact = False
     fuse_norm_linear = False
+    norm_linear_precision: str | None = None
 
     def __init__(
         self,
@@ -161,7 +164,10 @@ class Mixer(nn.Module, ABC):
         )
         y, z, scan_state = self.mix(scan, *parts)
         if self.fuse_norm_linear and not self.exact and torch.is_grad_enabled():
-            y = norm_then_linear(self.norm, self.out_proj, y, z, heads=y.dim() == 4)
+            y = norm_then_linear(
+                self.norm, self.out_proj, y, z, heads=y.dim() == 4,
+                precision=self.norm_linear_precision,
+            )  # fmt: skip
             y = y.view(*x.shape)  # one head would keep its dimension
         else:
             y = self.out_proj(self.by_rows(self.norm, y, z).flatten(2))

@@ -18,7 +18,7 @@ from ..options import rounding
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import Tile, backward_tile, forward_tile, reduce_tile, sums_tile
+from .tiles import FP8_REGISTERS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -93,7 +93,7 @@ def _hooked(runtime: Any = knobs.runtime) -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _constants(kind: Kind) -> dict[str, Any]:
+def constants_of(kind: Kind) -> dict[str, Any]:
     """The constants that all kernels of a call share."""
 
     round_norm, round_weight = (
@@ -132,25 +132,30 @@ def _sums_launcher(kernel: Any, kind: Kind, partial: bool = False) -> Launcher:
         "BLOCK": tile.block_a, "REPEATS": layout["REPEATS_A"], "WARPS": layout["WARPS_A"],
         "FULL": kind.group_size % tile.block_a == 0, "PARTIAL": partial,
     }  # fmt: skip
-    return Launcher(kernel, _constants(kind) | chunk, kind.device, tile.num_warps)
+    return Launcher(kernel, constants_of(kind) | chunk, kind.device, tile.num_warps)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward_launchers(
-    kind: Kind, save_stats: bool, stats_given: bool = False
+    kind: Kind,
+    save_stats: bool,
+    stats_given: bool = False,
+    scaling: str | None = None,
+    heads: int = 1,
 ) -> tuple[Tile, Launcher, Launcher | None]:
     bias = kind.dtypes[2] is not None
     tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
-    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants = constants_of(kind) | _tile_constants(kind, tile)
     sums = None
     if tile.chunks > 1 and not stats_given:
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
-    constants |= {"STATS_GIVEN": given, "HOIST": tile.hoist and not bias}
-    main = Launcher(
-        forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
-    )
+    hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
+    constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
+    columns = tile.block_a + tile.block_b
+    maxnreg = FP8_REGISTERS.get((scaling, kind.norm_before_gate, columns), tile.maxnreg)
+    main = Launcher(forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, maxnreg)
     return tile, main, sums
 
 
@@ -174,9 +179,13 @@ def forward(
     mean: Tensor | None,
     rstd: Tensor | None,
     stats_given: bool = False,
+    scaling: str | None = None,
+    scale: Tensor | None = None,
+    heads: int = 1,
 ) -> None:
-    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given."""
-    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given)
+    """Write `out` `[..., D]`, and `mean`, `rstd` `[rows, groups]` unless None or given; with
+    `scaling` FP8 values, and `scale` unless that is given (launch_fp8.py)."""
+    tile, main, sums = _forward_launchers(call.kind, rstd is not None, stats_given, scaling, heads)
     numbers, eps, n_rows = call.numbers, call.options.eps, x.numel() // call.width
     if sums is not None:
         if rstd is None:
@@ -185,7 +194,7 @@ def forward(
         inputs = (*numbers[:-3], eps)  # without the strides of out
         sums(call.device, n_rows * call.n_groups, [x, z, mean, rstd], inputs)
     tiles = -(-n_rows // tile.rows) * call.n_groups * tile.chunks
-    tensors = [x, weight, bias, z, out, mean, rstd]
+    tensors = [x, weight, bias, z, out, mean, rstd, scale]
     main(call.device, tiles, tensors, (n_rows, *numbers, eps))
 
 
@@ -203,7 +212,7 @@ def _backward_launchers(
         tile = tile._replace(reload="memory")
     whole = all(kind.group_size * dtype.itemsize % 16 == 0 for dtype in loaded)
     ahead = tile.ahead and whole and _since_hopper(kind.device)
-    constants = _constants(kind) | _tile_constants(kind, tile)
+    constants = constants_of(kind) | _tile_constants(kind, tile)
     sums = None
     if tile.chunks > 1 and not sums_given:
         sums = _sums_launcher(backward_kernels.backward_sums_kernel, kind)

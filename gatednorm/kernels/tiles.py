@@ -102,6 +102,12 @@ HOPPER_BACKWARD = (
     Rule(WIDEST, 32, WIDE, norm_before_gate=True),
     Rule(WIDEST, 32, KEPT, norm_before_gate=False),
 )
+# Registers of a forward that writes FP8, by scaling, gate order and columns, where this tile needs
+# others to keep as many programs on a multiprocessor.
+FP8_REGISTERS: dict[tuple[str | None, bool, int], int | None] = {
+    ("rowwise", True, 4096): 48,
+    ("rowwise", False, 8192): 32,
+}
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
 # vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of
 # a table must reach WIDEST.

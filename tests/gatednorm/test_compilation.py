@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gatednorm.fp8 import SCALINGS
+
 ROOT = Path(__file__).parents[2]
 COMPILER = importlib.util.find_spec("triton") and Path(
     importlib.util.find_spec("triton").origin
@@ -29,7 +31,9 @@ def compile_for(kind: str, arch: str, cache: Path) -> list[dict]:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
     backward = {"backward", "backward with output", "backward sums", "reduce"}
-    assert names == {"forward", "forward sums"} | backward
+    fp8 = {f"forward {scaling}" for scaling in SCALINGS} | {"both", "columns", "rows"}
+    has_fp8 = kind == "cuda" and int(arch) >= 89
+    assert names == {"forward", "forward sums"} | backward | (fp8 if has_fp8 else set())
     return rows
 
 

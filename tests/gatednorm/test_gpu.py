@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import gatednorm
 import sanitized
 from gatednorm import gated_norm_ref
-from norm_calls import check_that_rows_keep_their_bits
+from norm_calls import check_that_rows_keep_their_bits, kernels_of, randn
 from norm_cases import Case, Layout, inputs_of, same_bits, ulps
 
 pytestmark = pytest.mark.gpu
@@ -20,11 +19,6 @@ pytestmark = pytest.mark.gpu
 WIDTHS = [128, 256, 1000, 1001, 2048, 4096, 5120, 8192, 16_384, 20_000]
 ORDERS = [pytest.param(True, id="gate_after"), pytest.param(False, id="gate_before")]
 NAMES = ("x", "z", "dy", "out", "dx", "dz")
-
-
-def randn(*shape, dtype=torch.bfloat16, seed=0):
-    g = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=g, device="cuda", dtype=dtype)
 
 
 # ---- sizes ----
@@ -139,17 +133,6 @@ def test_bf16_bits_of_the_reference(is_rms_norm, groups, width, norm_before_gate
 
 
 # ---- copies, kernels, memory ----
-
-
-def kernels_of(function) -> list[str]:
-    """Names of what ran on the GPU, copies and fills included."""
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    return [e.name for e in profiler.events() if e.device_type == cuda]
 
 
 def peak_of(function) -> int:

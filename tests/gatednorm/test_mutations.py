@@ -27,8 +27,8 @@ TESTED = [
     *(
         f"tests/gatednorm/test_{name}.py"
         for name in (
-            "cpu", "distributed", "functional", "kernels", "launch", "linear", "numerics",
-            "refusals",
+            "cpu", "distributed", "fp8", "functional", "kernels", "launch", "linear", "linear_fp8",
+            "numerics", "refusals",
         )
     ),
 ]  # fmt: skip
@@ -55,6 +55,8 @@ SUBSETS = {
         "test_numerics.py::test_bits_of_the_reference",
         "test_numerics.py::test_gradients_take_the_rounded_values",
         "test_linear.py",
+        "test_fp8.py",
+        "test_linear_fp8.py",
         "-k", "not cpu",
     ],
     "calls": ["test_launch.py", "test_refusals.py", "test_functional.py"],
@@ -81,6 +83,8 @@ FIRST = {
     "test_refusals.py::test_bad_input": ("call: the gate",),
     "test_refusals.py::test_bad_out": ("call: columns", "call: other strides"),
     "test_linear.py": ("output", "cpu: output"),
+    "test_fp8.py": ("fp8:",),
+    "test_linear_fp8.py": ("fp8 linear",),
     "test_cpu.py::test_groups_of_one_channel_have_no_gradient": ("cpu: the forward's mean",),
     "test_distributed.py::test_against_whole_rows[compiled]": ("ranks: groups of a rank",),
     "test_distributed.py::test_against_whole_rows[dtensors-4]": ("dtensors: dw of one",),

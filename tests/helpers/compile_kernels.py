@@ -28,11 +28,15 @@ from triton.compiler import ASTSource  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 from gatednorm import call  # noqa: E402
 from gatednorm.bench.cases import Case  # noqa: E402
-from gatednorm.kernels import launch  # noqa: E402
+from gatednorm.fp8 import SCALINGS  # noqa: E402
+from gatednorm.kernels import launch, launch_fp8  # noqa: E402
 from gatednorm.options import make_options  # noqa: E402
 
 TARGET = GPUTarget("cuda", int(ARCH), 32) if KIND == "cuda" else GPUTarget("hip", ARCH, 64)
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
+}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MORE = (
     Case(4096, 8192),
@@ -44,6 +48,7 @@ MORE = (
 )
 
 WITH_OUTPUT = (128, 4096, 5120)
+FP8 = KIND == "cuda" and int(ARCH) >= 89
 
 
 def compiled(launcher: launch.Launcher, tensors: list[torch.Tensor | None]):
@@ -106,7 +111,19 @@ def kernels_of(case: Case):
 
     kind = described(call._remembered, x, w, b, z, None)
     tile, main, sums = launch._forward_launchers(kind, True)
-    yield "forward", main, [x, w, b, z, x, mean, rstd]
+    yield "forward", main, [x, w, b, z, x, mean, rstd, None]
+    if FP8 and case.width == 4096 and not case.bias:
+        eighth = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
+        for scaling in SCALINGS:
+            _, main, _ = launch._forward_launchers(kind, True, False, scaling)
+            scale = eighth.view(torch.uint8) if scaling == "mxfp8" else w
+            yield f"forward {scaling}", main, [x, w, b, z, eighth, mean, rstd, scale]
+        columns = launch_fp8._tiles_launcher(kind, 1, True, True, False, True)
+        yield "columns", columns, [x, w, b, z, mean, rstd, None, None, eighth, w]
+        both = launch_fp8._tiles_launcher(kind, 1, False, False, True, True)
+        yield "both", both, [x, None, None, None, None, None, eighth, w, eighth, w]
+        *_, rows = launch_fp8._rows_launcher(case.width, torch.bfloat16, "1x128", kind.device)
+        yield "rows", rows, [x, eighth, w]
     if sums is not None:
         yield "forward sums", sums, [x, z, mean, rstd]
     kind = described(call._describe_backward, x, x, w, b, z, mean, rstd, None, None)

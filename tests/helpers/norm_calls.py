@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from norm_cases import Inputs, Layout, same_bits
 
@@ -58,3 +59,22 @@ def check_that_rows_keep_their_bits(run, tensors: list, parts: list[slice]) -> N
     for layout in (Layout(offset=1), Layout(offset=3, right=5), Layout(left=8, right=8)):
         compare(slice(None), each(lambda t, layout=layout: layout.place(t, t.dtype, t.device)[0]))
     compare(slice(None), each(lambda t: torch.cat([t[5:], t])), slice(len(whole[0]) - 5, None))
+
+
+# ---- on a GPU ----
+
+
+def randn(*shape, dtype=torch.bfloat16, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=g, device="cuda", dtype=dtype)
+
+
+def kernels_of(function) -> list[str]:
+    """Names of what ran on the GPU, copies and fills included."""
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [e.name for e in profiler.events() if e.device_type == cuda]

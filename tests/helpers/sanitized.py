@@ -11,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import gatednorm
+from gatednorm import fp8
+from gatednorm.options import make_options
 
 # rows, group_size, groups: tiles of many rows, two pieces, registers, reload, chunks; odd sizes.
 SHAPES = {
@@ -43,6 +45,16 @@ def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after
             again = gatednorm.rms_norm_gated(x, weight, None, z, 1e-5, group_size, gate_after)
             assert torch.equal(again, y)
         assert y.isfinite().all()
+        given = (x, weight, bias, z)
+        fits = width % 128 == 0
+        for scaling in ("rowwise", "1x128")[: 1 + fits]:
+            y, _ = gatednorm.rms_norm_gated_fp8(*given, **options, scaling=scaling)
+            assert y.float().isfinite().all()
+        if fits:
+            made = make_options(*options.values(), "silu", False, "fp32", None, None)
+            y, _ = fp8.norm_columns(*given, mean, rstd, made, False)
+            assert y.float().isfinite().all()
+            fp8.quantize(x.contiguous(), rows=True, columns=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from models import mixer as mixer_module
+from models.gated_deltanet import GatedDeltaNet
+from models.mamba2 import Mamba2
 from scan_checks import make_mixer
 from small_models import MIXERS, small_model
 
@@ -84,6 +86,24 @@ def test_norm_and_projection_as_one_keep_less_for_the_same_result(mixer, options
     for apart, fused in zip(*results, strict=True):  # the weight's gradient adds in another order
         torch.testing.assert_close(fused, apart)
     assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [(Mamba2, {"d_state": 16, "head_dim": 64}), (GatedDeltaNet, {"num_heads": 2, "head_dim": 64})],
+    ids=["mamba2", "gated_deltanet"],
+)
+def test_norm_and_projection_in_fp8(mixer, options):
+    """Close to those in full precision, and not the same."""
+    torch.manual_seed(0)
+    layer, x = mixer(128, **options), torch.randn(1, 20, 128, requires_grad=True)
+    layer.fuse_norm_linear = True
+    results = []
+    for layer.norm_linear_precision in (None, "fp8_emulated"):
+        y, _ = layer(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, layer.out_proj.weight])))
+    for plain, fp8 in zip(*results, strict=True):
+        assert 0 < (fp8 - plain).norm() < 0.15 * plain.norm()
 
 
 @pytest.mark.parametrize("bias", [True, False])

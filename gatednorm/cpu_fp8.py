@@ -1,0 +1,64 @@
+"""FP8 on the CPU: the norm's result in fp32, then the reference, which has the kernels' bits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Call
+from .cpu import forward
+from .reference import quantize_fp8_ref
+
+
+def forward_fp8(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    scaling: str,
+    scale: Tensor,
+    heads: int,
+) -> None:
+    """As in kernels/launch_fp8.py."""
+    wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    forward(call, x, weight, bias, z, wide, mean, rstd)
+    quantize_rows(wide.view(y.shape), y, scaling, scale)
+
+
+def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
+    """As in kernels/launch_fp8.py."""
+    given = scale if scaling == "tensorwise" else None
+    values, scales = quantize_fp8_ref(x.float(), scaling, given)
+    y.copy_(values)
+    if given is None:
+        scale.copy_(scales.view(scale.dtype) if scaling == "mxfp8" else scales)
+
+
+def quantize_tiles(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None,
+    columns: tuple[Tensor, Tensor] | None,
+    square: bool,
+    heads: int,
+) -> None:
+    """As in kernels/launch_fp8.py."""
+    wide = x
+    if rstd is not None:
+        wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        forward(call, x, weight, bias, z, wide, None, None)
+    wide = wide.reshape(-1, call.width * heads)
+    scaling = "128x128" if square else "1x128"
+    if rows is not None:
+        quantize_rows(wide, rows[0], scaling, rows[1])
+    if columns is not None:
+        wide = F.pad(wide.t(), (0, columns[0].shape[1] - len(wide)))
+        quantize_rows(wide, columns[0], scaling, columns[1])
