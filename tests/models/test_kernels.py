@@ -26,8 +26,7 @@ def kernels_everywhere(monkeypatch):
 
 
 def inputs(*shape, sequences=None):
-    batch, tokens, heads, dim_k, dim_v = shape
-    made = make_delta(batch, tokens, heads, heads, dim_k, dim_v, torch.float32, sequences)
+    made = make_delta(*shape, torch.float32, sequences)
     return [x.detach().to(DEVICE).requires_grad_() for x in made]
 
 
@@ -94,35 +93,55 @@ def test_exact_mode(mixer, monkeypatch):
     assert_close(ours, (truth, *right), 1e-5 if not GPU else 1e-3)
 
 
-CASES = {
-    "T70-K16-V24": ((2, 70, 2, 16, 24), None),
-    "T33-K32-V16": ((1, 33, 1, 32, 16), None),
-    "one-chunk": ((1, 12, 2, 16, 16), None),
-    "packed-K16-V16": ((1, 60, 2, 16, 16), [0, 3, 3, 35, 60]),
+CASES = {  # batch, tokens, heads, value heads, K, V; the chunk; offsets
+    "T70-K16-V24": ((2, 70, 2, 2, 16, 24), 32, None),
+    "T130-K32-V80": ((1, 130, 1, 1, 32, 80), 64, None),
+    "one-chunk": ((1, 12, 2, 2, 16, 16), 32, None),
+    "packed-K12-V16": ((1, 100, 1, 2, 12, 16), 32, [0, 3, 3, 38, 100]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_delta_kernels_equal_the_recurrence(case):
-    """Outputs, final states and gradients; more columns than a tile holds, packed sequences."""
-    shape, offsets = CASES[case]
+    """Outputs, final states and gradients; more columns than a tile holds, packed sequences, value
+    heads that share a key head, sizes that fill no tile."""
+    shape, chunk_size, offsets = CASES[case]
     cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
     tensors = inputs(*shape, sequences=None if offsets is None else len(offsets) - 1)
-    actual = results(chunk_gated_delta_rule, tensors, chunk_size=16, cu_seqlens=cu_seqlens)
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = results(recurrent_gated_delta_rule, wide, cu_seqlens=cu_seqlens)
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-@pytest.mark.parametrize(("dim_k", "count"), [(16, 1), (12, 0)])
-def test_delta_kernels_ran(dim_k, count, monkeypatch):
+def test_delta_kernels_read_tokens_in_place():
+    """Slices of packed projections, and a gradient of the output that has strides of its own."""
+    q, k, v, g, beta, state = inputs(2, 40, 2, 2, 16, 16)
+    packed = torch.cat((q, k, v), dim=-1).detach().requires_grad_()
+    pair = torch.stack((g, beta), dim=-1).detach().requires_grad_()
+
+    def of_slices(scan):
+        def function(packed, pair, **options):
+            o, final = scan(*packed.split(16, -1), *pair.unbind(-1), chunk_size=32, **options)
+            return o.transpose(1, 2), final
+
+        return function
+
+    wide = [x.detach().double().requires_grad_() for x in (packed, pair, state)]
+    actual = results(of_slices(chunk_gated_delta_rule), [packed, pair, state])
+    expected = results(of_slices(recurrent_gated_delta_rule), wide)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+@pytest.mark.parametrize(("dim_k", "chunk_size", "count"), [(12, 32, 1), (12, 16, 0), (260, 32, 0)])
+def test_delta_kernels_ran(dim_k, chunk_size, count, monkeypatch):
     """A size that the kernels take goes through them, and one that they do not take does not."""
     from models.kernels import gated_delta_rule
 
     ran, forward = [], gated_delta_rule.forward
-    monkeypatch.setattr(gated_delta_rule, "forward", lambda *a: (ran.append(1), forward(*a)))
+    monkeypatch.setattr(gated_delta_rule, "forward", lambda *a: ran.append(1) or forward(*a))
     with torch.no_grad():
-        chunk_gated_delta_rule(*inputs(1, 20, 1, dim_k, 8)[:5], chunk_size=16)
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 1, dim_k, 8)[:5], chunk_size=chunk_size)
     assert len(ran) == count
 
 
