@@ -58,7 +58,7 @@ def _prepare(q, k, v, g, beta, table, total, solve, attn, w, u, scale, H, HV, RA
     """G = running sum of g, solve = (I + tril(beta k k^T e^(G_i - G_j), -1))^-1,
     attn = tril(scale q k^T e^(G_i - G_j)), w = solve beta e^G k, u = solve beta v; a chunk in two
     halves, since half of what lies off the diagonal is zero."""
-    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     sums: tl.constexpr = total.dtype.element_ty
     half: tl.constexpr = C // 2
@@ -155,9 +155,11 @@ def _scan(q, k, w, u, attn, total, initial, table, bounds, states, final, o, sca
     """Vn = u - w S, which takes the place of u; o = scale e^G q S + attn Vn;
     S = e^G_C S + k^T e^(G_C - G) Vn: over the chunks of one sequence, for one head and BV columns
     of the state."""
-    head = tl.program_id(2).to(tl.int64)
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // HV, head % HV
-    i, j, c = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    i, j = tl.arange(0, C), tl.arange(0, BK)
+    c = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
     dtype: tl.constexpr = q.dtype.element_ty
     columns = (c < V)[None, :]
     some = (j < K)[:, None] & columns
@@ -200,9 +202,11 @@ def _scan_backward(q, k, w, attn, total, do, dfinal, table, bounds, dends, dv_ne
                    PRECISION: tl.constexpr):  # fmt: skip
     """dVn = e^(G_C - G) k dS + attn^T do; dS = e^G_C dS + q^T scale e^G do - w^T dVn, from the last
     chunk to the first."""
-    head = tl.program_id(2).to(tl.int64)
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // HV, head % HV
-    i, j, c = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    i, j = tl.arange(0, C), tl.arange(0, BK)
+    c = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
     dtype: tl.constexpr = q.dtype.element_ty
     columns = (c < V)[None, :]
     some = (j < K)[:, None] & columns
@@ -253,7 +257,7 @@ def _chunk_backward(q, k, v, beta, total, solve, attn, w, v_new, states, do, dv_
 
     G is a running sum, so the gradient of g is the running sum of dG from the end.
     """
-    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     sums: tl.constexpr = total.dtype.element_ty
     b, h = head // HV, head % HV
@@ -380,9 +384,9 @@ class _Call:
     def start(self, kernel, tiles, by_sequence: bool, *arguments, **constants) -> None:
         columns, options = tiles[self.bytes]
         columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
-        grid = (self.chunks, self.rows)
+        grid = (self.rows, self.chunks)
         if by_sequence:
-            grid = (triton.cdiv(self.dim_v, columns), self.sequences, self.rows)
+            grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
         kernel[grid](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
             BK=max(16, triton.next_power_of_2(self.dim_k)), BV=columns, PRECISION=PRECISION,
