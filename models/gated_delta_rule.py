@@ -52,7 +52,7 @@ def chunk_gated_delta_rule(
         initial_state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), zeros if None; with
             ``cu_seqlens`` [sequences, HV, K, V].
         output_final_state: whether to return the state after the last token of each sequence.
-        chunk_size: tokens per chunk; None is 64, and 32 on a CPU and for K above 128.
+        chunk_size: tokens per chunk; None is 64 on a GPU in 16 bits for K up to 128, else 32.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
         exact: accepted, without effect: the bits of a chunk's outputs never depend on how many
             chunks there are, on a GPU where a kernel takes the sizes.
@@ -63,7 +63,8 @@ def chunk_gated_delta_rule(
     """
     _check(q, k, v, g, beta)
     if chunk_size is None:
-        chunk_size = 32 if q.device.type == "cpu" or q.shape[3] > 128 else 64
+        short = q.device.type == "cpu" or q.element_size() > 2 or q.shape[3] > 128
+        chunk_size = 32 if short else 64
     check_positive(chunk_size=chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs, state_shape = (q, k, v, g, beta), (v.shape[2], q.shape[3], v.shape[3])

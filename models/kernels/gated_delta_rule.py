@@ -16,8 +16,9 @@ from torch import Tensor
 
 from models.chunks import chunk_bounds, chunk_table, decay_dtype
 
-# fp32 operands, in three products of what tensor cores take; AMD has no such choice.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
+# Of the triangular systems, which are fp32, where what is made of them has 16 bits: three products
+# of what NVIDIA's tensor cores take. fp32 operands are multiplied as they are.
+PRECISION = {2: "ieee" if torch.version.hip else "tf32x3", 4: "ieee"}
 
 
 @triton.jit
@@ -362,8 +363,11 @@ CHUNK = {2: (64, {"num_warps": 8, "num_stages": 2}), 4: (16, {"num_warps": 8, "n
 
 
 def supports(q: Tensor, v: Tensor, size: int) -> bool:
-    """Whether the kernels take chunks of a size, of q [B, T, H, K] and v [B, T, HV, V]."""
-    return size in (32, 64) and q.shape[3] <= 256 and q.numel() > 0 and v.numel() > 0
+    """Whether the kernels take chunks of a size, of q [B, T, H, K] and v [B, T, HV, V]: whether the
+    keys of a chunk fit into registers, where fp32 is multiplied without tensor cores."""
+    wide = q.shape[3] * q.element_size()
+    fit = wide <= 512 if size == 32 else size == 64 and wide <= 256 and q.element_size() == 2
+    return fit and q.numel() > 0 and v.numel() > 0
 
 
 class _Call:
@@ -383,14 +387,15 @@ class _Call:
 
     def start(self, kernel, tiles, by_sequence: bool, *arguments, **constants) -> None:
         columns, options = tiles[self.bytes]
+        columns = columns if self.dim_k <= 128 else columns // 4
         columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
         grid = (self.rows, self.chunks)
         if by_sequence:
             grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
         kernel[grid](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
-            BK=max(16, triton.next_power_of_2(self.dim_k)), BV=columns, PRECISION=PRECISION,
-            **options,
+            BK=max(16, triton.next_power_of_2(self.dim_k)), BV=columns,
+            PRECISION=PRECISION[self.bytes], **options,
         )  # fmt: skip
 
 

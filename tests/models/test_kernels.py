@@ -95,9 +95,9 @@ def test_exact_mode(mixer, monkeypatch):
 
 CASES = {  # batch, tokens, heads, value heads, K, V; the chunk; offsets
     "T70-K16-V24": ((2, 70, 2, 2, 16, 24), 32, None),
-    "T130-K32-V80": ((1, 130, 1, 1, 32, 80), 64, None),
+    "T33-K32-V80": ((1, 33, 1, 1, 32, 80), 32, None),
     "one-chunk": ((1, 12, 2, 2, 16, 16), 32, None),
-    "packed-K12-V16": ((1, 100, 1, 2, 12, 16), 32, [0, 3, 3, 38, 100]),
+    "packed-K12-V16": ((1, 60, 1, 2, 12, 16), 32, [0, 3, 3, 36, 60]),
 }
 
 
@@ -112,6 +112,16 @@ def test_delta_kernels_equal_the_recurrence(case):
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = results(recurrent_gated_delta_rule, wide, cu_seqlens=cu_seqlens)
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+def test_delta_kernels_in_16_bits():
+    """Chunks of 64 tokens, the last of them short."""
+    tensors = [x.detach() for x in inputs(1, 130, 1, 2, 32, 80)]
+    tensors = [x.half() for x in tensors[:3]] + tensors[3:]
+    tensors = [x.requires_grad_() for x in tensors]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=64)
+    assert_close(actual, results(recurrent_gated_delta_rule, wide), 3e-3)
 
 
 def test_delta_kernels_read_tokens_in_place():
@@ -133,7 +143,9 @@ def test_delta_kernels_read_tokens_in_place():
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-@pytest.mark.parametrize(("dim_k", "chunk_size", "count"), [(12, 32, 1), (12, 16, 0), (260, 32, 0)])
+@pytest.mark.parametrize(
+    ("dim_k", "chunk_size", "count"), [(12, 32, 1), (12, 16, 0), (12, 64, 0), (132, 32, 0)]
+)
 def test_delta_kernels_ran(dim_k, chunk_size, count, monkeypatch):
     """A size that the kernels take goes through them, and one that they do not take does not."""
     from models.kernels import gated_delta_rule
