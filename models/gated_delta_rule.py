@@ -54,18 +54,24 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the state after the last token of each sequence.
         chunk_size: tokens per chunk; None is 64 on a GPU in 16 bits for K up to 128, else 32.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
-        exact: accepted, without effect: the bits of a chunk's outputs never depend on how many
-            chunks there are, on a GPU where a kernel takes the sizes.
+        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are;
+            on a GPU they do so only where no kernel takes the sizes.
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state like ``initial_state``, or None.
     Raises:
-        ValueError: for shapes, offsets, a chunk size or a state that do not fit.
+        ValueError: for shapes, offsets, a chunk size or a state that do not fit, and with ``exact``
+            for sizes that no kernel of a GPU takes.
     """
     _check(q, k, v, g, beta)
     if chunk_size is None:
         short = q.device.type == "cpu" or q.element_size() > 2 or q.shape[3] > 128
         chunk_size = 32 if short else 64
     check_positive(chunk_size=chunk_size)
+    if exact and q.is_cuda and _scan(q, v, chunk_size) is delta_chunks:
+        raise ValueError(
+            "exact mode on a GPU needs triton, 16 or 32 bits and keys of at most 512 bytes, got "
+            f"{q.dtype}, {q.shape[3]} channels and chunk_size={chunk_size}; use the CPU"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs, state_shape = (q, k, v, g, beta), (v.shape[2], q.shape[3], v.shape[3])
     if torch.compiler.is_compiling():
@@ -88,9 +94,7 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, offsets, scale, chunk_size):
         inputs, scan = (q, k, v, g, beta), _scan(q, v, chunk_size)
-        bounds = (0, v.shape[1]) if offsets is None else offsets
-        chunks = sum(-(-(end - start) // chunk_size) for start, end in itertools.pairwise(bounds))
-        kept = _empty(scan, q, v, chunk_size, chunks)
+        kept = _empty(scan, q, v, chunk_size, _chunks(v, offsets, chunk_size))
         ctx.save_for_backward(*inputs, *kept)
         ctx.options = (offsets, scale, chunk_size)
         return scan.forward(*inputs, initial, *ctx.options, kept, any(ctx.needs_input_grad))
@@ -100,6 +104,11 @@ class _ChunkScan(torch.autograd.Function):
         q, k, v, g, beta, *kept = ctx.saved_tensors
         scan = _scan(q, v, ctx.options[-1])
         return *scan.backward(do, dfinal, q, k, v, g, beta, *ctx.options, *kept), None, None, None
+
+
+def _chunks(v, offsets, chunk_size):
+    offsets = (0, v.shape[1]) if offsets is None else offsets
+    return sum(-(-(end - start) // chunk_size) for start, end in itertools.pairwise(offsets))
 
 
 def _empty(scan, q, v, chunk_size, chunks):
@@ -122,9 +131,9 @@ def _run(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size):
     offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
     scan = _scan(q, v, chunk_size)
     kept = _empty(scan, q, v, chunk_size, chunk_room(v, chunk_size, cu_seqlens))
-    if offsets is not None:  # fewer chunks than there is room for: no garbage behind them
-        for x in kept:
-            x.zero_()
+    used = _chunks(v, offsets, chunk_size) * v.shape[0] * v.shape[2]
+    for x in kept:
+        x[used:] = 0  # there may be more room than chunks
     options = (offsets, scale, chunk_size, kept, True)
     o, final = scan.forward(q, k, v, g, beta, state.contiguous(), *options)
     return o, final, *_flat(q, kept)
