@@ -22,7 +22,7 @@ def test_hopper(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 8
+    assert len(rows) == 10
     for row in rows:
         assert row["shared"] <= 227 * 1024, row
         assert row["spilled"] <= 512, row
