@@ -7,6 +7,7 @@ from models import chunks, kernels, short_conv
 from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
+from models.swiglu import swiglu
 from paths import GPU, TRITON
 from scan_checks import assert_close, make_delta, results
 from small_models import MIXERS, small_model
@@ -266,6 +267,22 @@ def test_conv_kernels(taps, state, bias, tokens):
     theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 70), (2, 2, 2050)], ids=["part", "more_than_a_program"])
+def test_swiglu(shape):
+    """Values and gradients against float64, which plain PyTorch computes."""
+    g = torch.Generator().manual_seed(0)
+    x = (4 * torch.randn(shape, generator=g)).to(DEVICE).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, truth = swiglu(x), swiglu(wide)
+    dy = torch.randn(y.shape, generator=g).to(DEVICE)
+    (dx,), (expected,) = (
+        torch.autograd.grad(y, x, dy),
+        torch.autograd.grad(truth, wide, dy.double()),
+    )
+    torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
