@@ -20,7 +20,7 @@ def _halves(x, N, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, y, N, BN: tl.constexpr):
+def _swiglu_forward(x, y, N, BN: tl.constexpr):
     """y = silu(gate) value."""
     row, n, gate, value = _halves(x, N, BN)
     out = gate * tl.sigmoid(gate) * value
@@ -28,7 +28,7 @@ def _forward(x, y, N, BN: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy, x, dx, N, BN: tl.constexpr):
+def _swiglu_backward(dy, x, dx, N, BN: tl.constexpr):
     """dvalue = dy silu(gate), dgate = dy value s (1 + gate (1 - s)) with s = sigmoid(gate)."""
     row, n, gate, value = _halves(x, N, BN)
     grad = tl.load(dy + row * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -47,12 +47,12 @@ def forward(x: Tensor) -> Tensor:
     """x [R, 2 N] contiguous to [R, N]."""
     rows, channels = len(x), x.shape[1] // 2
     y = x.new_empty(rows, channels)
-    _forward[_grid(rows, channels)](x, y, channels, BN=COLUMNS)
+    _swiglu_forward[_grid(rows, channels)](x, y, channels, BN=COLUMNS)
     return y
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of x, given that of y; both contiguous."""
     dx = x.new_empty(x.shape)
-    _backward[_grid(*dy.shape)](dy, x, dx, dy.shape[1], BN=COLUMNS)
+    _swiglu_backward[_grid(*dy.shape)](dy, x, dx, dy.shape[1], BN=COLUMNS)
     return dx
