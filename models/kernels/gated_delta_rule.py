@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from models.chunks import chunk_bounds, chunk_table, decay_dtype
+from models.chunks import chunk_bounds, chunk_table, decay_dtype, kept_for_graphs
 from models.kernels.delta_backward import (
     read_backward_kernel,
     scan_backward_kernel,
@@ -70,8 +70,8 @@ class _Call:
         self.heads, self.dim_v = v.shape[2:]
         offsets = (0, self.tokens) if offsets is None else tuple(offsets)
         segments = tuple(-(-(end - start) // size) for start, end in itertools.pairwise(offsets))
-        self.table = chunk_table(offsets, size, q.device)
-        self.bounds = chunk_bounds(segments, q.device)
+        tables = chunk_table(offsets, size, q.device), chunk_bounds(segments, q.device)
+        self.table, self.bounds = kept_for_graphs(*tables)
         self.chunks, self.sequences = sum(segments), len(segments)
         self.rows = self.batch * self.heads
         self.counts = (self.rows, self.heads, self.heads // key_heads)
