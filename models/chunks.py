@@ -171,16 +171,6 @@ def chunk_room(x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> int:
     return x.shape[1] // chunk_size + cu_seqlens.numel() - 1
 
 
-def with_room(parts: list[Tensor], rows: int) -> Tensor:
-    """The parts, one after the other, in a tensor of so many rows, the rest of it zeros."""
-    if len(parts) == 1 and len(parts[0]) == rows:
-        return parts[0]
-    out, used = parts[0].new_empty(rows, *parts[0].shape[1:]), sum(map(len, parts))
-    torch.cat(parts, out=out[:used])
-    out[used:] = 0
-    return out
-
-
 def empty_chunks(x: Tensor) -> Tensor:
     """An empty tensor like x ``[N, B, H, C, ...]`` that ``ChunkLayout.join`` reads as a view."""
     chunks, batch, heads, size, *rest = x.shape
@@ -193,6 +183,30 @@ def chunk_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
     """Offsets in chunks: sequence i has the chunks from bounds[i] up to bounds[i + 1]."""
     bounds = torch.tensor((0, *segments), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return bounds.to(device)
+
+
+@functools.lru_cache(maxsize=64)  # every layer asks for the same ones
+def chunk_table(offsets: tuple[int, ...], chunk_size: int, device: torch.device) -> Tensor:
+    """Where each chunk lies, for kernels that read tokens in place: int32 [N, 3], its first token,
+    its number of tokens and its sequence, in the order of ``ChunkLayout``. ``offsets``: those of
+    packed sequences, or ``(0, T)`` for each row of a batch."""
+    rows = [
+        (start, min(chunk_size, right - start), sequence)
+        for sequence, (left, right) in enumerate(itertools.pairwise(offsets))
+        for start in range(left, right, chunk_size)
+    ]
+    return torch.tensor(rows, dtype=torch.int32).view(-1, 3).to(device)
+
+
+_captured: dict[int, Tensor] = {}
+
+
+def kept_for_graphs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, which come from a cache that forgets. A CUDA graph that is being captured will
+    read them, so they are held from then on: as many as there are layouts of captured calls."""
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.update((t.data_ptr(), t) for t in tensors)
+    return tensors
 
 
 # Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.

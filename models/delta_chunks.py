@@ -1,5 +1,5 @@
-"""The chunk-parallel gated delta rule of `models.gated_delta_rule`, forward and backward, for
-tokens that are cut into chunks.
+"""The chunk-parallel gated delta rule of `models.gated_delta_rule` in plain PyTorch, forward and
+backward: for a CPU, fp64, and sizes that models/kernels/gated_delta_rule.py does not take.
 
 Within a chunk that starts from state ``S``, and with ``G`` the running sum of ``g`` in it, the
 updates condense into one unit lower triangular system (the WY form)::
@@ -17,46 +17,44 @@ Shape letters: B batch, HV value heads, K and V the dimensions of keys and value
 N chunks, S sequences, X = N * B * HV.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models import kernels
 from models.chunks import (
+    ChunkLayout,
     add_bmm,
     block_ranges,
-    bmm,
     bmm_acc,
     decay_dtype,
     decay_matrix,
     dot_rows,
     empty_chunks,
     operand_dtype,
-    running_sum,
     sequence_ends,
+    state_dtype,
 )
 
 
-def unit_lower_inverse(a: Tensor, exact: bool = False) -> Tensor:
+def unit_lower_inverse(a: Tensor) -> Tensor:
     """``(I + a)^-1`` for strictly lower triangular ``a`` [X, C, C], by merging diagonal blocks.
 
     ``[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]``, doubling the blocks from 1 to C.
     Every intermediate is a block of the result, which keeps it accurate on correlated keys,
-    where powers of ``a`` overflow. ``exact``: see ``chunk_gated_delta_rule``.
+    where powers of ``a`` overflow.
     """
     size = a.shape[-1]
     if size > 8 and size % 2 == 0:
         half = size // 2
         blocks = torch.stack((a[:, :half, :half], a[:, half:, half:]), dim=1)
-        inverses = unit_lower_inverse(blocks.flatten(0, 1), exact)
+        inverses = unit_lower_inverse(blocks.flatten(0, 1))
         first, second = inverses.unflatten(0, (-1, 2)).unbind(1)
         out = torch.zeros_like(a)
         out[:, :half, :half] = first
         out[:, half:, half:] = second
-        corner = bmm(a[:, half:, :half], first, exact)
-        out[:, half:, :half] = bmm(second, corner, exact).neg_()
+        corner = torch.bmm(a[:, half:, :half], first)
+        out[:, half:, :half] = torch.bmm(second, corner).neg_()
         return out
     index = torch.arange(size, device=a.device)
     out = torch.eye(size, dtype=a.dtype, device=a.device).expand_as(a)
@@ -64,7 +62,7 @@ def unit_lower_inverse(a: Tensor, exact: bool = False) -> Tensor:
     while width < size:
         row, column = index[:, None] // width, index[None, :] // width
         corner = a * ((row == column + 1) & (row % 2 == 1))
-        out = out - (corner if width == 1 else bmm(bmm(out, corner, exact), out, exact))
+        out = out - (corner if width == 1 else torch.bmm(torch.bmm(out, corner), out))
         width *= 2
     return out
 
@@ -87,112 +85,109 @@ class _BlockTerms(NamedTuple):
     k_out: Tensor  # [X, C, K], shrink k
 
 
-def _block_terms(q, k, v, g, beta, scale, acc, solve=None, exact=False) -> _BlockTerms:
+def _block_terms(q, k, v, g, beta, scale, acc, solve=None) -> _BlockTerms:
     """All that does not depend on the state. q, k, v, g, beta: blocks [n, B, HV, C, ...]."""
     operands = operand_dtype(q)
     size, dim_k, dim_v = q.shape[3], q.shape[4], v.shape[4]
     q, k, v = (x.to(operands).reshape(-1, size, x.shape[4]) for x in (q, k, v))
     beta = beta.to(acc).reshape(-1, size, 1)
-    total = running_sum(g, decay_dtype(operands), exact).reshape(-1, size)
+    total = g.cumsum(-1, dtype=decay_dtype(operands)).reshape(-1, size)
     pair, total = decay_matrix(total, acc), total[..., None]
     shrink = (total[:, -1:] - total).to(acc).exp_()
     grow = total.to(acc).exp()
     last = grow[:, -1:]
-    keys = bmm_acc(k, k.mT, exact).mul_(pair)
-    attn = bmm_acc(q, k.mT, exact).mul_(pair).mul_(scale).to(operands)
+    keys = bmm_acc(k, k.mT).mul_(pair)
+    attn = bmm_acc(q, k.mT).mul_(pair).mul_(scale).to(operands)
     if solve is None:
-        solve = unit_lower_inverse((keys * beta).tril_(-1), exact).to(operands)
+        solve = unit_lower_inverse((keys * beta).tril_(-1)).to(operands)
     rhs = q.new_empty(q.shape[0], size, dim_v + dim_k)
     torch.mul(v, beta, out=rhs[..., :dim_v])
     torch.mul(k, beta * grow, out=rhs[..., dim_v:])
-    u_w = bmm(solve, rhs, exact)
+    u_w = torch.bmm(solve, rhs)
     k_out = (k * shrink).to(operands).contiguous()  # a single chunk may be a view of the inputs
     return _BlockTerms(q, k, v, beta, grow, shrink, last, pair, keys, attn, solve, u_w, k_out)
 
 
-def forward(q, k, v, g, beta, initial, scale, segments, exact, room):
-    """q, k [N, B, HV, C, K], v [N, B, HV, C, V], g, beta [N, B, HV, C] in chunks, initial
-    [S, B * HV, K, V]; returns o like v, the final states like initial, and for the backward the
-    states before each chunk, with room for more, and of each block the inverses and Vn.
+def kept(q: Tensor, v: Tensor, size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What ``forward`` keeps of a chunk and head: inverses, Vn, and the state before the chunk."""
+    operands, dim_v = operand_dtype(q), v.shape[3]
+    shapes = [((size, size), operands), ((size, dim_v), operands)]
+    return [*shapes, ((q.shape[3], dim_v), state_dtype(v))]
+
+
+def _cut(offsets, size, *tensors):
+    """The layout, and [B, T, H, ...] as [N, B, HV, C, ...]: with as many heads as the last has."""
+    layout, heads = ChunkLayout(tensors[0], size, offsets), tensors[-1].shape[2]
+    cut = [layout.split(x) for x in tensors]
+    return layout, [x.repeat_interleave(heads // x.shape[2], dim=2) for x in cut]
+
+
+def _rows(state, offsets):
+    """States of a batch or of packed sequences as [S, B * HV, K, V]: a batch counts as one."""
+    return (state.flatten(0, 1)[None] if offsets is None else state).contiguous()
+
+
+def forward(q, k, v, g, beta, initial, offsets, scale, size, kept, _keep):
+    """o [B, T, HV, V] in the dtype of v, and the final states like initial, one of [HV, K, V] for
+    each row of the batch or sequence. Writes ``kept``, tensors [X, ...].
 
     Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache.
     """
-    dim_v, operands = v.shape[-1], operand_dtype(q)
+    layout, (q, k, v, g, beta) = _cut(offsets, size, q, k, v, g, beta)
+    shape, initial = initial.shape, _rows(initial, offsets)
+    dim_v, operands, rows = v.shape[-1], operand_dtype(q), initial.shape[1]
     final, o = initial.clone(), empty_chunks(v)
-    states = initial.new_empty(room, *initial.shape[1:])
-    solves, v_news = [], []
+    solves, v_news, states = kept
+    states = states.unflatten(0, (-1, rows))
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi in block_ranges(v, 0):
             block = (x[lo:hi] for x in (q, k, v, g, beta))
-            c = _block_terms(*block, scale, initial.dtype, exact=exact)
-            v_new = torch.empty_like(c.v, memory_format=torch.contiguous_format)
-            _scan_states(c, dim_v, initial, segments, lo, hi, states, v_new, final)
+            c = _block_terms(*block, scale, initial.dtype)
+            v_new = v_news[lo * rows : hi * rows]
+            _scan_states(c, dim_v, initial, layout.segments, lo, hi, states, v_new, final)
             start = states[lo:hi].flatten(0, 1).to(operands)
-            read = bmm((c.q * (c.grow * scale)).to(operands), start, exact)
-            if exact:
-                read += bmm_acc(c.attn, v_new, exact)
-            else:
-                read.baddbmm_(c.attn, v_new)
-            o[lo:hi] = read.view(o[lo:hi].shape)
-            solves.append(c.solve)
-            v_news.append(v_new)
-    return o, final, states, solves, v_news
+            read = torch.bmm((c.q * (c.grow * scale)).to(operands), start)
+            o[lo:hi] = read.baddbmm_(c.attn, v_new).view(o[lo:hi].shape)
+            solves[lo * rows : hi * rows] = c.solve
+    return layout.join(o), final.view(shape)
 
 
-def backward(do, dfinal, q, k, v, g, beta, states, solves, v_news, scale, segments):
+def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, solves, v_news, states):
     """The gradients of q, k, v, g, beta and the initial states, which are like dfinal; the rest is
     what ``forward`` read and kept. What it did not keep is computed again."""
-    dim_v = v.shape[-1]
+    key_heads = q.shape[2]
+    layout, (q, k, v, g, beta, do) = _cut(offsets, size, q, k, v, g, beta, do)
+    shape, dfinal = dfinal.shape, _rows(dfinal, offsets)
+    dim_v, rows = v.shape[-1], dfinal.shape[1]
+    states = states.unflatten(0, (-1, rows))
     grads = [empty_chunks(x) for x in (q, k, v, g, beta)]
-    dfinal = dfinal.contiguous()  # kernels write to tensors made like it
     dinitial, carry = dfinal.clone(), torch.empty_like(dfinal[0])
-    blocks = list(zip(block_ranges(v, 0), solves, v_news, strict=True))
     with torch.autocast(q.device.type, enabled=False):
-        for (lo, hi), solve, v_new in reversed(blocks):
-            block = (x[lo:hi] for x in (q, k, v, g, beta))
-            c = _block_terms(*block, scale, states.dtype, solve)
+        for lo, hi in reversed(block_ranges(v, 0)):
+            block, here = (x[lo:hi] for x in (q, k, v, g, beta)), slice(lo * rows, hi * rows)
+            c = _block_terms(*block, scale, states.dtype, solves[here])
             dout = do[lo:hi].to(c.q.dtype).reshape(c.v.shape)
             dv_new = torch.bmm(c.attn.mT, dout)
             dread = bmm_acc((c.q * (c.grow * scale)).to(c.q.dtype).mT, dout)
             dends = torch.empty_like(dread)
             _scan_states_backward(
-                c, dim_v, dread, dfinal, segments, lo, hi, dends, dv_new, dinitial, carry
+                c, dim_v, dread, dfinal, layout.segments, lo, hi, dends, dv_new, dinitial, carry
             )
             start = states[lo:hi].flatten(0, 1)
-            values = _backward_block(c, start, dends, dout, v_new, dv_new, scale)
+            values = _backward_block(c, start, dends, dout, v_news[here], dv_new, scale)
             for grad, value in zip(grads, values, strict=True):
                 grad[lo:hi] = value.view(grad[lo:hi].shape)
-    return *grads, dinitial
-
-
-class ChunkScan(torch.autograd.Function):
-    """``forward`` and ``backward`` of tokens cut into chunks."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial, scale, segments, exact):
-        parts = (q, k, v, g, beta, initial, scale, segments, exact, len(q))
-        o, final, states, solves, v_news = forward(*parts)
-        ctx.save_for_backward(q, k, v, g, beta, states, *solves, *v_news)
-        ctx.scale, ctx.segments = scale, segments
-        return o, final
-
-    @staticmethod
-    def backward(ctx, do, dfinal):
-        q, k, v, g, beta, states, *kept = ctx.saved_tensors
-        half = len(kept) // 2
-        parts = (q, k, v, g, beta, states, kept[:half], kept[half:], ctx.scale, ctx.segments)
-        return *backward(do, dfinal, *parts), None, None, None
+    dq, dk, *others = (layout.join(grad) for grad in grads)
+    if key_heads != dq.shape[2]:
+        dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
+    return dq, dk, *others, dinitial.view(shape)
 
 
 def _scan_states(c: _BlockTerms, dim_v, initial, segments, lo, hi, states, v_new, final):
     """The sequential phase for chunks lo to hi: writes their states, Vn, and final states."""
-    u, w, heads = c.u_w[..., :dim_v], c.u_w[..., dim_v:], initial.shape[1]
-    kernel = _kernels(c, lo, hi, segments)
-    if kernel is not None:
-        kernel.forward(c.last, c.k_out, w, u, initial, segments, states, v_new, final)
-        return
+    heads = initial.shape[1]
     first, final_of = sequence_ends(segments)
-    rows = (c.last, c.k_out.mT, w, u, v_new)
+    rows = (c.last, c.k_out.mT, c.u_w[..., dim_v:], c.u_w[..., :dim_v], v_new)
     last, k_out, w, u, v_new = (x.unflatten(0, (-1, heads)) for x in rows)
     for n in range(lo, hi):
         i = n - lo
@@ -208,13 +203,9 @@ def _scan_states_backward(
 ):
     """The same backwards: writes the gradients of the states after each chunk and of the initial
     ones, completes that of Vn. ``carry`` holds the gradient of the state between two blocks."""
-    w, heads = c.u_w[..., dim_v:], dfinal.shape[1]
-    kernel = _kernels(c, lo, hi, segments)
-    if kernel is not None:
-        kernel.backward(c.last, c.k_out, w, dread, dfinal, segments, dends, dv_new, dinitial)
-        return
+    heads = dfinal.shape[1]
     first, final_of = sequence_ends(segments)
-    rows = (c.last, c.k_out, w.mT, dread, dends, dv_new)
+    rows = (c.last, c.k_out, c.u_w[..., dim_v:].mT, dread, dends, dv_new)
     last, k_out, w, dread, dends, dv_new = (x.unflatten(0, (-1, heads)) for x in rows)
     for n in reversed(range(lo, hi)):
         i = n - lo
@@ -225,12 +216,6 @@ def _scan_states_backward(
         dv_new[i].baddbmm_(k_out[i], dends[i].to(k_out.dtype))
         start = dinitial[first[n]] if n in first else dends[i - 1] if i else carry
         add_bmm(torch.addcmul(dread[i], dends[i], last[i], out=start), w[i], dv_new[i], -1)
-
-
-def _kernels(c: _BlockTerms, lo: int, hi: int, segments: tuple[int, ...]) -> ModuleType | None:
-    """The kernels of the sequential phase, if lo to hi are all chunks and have a size they take."""
-    found = kernels.find("gated_delta_rule", c.k) if hi - lo == sum(segments) else None
-    return found if found is not None and found.supports(*c.k.shape[1:]) else None
 
 
 def _backward_block(c: _BlockTerms, states, dends, dout, v_new, dv_new, scale):

@@ -1,11 +1,12 @@
-"""The gated delta rule in plain PyTorch: chunk-parallel over time, and one step at a time.
+"""The gated delta rule: chunk-parallel over time, and one step at a time.
 
 For each head, with decay ``a_t = exp(g_t)`` and a state ``S`` of shape [K, V]::
 
     S_t = a_t * S_{t-1} + beta_t * k_t (v_t - a_t * S_{t-1}^T k_t)^T
     o_t = scale * S_t^T q_t
 
-`models.delta_chunks` has the chunk-parallel form of it.
+`models.delta_chunks` has the chunk-parallel form of it, `models.kernels.gated_delta_rule` the same
+for a GPU.
 
 Source: Gated Delta Networks, arXiv 2412.06464.
 
@@ -14,21 +15,14 @@ sequences.
 """
 
 import functools
+import itertools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from models import delta_chunks, operators
-from models.chunks import (
-    ChunkLayout,
-    block_ranges,
-    chunk_room,
-    each_sequence,
-    offsets_and_states,
-    operand_dtype,
-    state_dtype,
-    with_room,
-)
+from models import delta_chunks, kernels, operators
+from models.chunks import chunk_room, each_sequence, offsets_and_states, state_dtype
 from models.ranges import check_positive
 
 
@@ -58,88 +52,117 @@ def chunk_gated_delta_rule(
         initial_state: [B, HV, K, V] fp32 (fp64 with fp64 inputs), zeros if None; with
             ``cu_seqlens`` [sequences, HV, K, V].
         output_final_state: whether to return the state after the last token of each sequence.
-        chunk_size: tokens per chunk; None is 32 on a CPU and 64 elsewhere.
+        chunk_size: tokens per chunk; None is 64 on a GPU in 16 bits for K up to 128, else 32.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
-        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are; a
-            GPU is slower then.
+        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are;
+            on a GPU they do so only where no kernel takes the sizes.
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state like ``initial_state``, or None.
     Raises:
-        ValueError: for shapes, offsets, a chunk size or a state that do not fit.
+        ValueError: for shapes, offsets, a chunk size or a state that do not fit, and with ``exact``
+            for sizes that no kernel of a GPU takes.
     """
     _check(q, k, v, g, beta)
     if chunk_size is None:
-        chunk_size = 32 if q.device.type == "cpu" else 64
+        short = q.device.type == "cpu" or q.element_size() > 2 or q.shape[3] > 128
+        chunk_size = 32 if short else 64
     check_positive(chunk_size=chunk_size)
-    heads = v.shape[2]
-    if q.shape[2] != heads:
-        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    if exact and q.is_cuda and _scan(q, v, chunk_size) is delta_chunks:
+        raise ValueError(
+            "exact mode on a GPU needs triton, 16 or 32 bits and keys of at most 512 bytes, got "
+            f"{q.dtype}, {q.shape[3]} channels and chunk_size={chunk_size}; use the CPU"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, g, beta, initial_state, cu_seqlens)
+    inputs, state_shape = (q, k, v, g, beta), (v.shape[2], q.shape[3], v.shape[3])
     if torch.compiler.is_compiling():
-        o, final = _operator(*inputs, scale, chunk_size, exact)[:2]
+        o, final = _operator(*inputs, initial_state, cu_seqlens, scale, chunk_size)[:2]
         if output_final_state:
-            final = final.view(-1, heads, q.shape[3], v.shape[3])
+            final = final.view(-1, *state_shape)
     else:
-        layout, cut, state, shape = _cut(*inputs, chunk_size)
-        o, final = delta_chunks.ChunkScan.apply(*cut, state, scale, layout.segments, exact)
-        o, final = layout.join(o).to(v.dtype), final.view(shape)
+        offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
+        o, final = _ChunkScan.apply(*inputs, state.contiguous(), offsets, scale, chunk_size)
     return o, final if output_final_state else None
 
 
-def _cut(q, k, v, g, beta, initial_state, cu_seqlens, chunk_size):
-    """The layout of the chunks, the inputs in it, the states as [S, B * HV, K, V], their shape."""
-    shape = (v.shape[2], q.shape[3], v.shape[3])
-    offsets, state = offsets_and_states(v, cu_seqlens, initial_state, shape)
-    layout, shape = ChunkLayout(q, chunk_size, offsets), state.shape
-    # packed sequences have B = 1, a batch is cut into chunks as one sequence
-    state = (state if offsets is not None else state.flatten(0, 1)[None]).contiguous()
-    return layout, [layout.split(x) for x in (q, k, v, g, beta)], state, shape
+def _scan(q: Tensor, v: Tensor, chunk_size: int) -> ModuleType:
+    """What computes with chunks of q and v."""
+    found = kernels.find("gated_delta_rule", q)
+    return delta_chunks if found is None or not found.supports(q, v, chunk_size) else found
 
 
-def _run(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, exact):
-    inputs = (q, k, v, g, beta, initial_state, cu_seqlens)
-    layout, cut, state, shape = _cut(*inputs, chunk_size)
-    room = chunk_room(v, chunk_size, cu_seqlens)
-    parts = (*cut, state, scale, layout.segments, exact, room)
-    o, final, states, *kept = delta_chunks.forward(*parts)
-    states[layout.chunks :] = 0
-    kept = (with_room(blocks, room * state.shape[1]) for blocks in kept)
-    return layout.join(o), final.view(shape), states, *kept
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, initial, offsets, scale, chunk_size):
+        inputs, scan = (q, k, v, g, beta), _scan(q, v, chunk_size)
+        kept = _empty(scan, q, v, chunk_size, _chunks(v, offsets, chunk_size))
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.options = (offsets, scale, chunk_size)
+        return scan.forward(*inputs, initial, *ctx.options, kept, any(ctx.needs_input_grad))
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        q, k, v, g, beta, *kept = ctx.saved_tensors
+        scan = _scan(q, v, ctx.options[-1])
+        return *scan.backward(do, dfinal, q, k, v, g, beta, *ctx.options, *kept), None, None, None
 
 
-def _fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size, exact):
-    (batch, _, heads, dim_v), dim_k = v.shape, q.shape[3]
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    final = v.new_empty(sequences * heads * dim_k * dim_v, dtype=state_dtype(v))
-    rows = chunk_room(v, chunk_size, cu_seqlens) * batch * heads
-    states = final.new_empty(rows * dim_k * dim_v)
-    solves = q.new_empty(rows * chunk_size * chunk_size, dtype=operand_dtype(q))
-    return v.new_empty(v.shape), final, states, solves, solves.new_empty(rows * chunk_size * dim_v)
+def _chunks(v, offsets, chunk_size):
+    offsets = (0, v.shape[1]) if offsets is None else offsets
+    return sum(-(-(end - start) // chunk_size) for start, end in itertools.pairwise(offsets))
 
 
-def _run_backward(
-    do, dfinal, q, k, v, g, beta, _state, cu_seqlens, states, solves, v_news, scale, chunk_size, _
-):
-    if dfinal is not None:
-        dfinal = dfinal.view(-1, v.shape[2], q.shape[3], v.shape[3])
-    layout, cut, dfinal, shape = _cut(q, k, v, g, beta, dfinal, cu_seqlens, chunk_size)
-    rows, dim_v = dfinal.shape[1], v.shape[3]
-    blocks = [slice(lo * rows, hi * rows) for lo, hi in block_ranges(cut[2], 0)]
-    solves, v_news = (
-        t.view(-1, chunk_size, size) for t, size in ((solves, chunk_size), (v_news, dim_v))
-    )
-    kept = ([t[block] for block in blocks] for t in (solves, v_news))
-    parts = (*cut, states.view(-1, *dfinal.shape[1:]), *kept, scale, layout.segments)
-    *grads, dinitial = delta_chunks.backward(layout.split(do), dfinal, *parts)
-    return *(layout.join(grad) for grad in grads), dinitial.view(shape)
+def _empty(scan, q, v, chunk_size, chunks):
+    """Empty tensors [X, ...] for what a scan keeps of so many chunks."""
+    rows = chunks * v.shape[0] * v.shape[2]
+    kept = scan.kept(q, v, chunk_size)
+    return [q.new_empty(rows, *shape, dtype=dtype) for shape, dtype in kept]
+
+
+KEPT = 6  # at most; plain PyTorch keeps less
+
+
+def _flat(q, kept):
+    """The tensors that an operator keeps, flat, and tensors of no elements up to their number."""
+    return [*(t.flatten() for t in kept), *(q.new_empty(0) for _ in range(KEPT - len(kept)))]
+
+
+def _run(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size):
+    state_shape = (v.shape[2], q.shape[3], v.shape[3])
+    offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
+    scan = _scan(q, v, chunk_size)
+    kept = _empty(scan, q, v, chunk_size, chunk_room(v, chunk_size, cu_seqlens))
+    used = _chunks(v, offsets, chunk_size) * v.shape[0] * v.shape[2]
+    for x in kept:
+        x[used:] = 0  # there may be more room than chunks
+    options = (offsets, scale, chunk_size, kept, True)
+    o, final = scan.forward(q, k, v, g, beta, state.contiguous(), *options)
+    return o, final, *_flat(q, kept)
+
+
+def _fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size):
+    sequences = len(v) if cu_seqlens is None else cu_seqlens.numel() - 1
+    size = sequences * v.shape[2] * q.shape[3] * v.shape[3]
+    final = v.new_empty(size, dtype=state_dtype(v))
+    scan, chunks = _scan(q, v, chunk_size), chunk_room(v, chunk_size, cu_seqlens)
+    return v.new_empty(v.shape), final, *_flat(q, _empty(scan, q, v, chunk_size, chunks))
+
+
+def _run_backward(do, dfinal, q, k, v, g, beta, _state, cu_seqlens, *rest):
+    kept, (scale, chunk_size) = rest[:KEPT], rest[KEPT:]
+    state_shape = (v.shape[2], q.shape[3], v.shape[3])
+    dfinal = None if dfinal is None else dfinal.view(-1, *state_shape)
+    offsets, dfinal = offsets_and_states(v, cu_seqlens, dfinal, state_shape)
+    scan = _scan(q, v, chunk_size)
+    shapes = [shape for shape, _ in scan.kept(q, v, chunk_size)]
+    kept = (t.view(-1, *shape) for t, shape in zip(kept, shapes, strict=False))
+    return scan.backward(do, dfinal, q, k, v, g, beta, offsets, scale, chunk_size, *kept)
 
 
 _operator = operators.register(
-    "chunk_gated_delta_rule",
+    "gated_delta_rule",
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state",
-    "float scale, int chunk_size, bool exact",
-    3,
+    "float scale, int chunk_size",
+    KEPT,
     2,
     _run,
     _fake,

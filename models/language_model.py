@@ -4,7 +4,6 @@ Shape letters: B batch, T tokens, D hidden size, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatednorm import LayerNorm, RMSNorm
@@ -16,6 +15,7 @@ from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
 from models.mixer import Mixer
 from models.products import Linear
+from models.swiglu import swiglu
 
 MIXERS = {GatedDeltaNetConfig: GatedDeltaNet, Mamba2Config: Mamba2}
 
@@ -33,8 +33,7 @@ class MLP(nn.Module):
         self.out_proj = Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(by_chunks(self.exact, F.silu, gate) * up)
+        return self.out_proj(swiglu(self.in_proj(x), self.exact))
 
 
 class Block(nn.Module):

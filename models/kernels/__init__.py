@@ -1,5 +1,5 @@
-"""All that imports Triton: modules for models/{short_conv,delta_chunks,ssd_chunks}.py, which hold
-the same in plain PyTorch. Importing this package needs no Triton.
+"""All that imports Triton: modules for models/{short_conv,swiglu,delta_chunks,ssd_chunks}.py, which
+hold the same in plain PyTorch. Importing this package needs no Triton.
 """
 
 import functools

@@ -1,98 +1,154 @@
-"""The sequential part of the gated delta rule on a GPU: one kernel over all chunks, each way.
+"""The gated delta rule on a GPU: two kernels forward, three backward, which read tokens in place.
 
-Symbols are those of models/delta_chunks.py. Shape letters: N chunks, H value heads (batch
-included), C chunk size, K and V the head's dimensions, X = N * H, S sequences.
+What needs no state has one program for each chunk and head, whose tile does not depend on how many
+chunks there are: so the bits of a chunk do not either.
+
+Shape letters: B batch, T tokens, HV value heads, K and V the head's dimensions, N chunks of a row
+of the batch, X = N * B * HV.
 """
 
+import functools
+import itertools
+
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from models.chunks import chunk_bounds
+from models.chunks import chunk_bounds, chunk_table, decay_dtype, kept_for_graphs
+from models.kernels.delta_backward import (
+    read_backward_kernel,
+    scan_backward_kernel,
+    system_backward_kernel,
+)
+from models.kernels.delta_forward import prepare_kernel, scan_kernel
 
+# Of the triangular systems, which are fp32, where what is made of them has 16 bits: three products
+# of what NVIDIA's tensor cores take. fp32 operands are multiplied as they are.
+PRECISION = {2: "ieee" if torch.version.hip else "tf32x3", 4: "ieee"}
 
-@triton.jit
-def _delta_forward(last, k_out, w, u, initial, bounds, states, v_new, final, H, swr, sur,
-                   C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                   BV: tl.constexpr):  # fmt: skip
-    """Vn = u - w S; S = last S + k_out^T Vn, over the chunks of one sequence, one head and BV
-    columns of the state."""
-    sequence, h = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    col = tl.program_id(0) * BV + tl.arange(0, BV)
-    i, j = tl.arange(0, C), tl.arange(0, K)
-    ok = (col < V)[None, :]
-    here = (sequence * H + h) * K * V + j[:, None] * V + col[None, :]
-    s = tl.load(initial + here, mask=ok, other=0.0)
-    for n in range(tl.load(bounds + sequence), tl.load(bounds + sequence + 1)):
-        x = n * H + h  # 64 bits, as h
-        tl.store(states + x * K * V + j[:, None] * V + col[None, :], s, mask=ok)
-        wt = tl.load(w + (x * C + i[:, None]) * swr + j[None, :])
-        ut = tl.load(u + (x * C + i[:, None]) * sur + col[None, :], mask=ok, other=0.0)
-        new = ut.to(tl.float32) - tl.dot(wt, s.to(wt.dtype), input_precision="ieee")
-        new = new.to(wt.dtype)
-        tl.store(v_new + (x * C + i[:, None]) * V + col[None, :], new, mask=ok)
-        kt = tl.load(k_out + (x * C + i[None, :]) * K + j[:, None])
-        s = s * tl.load(last + x) + tl.dot(kt, new, input_precision="ieee")
-    tl.store(final + here, s, mask=ok)
-
-
-@triton.jit
-def _delta_backward(last, k_out, w, add, dfinal, bounds, dends, dv_new, dinitial, H, swr,
-                    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                   BV: tl.constexpr):  # fmt: skip
-    """dVn += k_out dS; dS = last dS + add - w^T dVn, from the last chunk to the first."""
-    sequence, h = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    col = tl.program_id(0) * BV + tl.arange(0, BV)
-    i, j = tl.arange(0, C), tl.arange(0, K)
-    ok = (col < V)[None, :]
-    here = (sequence * H + h) * K * V + j[:, None] * V + col[None, :]
-    ds = tl.load(dfinal + here, mask=ok, other=0.0)
-    begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-    for back in range(end - begin):
-        x = (end - 1 - back) * H + h  # 64 bits, as h
-        block = x * K * V + j[:, None] * V + col[None, :]
-        tl.store(dends + block, ds, mask=ok)
-        kt = tl.load(k_out + (x * C + i[:, None]) * K + j[None, :])
-        row = dv_new + (x * C + i[:, None]) * V + col[None, :]
-        dnew = tl.load(row, mask=ok, other=0.0).to(tl.float32)
-        dnew = (dnew + tl.dot(kt, ds.to(kt.dtype), input_precision="ieee")).to(kt.dtype)
-        tl.store(row, dnew, mask=ok)
-        wt = tl.load(w + (x * C + i[None, :]) * swr + j[:, None])
-        ds = ds * tl.load(last + x) + tl.load(add + block, mask=ok, other=0.0)
-        ds -= tl.dot(wt, dnew, input_precision="ieee")
-    tl.store(dinitial + here, ds, mask=ok)
+# For operands of 2 and 4 bytes: columns of a state that a program has, and how it is compiled.
+TILES = {
+    2: {
+        prepare_kernel: (32, {"num_warps": 4, "num_stages": 2}),
+        scan_kernel: (64, {"num_warps": 4, "num_stages": 2}),
+        scan_backward_kernel: (64, {"num_warps": 8, "num_stages": 2}),
+        system_backward_kernel: (64, {"num_warps": 4, "num_stages": 2}),
+        read_backward_kernel: (64, {"num_warps": 8, "num_stages": 2}),
+    },
+    4: {
+        prepare_kernel: (32, {"num_warps": 4, "num_stages": 1}),
+        scan_kernel: (16, {"num_warps": 4, "num_stages": 1}),
+        scan_backward_kernel: (16, {"num_warps": 4, "num_stages": 1}),
+        system_backward_kernel: (16, {"num_warps": 8, "num_stages": 1}),
+        read_backward_kernel: (16, {"num_warps": 8, "num_stages": 1}),
+    },
+}
+SHARED = 160 * 1024  # bytes of a multiprocessor's memory that two stages of these tiles need
 
 
-def supports(chunk_size: int, dim_k: int) -> bool:
-    """Whether a chunk and a key fill whole tiles, and a state's columns fit in registers."""
-    return chunk_size in (16, 32, 64) and dim_k in (16, 32, 64, 128, 256)
+def supports(q: Tensor, v: Tensor, size: int) -> bool:
+    """Whether the kernels take chunks of a size, of q [B, T, H, K] and v [B, T, HV, V]: whether the
+    keys of a chunk fit into registers, where fp32 is multiplied without tensor cores."""
+    wide = q.shape[3] * q.element_size()
+    fit = wide <= 512 if size == 32 else size == 64 and wide <= 256 and q.element_size() == 2
+    return fit and q.numel() > 0 and v.numel() > 0
 
 
-def _columns(dim_k: int, dim_v: int) -> int:
-    return max(16, min(triton.next_power_of_2(dim_v), 8192 // dim_k))
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED  # Triton's interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
-def forward(last, k_out, w, u, initial, segments, states, v_new, final) -> None:
-    """All chunks of all sequences: writes states [N, H, K, V], v_new [X, C, V] and final.
+class _Call:
+    """Sizes and tables of a call, and its launches."""
 
-    last [X, 1, 1] fp32, k_out [X, C, K] contiguous, w [X, C, K] and u [X, C, V] with a row stride,
-    initial and final [S, H, K, V] fp32; X = N * H.
-    """
-    (_, size, dim_k), (count, heads), dim_v = k_out.shape, initial.shape[:2], u.shape[-1]
-    columns = _columns(dim_k, dim_v)
-    _delta_forward[(triton.cdiv(dim_v, columns), count, heads)](
-        last.contiguous(), k_out, w, u, initial, chunk_bounds(segments, k_out.device),
-        states, v_new, final, heads, w.stride(1), u.stride(1),
-        C=size, K=dim_k, V=dim_v, BV=columns,
+    def __init__(self, q: Tensor, v: Tensor, offsets: list[int] | None, size: int):
+        (self.batch, self.tokens, key_heads, self.dim_k), self.size = q.shape, size
+        self.heads, self.dim_v = v.shape[2:]
+        offsets = (0, self.tokens) if offsets is None else tuple(offsets)
+        segments = tuple(-(-(end - start) // size) for start, end in itertools.pairwise(offsets))
+        tables = chunk_table(offsets, size, q.device), chunk_bounds(segments, q.device)
+        self.table, self.bounds = kept_for_graphs(*tables)
+        self.chunks, self.sequences = sum(segments), len(segments)
+        self.rows = self.batch * self.heads
+        self.counts = (self.rows, self.heads, self.heads // key_heads)
+        self.bytes, self.small = q.element_size(), _shared_memory(q.device) < SHARED
+
+    def start(self, kernel, by_sequence: bool, *arguments, **constants) -> None:
+        columns, options = TILES[self.bytes][kernel]
+        if self.small:
+            options = options | {"num_stages": 1}
+        columns = columns if self.dim_k <= 128 else columns // 4
+        columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
+        grid = (self.rows, self.chunks)
+        if by_sequence:
+            grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
+        kernel[grid](
+            *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
+            BK=max(16, triton.next_power_of_2(self.dim_k)), BV=columns,
+            PRECISION=PRECISION[self.bytes], **options,
+        )  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, a row of whose last dimension lies in one piece."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kept(q: Tensor, v: Tensor, size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What ``forward`` keeps of a chunk and head: G, inverses, attn, W, Vn, state before it."""
+    dim_k, dim_v, dtype = q.shape[3], v.shape[3], q.dtype
+    shapes = [(size, size), (size, size), (size, dim_k), (size, dim_v), (dim_k, dim_v)]
+    return [((size,), decay_dtype(dtype)), *((shape, dtype) for shape in shapes)]
+
+
+def forward(q, k, v, g, beta, initial, offsets, scale, size, kept, keep):
+    """o [B, T, HV, V] in the dtype of v, and the final states like initial, one of [HV, K, V] fp32
+    for each row of the batch or sequence. Writes ``kept``, tensors [X, ...]; the last two for a
+    backward only, if there is to be one."""
+    call, (q, k, v) = _Call(q, v, offsets, size), map(_readable, (q, k, v))
+    total, solve, attn, w, u, states = kept
+    o, final = v.new_empty(v.shape), torch.empty_like(initial)
+    call.start(
+        prepare_kernel, False, q, k, v, g, beta, call.table, total, solve, attn, w, u,
+        scale, *call.counts, *_strides(q, k, v, g, beta), LEVELS=(size // 2).bit_length() - 1,
     )  # fmt: skip
-
-
-def backward(last, k_out, w, dread, dfinal, segments, dends, dv_new, dinitial) -> None:
-    """Writes dends like dread [X, K, V] and dinitial like dfinal [S, H, K, V], and completes
-    dv_new [X, C, V]; the rest as in ``forward``."""
-    (_, size, dim_k), (count, heads), dim_v = k_out.shape, dfinal.shape[:2], dv_new.shape[-1]
-    columns = _columns(dim_k, dim_v)
-    _delta_backward[(triton.cdiv(dim_v, columns), count, heads)](
-        last.contiguous(), k_out, w, dread, dfinal,
-        chunk_bounds(segments, k_out.device), dends, dv_new, dinitial, heads, w.stride(1),
-        C=size, K=dim_k, V=dim_v, BV=columns,
+    call.start(
+        scan_kernel, True, q, k, w, u, attn, total, initial, call.table, call.bounds, states,
+        final, o, scale, *call.counts, *_strides(q, k, o), KEEP=keep,
     )  # fmt: skip
+    return o, final
+
+
+def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, *kept):
+    """Gradients of q, k, v, g, beta and the initial states, which are like dfinal."""
+    call, (q, k, v, do) = _Call(q, v, offsets, size), map(_readable, (q, k, v, do))
+    total, solve, attn, w, v_new, states = kept
+    dfinal = dfinal.contiguous()
+    dinitial, dends, dv_new = (torch.empty_like(t) for t in (dfinal, states, v_new))
+    call.start(
+        scan_backward_kernel, True, q, k, w, attn, total, do, dfinal, call.table,
+        call.bounds, dends, dv_new, dinitial, scale, *call.counts, *_strides(q, k, do),
+    )  # fmt: skip
+    key_heads, shape = q.shape[2], (*v.shape[:3], q.shape[3])
+    dq, dk, dv = q.new_empty(shape), k.new_empty(shape), v.new_empty(v.shape)
+    dg, dbeta = g.new_empty(g.shape), beta.new_empty(g.shape)
+    dk_part, dt_part = torch.empty_like(w, dtype=torch.float32), torch.empty_like(total)
+    call.start(
+        system_backward_kernel, False, k, v, beta, total, solve, w, states, dv_new, call.table,
+        dk_part, dt_part, dv, dbeta, *call.counts, *_strides(k, v, beta), call.tokens,
+    )  # fmt: skip
+    call.start(
+        read_backward_kernel, False, q, k, total, attn, v_new, states, do, dends, call.table,
+        dk_part, dt_part, dq, dk, dg, scale, *call.counts, *_strides(q, k, do), call.tokens,
+    )  # fmt: skip
+    if key_heads != shape[2]:
+        dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
+    return dq, dk, dv, dg, dbeta, dinitial

@@ -86,7 +86,7 @@ def test_a_compiled_mixer_continues_from_a_state(mixer):
 
 def delta_inputs(sequences):
     *inputs, state = make_delta(1, 21, 2, 2, 4, 3, torch.float32, sequences)
-    return gated_delta_rule._operator, [*inputs, state], (0.5, 8, False)
+    return gated_delta_rule._operator, [*inputs, state], (0.5, 8)
 
 
 def ssd_inputs(sequences):

@@ -25,6 +25,7 @@ from models import (
     products,
     short_conv,
     ssd_chunks,
+    swiglu,
     token_log_probs,
 )
 from models.exact import CHUNK
@@ -219,7 +220,7 @@ def test_chunk_by_chunk_a_function_with_a_tail_keeps_its_bits(model, monkeypatch
     def by_chunks(on, function, *tensors):
         return exact.by_chunks(on, with_a_tail(function), *tensors)
 
-    for module in (language_model, mixer, short_conv):
+    for module in (language_model, mixer, short_conv, swiglu):
         monkeypatch.setattr(module, "by_chunks", by_chunks)
     assert count_differences(model)[0] == 0
 
@@ -245,7 +246,8 @@ MUTANTS = {  # the second is given to every module that has the first
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_count_notices(model, mutant, monkeypatch):
     name, wrong = MUTANTS[mutant]
-    for module in (delta_chunks, language_model, mixer, products, short_conv, ssd_chunks):
+    modules = (delta_chunks, language_model, mixer, products, short_conv, ssd_chunks, swiglu)
+    for module in modules:
         if hasattr(module, name):
             monkeypatch.setattr(module, name, wrong)
     assert count_differences(model)[0] > 0

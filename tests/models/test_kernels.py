@@ -7,6 +7,7 @@ from models import chunks, kernels, short_conv
 from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
+from models.swiglu import swiglu
 from paths import GPU, TRITON
 from scan_checks import assert_close, make_delta, results
 from small_models import MIXERS, small_model
@@ -26,8 +27,7 @@ def kernels_everywhere(monkeypatch):
 
 
 def inputs(*shape, sequences=None):
-    batch, tokens, heads, dim_k, dim_v = shape
-    made = make_delta(batch, tokens, heads, heads, dim_k, dim_v, torch.float32, sequences)
+    made = make_delta(*shape, torch.float32, sequences)
     return [x.detach().to(DEVICE).requires_grad_() for x in made]
 
 
@@ -94,35 +94,67 @@ def test_exact_mode(mixer, monkeypatch):
     assert_close(ours, (truth, *right), 1e-5 if not GPU else 1e-3)
 
 
-CASES = {
-    "T70-K16-V24": ((2, 70, 2, 16, 24), None),
-    "T33-K32-V16": ((1, 33, 1, 32, 16), None),
-    "one-chunk": ((1, 12, 2, 16, 16), None),
-    "packed-K16-V16": ((1, 60, 2, 16, 16), [0, 3, 3, 35, 60]),
+CASES = {  # batch, tokens, heads, value heads, K, V; the chunk; offsets
+    "T70-K16-V24": ((2, 70, 2, 2, 16, 24), 32, None),
+    "T33-K32-V80": ((1, 33, 1, 1, 32, 80), 32, None),
+    "one-chunk": ((1, 12, 2, 2, 16, 16), 32, None),
+    "packed-K12-V16": ((1, 60, 1, 2, 12, 16), 32, [0, 3, 3, 36, 60]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_delta_kernels_equal_the_recurrence(case):
-    """Outputs, final states and gradients; more columns than a tile holds, packed sequences."""
-    shape, offsets = CASES[case]
+    """Outputs, final states and gradients; more columns than a tile holds, packed sequences, value
+    heads that share a key head, sizes that fill no tile."""
+    shape, chunk_size, offsets = CASES[case]
     cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
     tensors = inputs(*shape, sequences=None if offsets is None else len(offsets) - 1)
-    actual = results(chunk_gated_delta_rule, tensors, chunk_size=16, cu_seqlens=cu_seqlens)
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
     wide = [x.detach().double().requires_grad_() for x in tensors]
     expected = results(recurrent_gated_delta_rule, wide, cu_seqlens=cu_seqlens)
     assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-@pytest.mark.parametrize(("dim_k", "count"), [(16, 1), (12, 0)])
-def test_delta_kernels_ran(dim_k, count, monkeypatch):
+def test_delta_kernels_in_16_bits():
+    """Chunks of 64 tokens, the last of them short."""
+    tensors = [x.detach() for x in inputs(1, 130, 1, 2, 32, 80)]
+    tensors = [x.half() for x in tensors[:3]] + tensors[3:]
+    tensors = [x.requires_grad_() for x in tensors]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    actual = results(chunk_gated_delta_rule, tensors, chunk_size=64)
+    assert_close(actual, results(recurrent_gated_delta_rule, wide), 3e-3)
+
+
+def test_delta_kernels_read_tokens_in_place():
+    """Slices of packed projections, and a gradient of the output that has strides of its own."""
+    q, k, v, g, beta, state = inputs(2, 40, 2, 2, 16, 16)
+    packed = torch.cat((q, k, v), dim=-1).detach().requires_grad_()
+    pair = torch.stack((g, beta), dim=-1).detach().requires_grad_()
+
+    def of_slices(scan):
+        def function(packed, pair, **options):
+            o, final = scan(*packed.split(16, -1), *pair.unbind(-1), chunk_size=32, **options)
+            return o.transpose(1, 2), final
+
+        return function
+
+    wide = [x.detach().double().requires_grad_() for x in (packed, pair, state)]
+    actual = results(of_slices(chunk_gated_delta_rule), [packed, pair, state])
+    expected = results(of_slices(recurrent_gated_delta_rule), wide)
+    assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dim_k", "chunk_size", "count"), [(12, 32, 1), (12, 16, 0), (12, 64, 0), (132, 32, 0)]
+)
+def test_delta_kernels_ran(dim_k, chunk_size, count, monkeypatch):
     """A size that the kernels take goes through them, and one that they do not take does not."""
     from models.kernels import gated_delta_rule
 
     ran, forward = [], gated_delta_rule.forward
-    monkeypatch.setattr(gated_delta_rule, "forward", lambda *a: (ran.append(1), forward(*a)))
+    monkeypatch.setattr(gated_delta_rule, "forward", lambda *a: ran.append(1) or forward(*a))
     with torch.no_grad():
-        chunk_gated_delta_rule(*inputs(1, 20, 1, dim_k, 8)[:5], chunk_size=16)
+        chunk_gated_delta_rule(*inputs(1, 20, 1, 1, dim_k, 8)[:5], chunk_size=chunk_size)
     assert len(ran) == count
 
 
@@ -235,6 +267,22 @@ def test_conv_kernels(taps, state, bias, tokens):
     theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 70), (2, 2, 2050)], ids=["part", "more_than_a_program"])
+def test_swiglu(shape):
+    """Values and gradients against float64, which plain PyTorch computes."""
+    g = torch.Generator().manual_seed(0)
+    x = (4 * torch.randn(shape, generator=g)).to(DEVICE).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, truth = swiglu(x), swiglu(wide)
+    dy = torch.randn(y.shape, generator=g).to(DEVICE)
+    (dx,), (expected,) = (
+        torch.autograd.grad(y, x, dy),
+        torch.autograd.grad(truth, wide, dy.double()),
+    )
+    torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
