@@ -195,6 +195,19 @@ def chunk_bounds(segments: tuple[int, ...], device: torch.device) -> Tensor:
     return bounds.to(device)
 
 
+@functools.lru_cache(maxsize=64)  # every layer asks for the same ones
+def chunk_table(offsets: tuple[int, ...], chunk_size: int, device: torch.device) -> Tensor:
+    """Where each chunk lies, for kernels that read tokens in place: int32 [N, 3], its first token,
+    its number of tokens and its sequence, in the order of ``ChunkLayout``. ``offsets``: those of
+    packed sequences, or ``(0, T)`` for each row of a batch."""
+    rows = [
+        (start, min(chunk_size, right - start), sequence)
+        for sequence, (left, right) in enumerate(itertools.pairwise(offsets))
+        for start in range(left, right, chunk_size)
+    ]
+    return torch.tensor(rows, dtype=torch.int32).view(-1, 3).to(device)
+
+
 # Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.
 BLOCK_ELEMENTS = 1 << 17
 
