@@ -6,7 +6,6 @@ Shape letters: B batch, T tokens, D hidden size, E = expand * D, H heads, P head
 groups, S state size. The convolution has E + 2 G S channels; the scan's state is [B, H, P, S].
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,7 @@ from gatednorm import RMSNorm
 from models.chunks import state_dtype
 from models.mixer import Mixer
 from models.ranges import check_positive
-from models.ssd import chunk_ssd, recurrent_ssd, step_size
+from models.ssd import chunk_ssd, recurrent_ssd
 
 
 class Mamba2(Mixer):
@@ -120,8 +119,7 @@ class Mamba2(Mixer):
         inputs = inputs.unflatten(-1, (self.num_heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
         acc = state_dtype(dt)
+        decay = -self.A_log.to(acc).exp()
         steps = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
-        if self.exact:
-            dt, steps = self.by_rows(functools.partial(step_size, **steps, acc=acc), dt), {}
-        y, state = scan(inputs, dt, -self.A_log.to(acc).exp(), b, c, D=self.D, **steps)
+        y, state = scan(inputs, dt, decay, b, c, D=self.D, **steps)
         return y.flatten(2), z, state

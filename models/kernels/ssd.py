@@ -1,315 +1,383 @@
-"""SSD on a GPU: matrix products by PyTorch, and all between them in seven Triton kernels.
+"""SSD on a GPU: two Triton kernels forward, three backward. Symbols are those of
+models/ssd_chunks.py; step sizes and decays are computed where they are needed, from dt itself.
 
-Steps and symbols are those of models/ssd_chunks.py. There each line of arithmetic is an operator
-that reads and writes tensors as large as the input; here a kernel does all that one pass allows.
+Programs work for one head, or one group of heads, and one chunk, which a table gives: [N, 3], its
+first token, its tokens, its sequence. The two that pass states on go through a sequence's chunks.
+Tiles follow from the sizes of a chunk alone, so that its bits do not depend on other chunks.
 
-Shape letters: B batch, N chunks, C chunk size, H heads, P head dimension, G groups, R = H / G,
-S state size. "By head" is [B * N * H, C, P], "by group" [B * N * G, C, R * P]. Most
-kernels have one program per chunk and head.
+Shape letters: T tokens of all sequences, N chunks, C chunk size, H heads, P head dimension,
+G groups, R = H / G, S state size.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.chunks import bmm, bmm_acc, chunk_bounds, decay_dtype, running_sum
-
 
 @triton.jit
-def _places(H, R, C, P, BC: tl.constexpr, BP: tl.constexpr):
-    """The program's head as an index into [B, N, H], and the offsets of its [C, P] tile by head, by
-    group and by token, and a mask of the elements that exist."""
-    bn, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
-    head = bn * H + h
-    group = bn * (H // R) + h // R
-    by_head = (head * C + i) * P + p
-    by_group = (group * C + i) * (R * P) + h % R * P + p
-    by_token = ((bn * C + i) * H + h) * P + p
-    return head, group, by_head, by_group, by_token, (i < C) & (p < P)
-
-
-@triton.jit
-def _input_tile(x, ok, N, C, sxb, sxt, sxh, BC: tl.constexpr, BP: tl.constexpr):
-    """The program's tile of x [B, T, H, P], whose tokens have a stride of their own, fp32."""
-    bn, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
-    row = bn // N * sxb + (bn % N * C + i) * sxt + h * sxh
-    return tl.load(x + row + p, mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _prepare(x, dt, total, scores, write, write_out, attn, N, H, R, C, P, sxb, sxt, sxh,
-             BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """write = dt x by head; write_out = e^(G_C - G) dt x by group; attn = tril(e^(G_i - G_j) C B^T)
-    by head."""
-    head, group, by_head, by_group, _, ok = _places(H, R, C, P, BC, BP)
+def _rows(x, start, count, stride, column, WIDTH: tl.constexpr, BC: tl.constexpr):
+    """The columns of a chunk's rows, zeros behind its last row."""
     i = tl.arange(0, BC)
-    t = tl.load(total + head * C + i, mask=i < C, other=0.0)
-    step = tl.load(dt + head * C + i, mask=i < C, other=0.0)
-    shrink = tl.exp((tl.load(total + head * C + C - 1) - t).to(tl.float32))
-    new = _input_tile(x, ok, N, C, sxb, sxt, sxh, BC, BP) * step[:, None]
-    tl.store(write + by_head, new.to(write.dtype.element_ty), mask=ok)
-    new *= shrink[:, None]
-    tl.store(write_out + by_group, new.to(write_out.dtype.element_ty), mask=ok)
-    there = (i < C)[:, None] & (i < C)[None, :]
-    place = i[:, None] * C + i[None, :]
-    score = tl.load(scores + group * C * C + place, mask=there, other=0.0)
-    lower = (t[:, None] - t[None, :]).to(tl.float32)
-    score *= tl.exp(tl.where(there & (i[:, None] >= i[None, :]), lower, float("-inf")))
-    tl.store(attn + head * C * C + place, score.to(attn.dtype.element_ty), mask=there)
+    place = (start + i)[:, None] * stride + column[None, :]
+    return tl.load(x + place, mask=(i < count)[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _combine(inter, intra, x, skip, total, y, N, H, R, C, P, sxb, sxt, sxh,
-             HAS_SKIP: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """y = e^G inter + intra + D x, by token."""
-    head, _, by_head, by_group, by_token, ok = _places(H, R, C, P, BC, BP)
+def _store_rows(x, value, start, count, stride, column, WIDTH: tl.constexpr, BC: tl.constexpr):
     i = tl.arange(0, BC)
-    grow = tl.exp(tl.load(total + head * C + i, mask=i < C, other=0.0).to(tl.float32))
-    out = tl.load(inter + by_group, mask=ok, other=0.0).to(tl.float32) * grow[:, None]
-    out += tl.load(intra + by_head, mask=ok, other=0.0).to(tl.float32)
-    if HAS_SKIP:
-        tile = _input_tile(x, ok, N, C, sxb, sxt, sxh, BC, BP)
-        out += tile * tl.load(skip + tl.program_id(1)).to(tl.float32)
-    tl.store(y + by_token, out.to(y.dtype.element_ty), mask=ok)
+    place = (start + i)[:, None] * stride + column[None, :]
+    ok = (i < count)[:, None] & (column < WIDTH)[None, :]
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _spread(dy, total, dread, dout, H, R, C, P, BC: tl.constexpr, BP: tl.constexpr):
-    """dread = e^G dy by group; dout = dy by head."""
-    head, _, by_head, by_group, by_token, ok = _places(H, R, C, P, BC, BP)
+def _state(states, row, s, P: tl.constexpr, S: tl.constexpr, BP: tl.constexpr):
+    """Columns s of a state [P, S]."""
+    p = tl.arange(0, BP)
+    place = row * P * S + p[:, None] * S + s[None, :]
+    return tl.load(states + place, mask=(p < P)[:, None] & (s < S)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_state(states, value, row, s, P: tl.constexpr, S: tl.constexpr, BP: tl.constexpr):
+    p = tl.arange(0, BP)
+    place = row * P * S + p[:, None] * S + s[None, :]
+    ok = (p < P)[:, None] & (s < S)[None, :]
+    tl.store(states + place, value.to(states.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS: tl.constexpr,
+           BC: tl.constexpr):  # fmt: skip
+    """dt + bias, its softplus, and that within the limits, which is 0 behind the chunk's end."""
     i = tl.arange(0, BC)
-    grow = tl.exp(tl.load(total + head * C + i, mask=i < C, other=0.0).to(tl.float32))
-    tile = tl.load(dy + by_token, mask=ok, other=0.0)
-    tl.store(dout + by_head, tile.to(dout.dtype.element_ty), mask=ok)
-    tile = tile.to(tl.float32) * grow[:, None]
-    tl.store(dread + by_group, tile.to(dread.dtype.element_ty), mask=ok)
+    raw = tl.load(dt + (start + i) * sdt + h * sdh, mask=i < count, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + h).to(tl.float32)
+    soft = raw
+    if SOFTPLUS:
+        power = tl.exp(tl.minimum(raw, 20.0))
+        near = 1 + power  # log(1 + power) without the digits that this sum loses
+        soft = tl.where(near == 1, power, tl.log(near) * (power / tl.where(near == 1, 1, near - 1)))
+        soft = tl.where(raw > 20, raw, soft)
+    step = tl.where(soft < low, low, tl.where(soft > high, high, soft))
+    return raw, soft, tl.where(i < count, step, 0.0)
 
 
 @triton.jit
-def _scores_backward(dattn, total, scores, dscores, dtotal, R, C, BC: tl.constexpr):
-    """Of one chunk and group: the gradient of C B^T, summed over the heads, and of the running sums
-    G through the decays between the tokens of a chunk."""
-    group = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BC)
-    there = (i < C)[:, None] & (i < C)[None, :]
-    place = i[:, None] * C + i[None, :]
-    score = tl.load(scores + group * C * C + place, mask=there, other=0.0)
-    sums = tl.zeros((BC, BC), tl.float32)
-    for r in tl.range(0, R, num_stages=3):  # loads of the next heads while this one is summed
-        head = group * R + r
-        t = tl.load(total + head * C + i, mask=i < C, other=0.0)
-        lower = (t[:, None] - t[None, :]).to(tl.float32)
-        decay = tl.exp(tl.where(there & (i[:, None] >= i[None, :]), lower, float("-inf")))
-        grad = tl.load(dattn + head * C * C + place, mask=there, other=0.0) * decay
-        sums += grad
-        # summed in the dtype of G: the running sum that follows cancels what the two have in common
-        weighted = (grad * score).to(total.dtype.element_ty)
-        balance = tl.sum(weighted, axis=1) - tl.sum(weighted, axis=0)
-        tl.store(dtotal + head * C + i, balance, mask=i < C)
-    tl.store(dscores + group * C * C + place, sums.to(dscores.dtype.element_ty), mask=there)
+def _sums(step, A, h, SUM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """G, the running sum of dt * A, and its last value."""
+    total = tl.cumsum((step * tl.load(A + h).to(tl.float32)).to(SUM), axis=0)
+    return total, tl.sum(tl.where(tl.arange(0, BC) == C - 1, total, 0.0), axis=0)
 
 
 @triton.jit
-def _chunk_decay_backward(states, dends, total, dlast, H, R, C, P, S, BS: tl.constexpr,
-                          BP: tl.constexpr):  # fmt: skip
-    """The gradient of G_C through the decay of the state: e^G_C <h, dh'>, one number a head."""
-    bn, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head, group = bn * H + h, bn * (H // R) + h // R
-    p = tl.arange(0, BP)[None, :]
-    sums = tl.zeros((BP,), tl.float32)
-    for first in range(0, S, BS):
-        s = first + tl.arange(0, BS)[:, None]
-        place = (group * S + s) * (R * P) + h % R * P + p
-        there = (s < S) & (p < P)
-        start = tl.load(states + place, mask=there, other=0.0).to(tl.float32)
-        end = tl.load(dends + place, mask=there, other=0.0).to(tl.float32)
-        sums += tl.sum(start * end, axis=0)
-    grow = tl.exp(tl.load(total + head * C + C - 1).to(tl.float32))
-    tl.store(dlast + head, tl.sum(sums, axis=0) * grow)
-
-
-@triton.jit
-def _tokens_backward(dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal, ddt, dx, dskip,
-                     N, H, R, C, P, sxb, sxt, sxh, HAS_SKIP: tl.constexpr, BC: tl.constexpr,
-                     BP: tl.constexpr):  # fmt: skip
-    """Gradients of x by token, of dt and D, and all that G gets besides the decays within a chunk.
-
-    dwrite, of e^(G_C - G) dt x, and inter, what the state gave, by group; after, of dt x within the
-    chunk, by head; dy by token.
-    """
-    head, _, by_head, by_group, by_token, ok = _places(H, R, C, P, BC, BP)
-    i = tl.arange(0, BC)
-    sum_dtype = total.dtype.element_ty
-    t = tl.load(total + head * C + i, mask=i < C, other=0.0)
-    step = tl.load(dt + head * C + i, mask=i < C, other=0.0)
-    shrink = tl.exp((tl.load(total + head * C + C - 1) - t).to(tl.float32))
-    tile = _input_tile(x, ok, N, C, sxb, sxt, sxh, BC, BP)
-    out = tl.load(dy + by_token, mask=ok, other=0.0).to(tl.float32)
-    grad = tl.load(dwrite + by_group, mask=ok, other=0.0).to(tl.float32) * shrink[:, None]
-    shrunk = tl.sum((grad * tile * step[:, None]).to(sum_dtype), axis=1)
-    grad += tl.load(after + by_head, mask=ok, other=0.0).to(tl.float32)
-    read = tl.load(inter + by_group, mask=ok, other=0.0).to(tl.float32) * out
-    read = tl.sum(read, axis=1) * tl.exp(t.to(tl.float32))
-    change = tl.load(dtotal + head * C + i, mask=i < C, other=0.0) + read - shrunk
-    change += tl.where(i == C - 1, tl.sum(shrunk, axis=0) + tl.load(dlast + head), 0.0)
-    tl.store(dtotal + head * C + i, change, mask=i < C)
-    tl.store(ddt + head * C + i, tl.sum(grad * tile, axis=1), mask=i < C)
-    grad *= step[:, None]
-    if HAS_SKIP:
-        grad += out * tl.load(skip + tl.program_id(1)).to(tl.float32)
-        tl.store(dskip + head, tl.sum(tl.sum(out * tile, axis=1), axis=0))
-    tl.store(dx + by_token, grad.to(dx.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _decay_scan(add, decay, initial, bounds, states, final, N, F, H, per_group, R, P,
-                REVERSE: tl.constexpr, BF: tl.constexpr):  # fmt: skip
-    """Writes s to states[n], then s = s * decay[n] + add[n], over the chunks of one sequence."""
-    sequence, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
-    ok = f < F
-    head = f // per_group * R + f // P % R
-    here = (sequence * tl.num_programs(2) + b) * F + f
-    s = tl.load(initial + here, mask=ok, other=0.0)
+def _pass_states(x, b, dt, A, bias, initial, table, bounds, states, final, low, high,
+                 sxt, sxh, sbt, sbg, sdt, sdh, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+                 SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                 P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+                 BS: tl.constexpr):  # fmt: skip
+    """Writes h to states[n], then h = e^G_C h + (e^(G_C - G) dt x)^T B, chunk after chunk; or in
+    reverse, of gradients dh, x being dy and B being C: dh = e^G_C dh + (e^G dy)^T C."""
+    row, s = tl.program_id(0).to(tl.int64), tl.program_id(1) * BS + tl.arange(0, BS)
+    sequence, h, p = row // H, row % H, tl.arange(0, BP)
+    if initial is not None:
+        state = _state(initial, row, s, P, S, BP)
+    else:
+        state = tl.zeros((BP, BS), tl.float32)
     begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-    for step in range(end - begin):
-        row = b * N + (end - 1 - step if REVERSE else begin + step)
-        tl.store(states + row * F + f, s, mask=ok)
-        s *= tl.load(decay + row * H + head, mask=ok, other=0.0)
-        s += tl.load(add + row * F + f, mask=ok, other=0.0)
-    tl.store(final + here, s, mask=ok)
+    for index in range(end - begin):
+        n = (end - 1 - index if REVERSE else begin + index).to(tl.int64)
+        start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+        left = _rows(x + h * sxh, start, count, sxt, p, P, BC)
+        right = _rows(b + h // R * sbg, start, count, sbt, s, S, BC)
+        _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
+        total, last = _sums(step, A, h, SUM, C, BC)
+        _store_state(states, state, n * H + h, s, P, S, BP)
+        weight = tl.exp(total.to(tl.float32))
+        if not REVERSE:
+            weight = step * tl.exp((last - total).to(tl.float32))
+        left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
+        state *= tl.exp(last.to(tl.float32))
+        state = tl.dot(tl.trans(left), right, state, input_precision="ieee")
+    if final is not None:
+        _store_state(final, state, row, s, P, S, BP)
 
 
-def decay_scan(add, decay, initial, segments, states, final, reverse: bool) -> None:
-    """Writes states [B, N, G, S, R, P] and final: the states before each chunk and after the last,
-    or with ``reverse``, from the last chunk to the first, the gradients of those after each chunk
-    and before the first. add like states, decay [B, N, H] and initial [sequences, B, ...] fp32."""
-    batch, chunks, _, size, ratio, dim = add.shape
-    features = add[0, 0].numel()
-    _decay_scan[(triton.cdiv(features, 512), len(segments), batch)](
-        add.contiguous(), decay.contiguous(), initial,
-        chunk_bounds(segments, add.device), states, final, chunks, features, decay.shape[2],
-        size * ratio * dim, ratio, dim, REVERSE=reverse, BF=512,
+@triton.jit
+def _outputs(x, b, c, dt, A, bias, skip, states, table, y, low, high,
+             sxt, sxh, sbt, sbg, sct, scg, sdt, sdh, SOFTPLUS: tl.constexpr, SUM: tl.constexpr,
+             H: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+             BC: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """y = tril(C B^T * exp(G_i - G_j)) (dt x) + e^G C h^T + D x."""
+    n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+    i, p = tl.arange(0, BC), tl.arange(0, BP)
+    scores, out = tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BP), tl.float32)
+    for first in range(0, S, BS):
+        s = first + tl.arange(0, BS)
+        maps = _rows(c + h // R * scg, start, count, sct, s, S, BC)
+        keys = _rows(b + h // R * sbg, start, count, sbt, s, S, BC)
+        state = _state(states, n * H + h, s, P, S, BP)
+        scores = tl.dot(maps, tl.trans(keys), scores, input_precision="ieee")
+        out = tl.dot(maps, tl.trans(state), out, input_precision="ieee")
+    _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
+    total, _ = _sums(step, A, h, SUM, C, BC)
+    tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
+    lower = (total[:, None] - total[None, :]).to(tl.float32)
+    lower = tl.exp(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
+    attn = (scores * lower * step[None, :]).to(tile.dtype)
+    out *= tl.exp(total.to(tl.float32))[:, None]
+    out = tl.dot(attn, tile, out, input_precision="ieee")
+    if skip is not None:
+        out += tile.to(tl.float32) * tl.load(skip + h).to(tl.float32)
+    _store_rows(y + h * P, out, start, count, H * P, p, P, BC)
+
+
+@triton.jit
+def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtotal, N, low, high,
+                   sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
+                   SOFTPLUS: tl.constexpr, SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+                   C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+                   BP: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """Of a chunk and a group, and some columns s of B and C, summed over the heads::
+
+        dM = sum_r tril(dy (dt x)^T * exp(G_i - G_j))
+        dC = dM B + sum_r e^G dy h,      dB = dM^T C + sum_r (e^(G_C - G) dt x) dh'
+
+    and what a head's part of these adds to dG: C . dC - B . dB, and for the state, at the chunk's
+    end, e^G_C <h, dh'> + sum_j B_j . dB_j.
+    """
+    n, group = tl.program_id(0).to(tl.int64) // (H // R), tl.program_id(0) % (H // R)
+    start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+    i, p, s = tl.arange(0, BC), tl.arange(0, BP), tl.program_id(1) * BS + tl.arange(0, BS)
+    keys = _rows(b + group * sbg, start, count, sbt, s, S, BC)
+    maps = _rows(c + group * scg, start, count, sct, s, S, BC)
+    # of the columns s: their sum over the slices is C B^T
+    scores = tl.dot(maps, tl.trans(keys), input_precision="ieee")
+    dscores = tl.zeros((BC, BC), tl.float32)
+    dmaps, dkeys = tl.zeros((BC, BS), tl.float32), tl.zeros((BC, BS), tl.float32)
+    for r in range(R):
+        h = group * R + r
+        out = _rows(dy + h * sdyh, start, count, sdyt, p, P, BC)
+        tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
+        before = _state(states, n * H + h, s, P, S, BP)
+        after = _state(dends, n * H + h, s, P, S, BP)
+        _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
+        total, last = _sums(step, A, h, SUM, C, BC)
+        lower = (total[:, None] - total[None, :]).to(tl.float32)
+        lower = tl.exp(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
+        grad = tl.dot(out, tl.trans(tile), input_precision="ieee") * lower * step[None, :]
+        dscores += grad
+        # summed in the dtype of G: the running sum that follows cancels what the two have in common
+        weighted = (grad * scores).to(SUM)
+        change = tl.sum(weighted, axis=1) - tl.sum(weighted, axis=0)
+        part = tl.dot(out, before, input_precision="ieee")
+        part *= tl.exp(total.to(tl.float32))[:, None]
+        change += tl.sum(part * maps.to(tl.float32), axis=1).to(SUM)
+        dmaps += part
+        part = tl.dot(tile, after, input_precision="ieee")
+        part *= (step * tl.exp((last - total).to(tl.float32)))[:, None]
+        shrunk = tl.sum(part * keys.to(tl.float32), axis=1).to(SUM)
+        dkeys += part
+        kept = tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1), axis=0)
+        kept = kept * tl.exp(last.to(tl.float32)) + tl.sum(shrunk, axis=0)
+        change += tl.where(i == C - 1, kept, 0.0) - shrunk
+        place = ((tl.program_id(1) * N + n) * H + h) * C + i
+        tl.store(dtotal + place, change, mask=i < C)
+    dscores = dscores.to(keys.dtype)
+    dmaps = tl.dot(dscores, keys, dmaps, input_precision="ieee")
+    dkeys = tl.dot(tl.trans(dscores), maps, dkeys, input_precision="ieee")
+    _store_rows(dc + group * S, dmaps, start, count, H // R * S, s, S, BC)
+    _store_rows(db + group * S, dkeys, start, count, H // R * S, s, S, BC)
+
+
+@triton.jit
+def _inputs_backward(dy, x, b, c, dt, A, bias, skip, dends, dtotal, table, dx, ddt, sums, N,
+                     low, high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
+                     SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, SUM: tl.constexpr,
+                     H: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+                     S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+                     BS: tl.constexpr):  # fmt: skip
+    """dw = (C B^T * exp(G_i - G_j))^T dy + e^(G_C - G) B dh'^T, the gradient of dt x; dx = dt dw +
+    D dy; that of dt, x . dw + A dg, back through limits and softplus. g enters through its running
+    sum, so dg is the running sum of dG from the end. And the chunk's sums for A, bias and D."""
+    n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+    i, p = tl.arange(0, BC), tl.arange(0, BP)
+    scores, dwrite = tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BP), tl.float32)
+    for first in range(0, S, BS):
+        s = first + tl.arange(0, BS)
+        maps = _rows(c + h // R * scg, start, count, sct, s, S, BC)
+        keys = _rows(b + h // R * sbg, start, count, sbt, s, S, BC)
+        after = _state(dends, n * H + h, s, P, S, BP)
+        scores = tl.dot(keys, tl.trans(maps), scores, input_precision="ieee")
+        dwrite = tl.dot(keys, tl.trans(after), dwrite, input_precision="ieee")
+    raw, soft, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
+    total, last = _sums(step, A, h, SUM, C, BC)
+    out = _rows(dy + h * sdyh, start, count, sdyt, p, P, BC)
+    upper = (total[None, :] - total[:, None]).to(tl.float32)
+    upper = tl.exp(tl.where(i[None, :] >= i[:, None], upper, float("-inf")))
+    dwrite *= tl.exp((last - total).to(tl.float32))[:, None]
+    dwrite = tl.dot((scores * upper).to(out.dtype), out, dwrite, input_precision="ieee")
+
+    tile = _rows(x + h * sxh, start, count, sxt, p, P, BC).to(tl.float32)
+    grad = tl.sum(dwrite * tile, axis=1)
+    out, place = out.to(tl.float32), sums + n * 3 * H + h
+    dwrite *= step[:, None]
+    if skip is not None:
+        dwrite += out * tl.load(skip + h).to(tl.float32)
+        tl.store(place + 2 * H, tl.sum(tl.sum(out * tile, axis=1), axis=0))
+    _store_rows(dx + h * P, dwrite, start, count, H * P, p, P, BC)
+
+    change = tl.zeros((BC,), SUM)
+    for part in range(SLICES):
+        change += tl.load(dtotal + ((part * N + n) * H + h) * C + i, mask=i < C, other=0.0)
+    change = tl.cumsum(change, axis=0, reverse=True).to(tl.float32)
+    tl.store(place, tl.sum(change * step, axis=0))
+    grad += change * tl.load(A + h).to(tl.float32)
+    if SOFTPLUS:
+        grad *= tl.sigmoid(raw)
+    grad = tl.where((i < count) & (soft >= low) & (soft <= high), grad, 0.0)
+    tl.store(place + H, tl.sum(grad, axis=0))
+    tl.store(ddt + (start + i) * H + h, grad.to(ddt.dtype.element_ty), mask=i < count)
+
+
+class Steps(NamedTuple):
+    """How step sizes come from dt: whether by softplus, and their limits."""
+
+    softplus: bool
+    low: float
+    high: float
+
+
+# By the bytes of an element: how many columns of a state each kernel takes at a time, and how it is
+# computed. No sum depends on how many chunks, sequences or heads there are.
+TILES = {
+    2: {
+        _pass_states: (64, {"num_warps": 4}),
+        _outputs: (128, {"num_warps": 4}),
+        _maps_backward: (64, {"num_warps": 8}),
+        _inputs_backward: (128, {"num_warps": 4}),
+    },
+    4: {
+        _pass_states: (16, {"num_warps": 4, "num_stages": 1}),
+        _outputs: (32, {"num_warps": 8}),
+        _maps_backward: (16, {"num_warps": 8, "num_stages": 1}),
+        _inputs_backward: (32, {"num_warps": 8}),
+    },
+}
+
+
+def supports(x: Tensor, chunk_size: int) -> bool:
+    """Whether a chunk of a head fits a program: x [B, T, H, P]."""
+    return chunk_size <= 64 and chunk_size * x.shape[3] <= 8192
+
+
+class _Call:
+    """What the launches of a call share: sizes, and tensors with all tokens in one row."""
+
+    def __init__(self, x, dt, A, b, c, skip, bias, steps: Steps, chunk_size, table, bounds):
+        (self.heads, self.dim), (self.groups, self.state) = x.shape[2:], b.shape[2:]
+        self.x, self.b, self.c = (_tokens(t.to(x.dtype)) for t in (x, b, c))
+        self.dt = dt.flatten(0, 1)
+        self.A, self.bias, self.skip = (
+            None if t is None else t.contiguous() for t in (A, bias, skip)
+        )
+        self.table, self.bounds, self.chunks = table, bounds, len(table)
+        self.sequences, self.limits = len(bounds) - 1, (steps.low, steps.high)
+        self.bytes = x.element_size()
+        self.sizes = {
+            "SOFTPLUS": steps.softplus, "SUM": tl.float32 if self.bytes == 2 else tl.float64,
+            "H": self.heads, "R": self.heads // self.groups, "C": chunk_size, "P": self.dim,
+            "S": self.state, "BC": _tile(chunk_size), "BP": _tile(self.dim),
+        }  # fmt: skip
+
+    def columns(self, kernel) -> int:
+        """How many columns of a state the kernel takes at a time."""
+        return min(_tile(self.state), TILES[self.bytes][kernel][0])
+
+    def launch(self, kernel, grid: tuple[int, ...], *arguments, strided, **constants) -> None:
+        """``strided``: the tensors whose strides the kernel reads last."""
+        strides = [stride for t in strided for stride in t.stride()[:2]]
+        options = TILES[self.bytes][kernel][1]
+        kernel[grid](
+            *arguments, *self.limits, *strides, BS=self.columns(kernel), **constants, **self.sizes,
+            **options,
+        )  # fmt: skip
+
+    def pass_states(self, x, b, initial, states, final, reverse: bool) -> None:
+        slices = triton.cdiv(self.state, self.columns(_pass_states))
+        self.launch(
+            _pass_states, (self.sequences * self.heads, slices), x, b, self.dt, self.A, self.bias,
+            initial, self.table, self.bounds, states, final, strided=(x, b, self.dt),
+            REVERSE=reverse,
+        )  # fmt: skip
+
+
+def _tile(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, T, ...] as [B * T, ...] of unit last stride, a view if it has that."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Without the strides of x, which may be a slice."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def forward(x, dt, A, b, c, skip, bias, initial, room, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, the final states [sequences, H, P, S] fp32, and for ``backward`` the states before
+    every chunk [room, H, P, S], in the dtype of x and with zeros where there is no chunk.
+
+    x [B, T, H, P], dt [B, T, H], A, skip and bias [H], b and c [B, T, G, S], initial like the final
+    states; skip, bias, initial may be None. The rest: ``Steps``, the chunk size, the table of
+    chunks, and the offsets in it of the sequences' chunks.
+    """
+    z = _Call(x, dt, A, b, c, skip, bias, *rest)
+    y, shape = _empty_like(x), (z.heads, z.dim, z.state)
+    final = torch.empty(z.sequences, *shape, dtype=torch.float32, device=x.device)
+    states = torch.empty(room, *shape, dtype=x.dtype, device=x.device)
+    if room > z.chunks:
+        states[z.chunks :] = 0
+    z.pass_states(z.x, z.b, initial, states, final, reverse=False)
+    tensors = (z.x, z.b, z.c, z.dt)
+    z.launch(
+        _outputs, (z.chunks * z.heads,), *tensors, z.A, z.bias, z.skip, states, z.table, y,
+        strided=tensors,
     )  # fmt: skip
+    return y, final, states
 
 
-class _Sizes:
-    """Shapes, grid and tile of a call: x [B, N, C, H, P] and b [B, N, C, G, S]."""
+def backward(dy, dfinal, x, dt, A, b, c, skip, bias, initial, states, *rest):
+    """The gradients of x, dt, A, b, c, skip, bias and initial, None for those that are None; dy
+    like x, dfinal like the final states or None, and the rest as ``forward`` read and gave it."""
+    z = _Call(x, dt, A, b, c, skip, bias, *rest)
+    dy = _tokens(dy.to(x.dtype))
+    dends = torch.empty_like(states)
+    dinitial = None if initial is None else _empty_like(initial)
+    z.pass_states(dy, z.c, dfinal, dends, dinitial, reverse=True)
 
-    def __init__(self, x: Tensor, b: Tensor):
-        self.batch, self.chunks, self.size, self.heads, self.dim = x.shape
-        self.groups, self.state = b.shape[3:]
-        self.ratio = self.heads // self.groups
-        self.grid = (self.batch * self.chunks, self.heads)
-        self.shape = (self.heads, self.ratio, self.size, self.dim)
-        # the stride of a single element says nothing
-        token = x.stride(2) if self.size > 1 else x.stride(1)
-        self.strides = (x.stride(0), token, x.stride(3))
-        self.tile = {
-            "BC": triton.next_power_of_2(self.size),
-            "BP": triton.next_power_of_2(self.dim),
-        }
-
-    def empty(self, like: Tensor, layout: str) -> Tensor:
-        """By head, by group or by token, in the dtype of ``like``."""
-        rows = self.batch * self.chunks
-        shape = {
-            "head": (rows * self.heads, self.size, self.dim),
-            "group": (rows * self.groups, self.size, self.ratio * self.dim),
-            "token": (self.batch, self.chunks, self.size, self.heads, self.dim),
-        }[layout]
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-    def state_shape(self, chunks: int) -> tuple[int, ...]:
-        return (self.batch, chunks, self.groups, self.state, self.ratio, self.dim)
-
-
-def supports(x: Tensor) -> bool:
-    """Whether a chunk of a head fits a program: x [B, N, C, H, P] of unit last stride."""
-    size, dim = x.shape[2], x.shape[4]
-    return size <= 64 and size * dim <= 8192 and x.stride(-1) == 1
-
-
-def _common(x, dt, g, b, c, exact=False):
-    """Sizes; b and c by group; dt and the running sum G as [B, N, H, C]; C B^T; and _prepare."""
-    z = _Sizes(x, b)
-    b, c = (t.to(x.dtype).transpose(2, 3).reshape(-1, z.size, z.state) for t in (b, c))
-    dt = dt.mT.contiguous()
-    total = running_sum(g.mT.contiguous(), decay_dtype(x.dtype), exact)
-    scores = bmm_acc(c, b.mT, exact)
-    write, write_out = z.empty(x, "head"), z.empty(x, "group")
-    attn = x.new_empty(write.shape[0], z.size, z.size)
-    _prepare[z.grid](
-        x, dt, total, scores, write, write_out, attn, z.chunks, *z.shape, *z.strides, **z.tile
-    )
-    return z, b, c, dt, total, scores, write, write_out, attn
-
-
-def forward(x, dt, g, b, c, skip, initial, segments, exact, room) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, the final states like initial, and the states before every chunk, in the dtype of
-    x, for ``backward``. As ``models.ssd_chunks.forward``; x as ``supports`` says."""
-    z, b, c, _, total, _, write, write_out, attn = _common(x, dt, g, b, c, exact)
-    final = initial.clone()
-    kept = x.new_empty(z.state_shape(room))
-    states = kept[:, : z.chunks]
-    add = bmm_acc(b.mT, write_out, exact).view(states.shape)
-    last = total[..., -1].float().exp()
-    decay_scan(add, last, initial, segments, states, final, reverse=False)
-    inter = bmm(c, states.view(-1, z.state, z.ratio * z.dim), exact)
-    intra = bmm(attn, write, exact)
-    y = z.empty(x, "token")
-    _combine[z.grid](
-        inter, intra, x, skip, total, y, z.chunks, *z.shape, *z.strides,
-        HAS_SKIP=skip is not None, **z.tile,
+    tensors = (dy, z.x, z.b, z.c, z.dt)
+    dx, ddt, db, dc = map(_empty_like, (x, dt, b, c))
+    slices = triton.cdiv(z.state, z.columns(_maps_backward))
+    kind = {"dtype": torch.float32 if z.bytes == 2 else torch.float64, "device": x.device}
+    dtotal = torch.empty(slices, z.chunks, z.heads, z.sizes["C"], **kind)
+    z.launch(
+        _maps_backward, (z.chunks * z.groups, slices), *tensors, z.A, z.bias, states, dends,
+        z.table, db, dc, dtotal, z.chunks, strided=tensors,
     )  # fmt: skip
-    return y, final, kept
-
-
-def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
-    """Gradients of x, dt, g, b, c, skip (None without) and of the initial states."""
-    z, b, c, dt, total, scores, write, write_out, attn = _common(x, dt, g, b, c)
-    dy = dy.contiguous()
-    dread, dout = z.empty(x, "group"), z.empty(x, "head")
-    _spread[z.grid](dy, total, dread, dout, *z.shape, **z.tile)
-
-    # Through the states.
-    dinitial, dends = dfinal.clone(), torch.empty_like(states)
-    add = bmm_acc(c.mT, dread).view(states.shape)
-    last = total[..., -1].float().exp()
-    decay_scan(add, last, dfinal, segments, dends, dinitial, reverse=True)
-    dlast = torch.empty_like(last)
-    _chunk_decay_backward[z.grid](
-        states, dends, total, dlast, *z.shape, z.state, BS=16, BP=z.tile["BP"]
-    )
-    start, dend = (s.view(-1, z.state, z.ratio * z.dim) for s in (states, dends))
-    dc, db = bmm_acc(dread, start.mT), bmm_acc(write_out, dend.mT)
-    inter, dwrite = torch.bmm(c, start), torch.bmm(b, dend)
-
-    # Within the chunks.
-    dattn = bmm_acc(dout, write.mT)
-    dscores = x.new_empty(scores.shape)
-    dtotal = torch.empty_like(total)
-    _scores_backward[(scores.shape[0],)](
-        dattn, total, scores, dscores, dtotal, z.ratio, z.size, BC=z.tile["BC"], num_warps=8
-    )
-    dc += bmm_acc(dscores, b)
-    db += bmm_acc(dscores.mT, c)
-    after = torch.bmm(attn.mT, dout)
-
-    dx, ddt = z.empty(x, "token"), torch.empty_like(dt)
-    dskip = None if skip is None else torch.empty_like(last)
-    _tokens_backward[z.grid](
-        dwrite, after, inter, x, dy, skip, dt, total, dlast, dtotal, ddt, dx, dskip,
-        z.chunks, *z.shape, *z.strides, HAS_SKIP=skip is not None, **z.tile,
+    sums = torch.empty(z.chunks, 3, z.heads, dtype=torch.float32, device=x.device)
+    z.launch(
+        _inputs_backward, (z.chunks * z.heads,), *tensors, z.A, z.bias, z.skip, dends, dtotal,
+        z.table, dx, ddt, sums, z.chunks, strided=tensors, SLICES=slices,
     )  # fmt: skip
-    # g enters through its running sum, so its gradient is the running sum from the end
-    dg = dtotal.flip(-1).cumsum(-1).flip(-1).to(g.dtype)
-    dskip = None if skip is None else dskip.sum((0, 1))
-    db, dc = (
-        t.to(x.dtype).view(z.batch, z.chunks, z.groups, z.size, z.state).transpose(2, 3)
-        for t in (db, dc)
-    )
-    return dx, ddt.mT, dg.mT, db, dc, dskip, dinitial
+    dA, dbias, dskip = sums.sum(0).unbind()
+    dskip, dbias = None if skip is None else dskip, None if bias is None else dbias
+    return dx, ddt, dA, db, dc, dskip, dbias, dinitial
