@@ -1,5 +1,7 @@
 """The models' Triton kernels: on a GPU, and under Triton's interpreter without one."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -211,30 +213,49 @@ def test_ssd_kernels_without_a_skip_and_for_large_decays(ran):
         assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 45])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
-@pytest.mark.parametrize("taps", [1, 2, 4])
-def test_conv_kernels(taps, state, bias, tokens):
-    """Outputs, states and gradients, on a slice of a packed projection with an odd width."""
+TAPS = {  # taps, and whether there is a state, and a bias
+    "4-state-bias": (4, True, True),
+    "4-no_state": (4, False, True),
+    "2-no_bias": (2, True, False),
+    "1-no_state-no_bias": (1, False, False),
+    "1-state": (1, True, True),
+}
+
+
+@pytest.mark.parametrize("offsets", [[0, 1], [0, 2, 4], [0, 45], [0, 2, 2, 67]], ids=str)
+@pytest.mark.parametrize("case", TAPS)
+def test_conv_kernels(case, offsets):
+    """Outputs, states and gradients, on a slice of a packed projection with an odd width; of one
+    sequence, of a batch, and of packed sequences."""
+    taps, with_state, with_bias = TAPS[case]
+    count, ends = len(offsets) - 1, offsets[1:]
+    batch = count if offsets == [0, 2, 4] else 1
     g = torch.Generator().manual_seed(0)
-    packed = torch.randn(2, tokens, 141, generator=g, device="cpu").to(DEVICE).requires_grad_()
-    weight = torch.randn(131, taps, generator=g).to(DEVICE).requires_grad_()
-    b = torch.randn(131, generator=g).to(DEVICE).requires_grad_() if bias else None
-    s = torch.randn(2, taps - 1, 131, generator=g).to(DEVICE).requires_grad_() if state else None
-    leaves = [x for x in (packed, weight, b, s) if x is not None and x.numel()]
-    y, final = short_conv.short_conv(packed[..., 5:136], weight, b, s)
-    zeros = torch.zeros(2, taps - 1, 131, device=DEVICE)
-    padded = torch.cat((zeros if s is None else s, packed[..., 5:136]), 1)
-    conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], b, groups=131)
-    expected, last = torch.nn.functional.silu(conv.mT), padded[:, tokens:]
+    packed = torch.randn(batch, ends[-1] // batch, 29, generator=g).to(DEVICE).requires_grad_()
+    weight = torch.randn(19, taps, generator=g).to(DEVICE).requires_grad_()
+    bias = torch.randn(19, generator=g).to(DEVICE).requires_grad_() if with_bias else None
+    state = torch.randn(count, taps - 1, 19, generator=g).to(DEVICE).requires_grad_()
+    given = state if with_state else None
+    leaves = [x for x in (packed, weight, bias, given) if x is not None and x.numel()]
+    cu_seqlens = torch.tensor(offsets) if batch == 1 else None
+    y, final = short_conv.short_conv(packed[..., 5:24], weight, bias, given, cu_seqlens)
+    expected, last = [], []
+    rows = packed[..., 5:24].flatten(0, 1)
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+        before = state[i] if with_state else torch.zeros(taps - 1, 19, device=DEVICE)
+        padded = torch.cat((before, rows[start:end]))
+        if start < end:
+            conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], bias, groups=19)
+            expected.append(torch.nn.functional.silu(conv.mT))
+        last.append(padded[end - start :])
+    expected, last = torch.cat(expected).view(y.shape), torch.stack(last)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(final, last)
     cotangents = [torch.randn(x.shape, generator=g).to(DEVICE) for x in (y, final)]
-    ours = torch.autograd.grad((y, final), leaves, cotangents, allow_unused=True)
-    theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
-    for a, e in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    ours = torch.autograd.grad((y, final), leaves, cotangents)
+    theirs = torch.autograd.grad((expected, last), leaves, cotangents)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
