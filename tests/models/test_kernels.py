@@ -147,32 +147,34 @@ def ran(monkeypatch):
 
 
 def ssd_results(function, tensors, **options):
-    """As scan_checks.results, with D after the five tensors of the scan, from a packed projection:
-    x is a slice of it with tokens far apart."""
-    packed, dt, a, b, c, d, state = tensors
-    x = packed[..., 3 : 3 + d.shape[0] * 16].unflatten(-1, (d.shape[0], 16))
-    y, final = function(
-        x, dt, a, b, c, D=d, initial_state=state, output_final_state=True, **options
-    )
+    """As scan_checks.results, from a packed projection: x, B and C are slices of it with tokens far
+    apart."""
+    packed, dt, a, d, bias, state = tensors
+    heads, dim, size = state.shape[1:]
+    rest = packed.shape[-1] - 5 - heads * dim
+    _, x, b, c, _ = packed.split([3, heads * dim, rest // 2, rest // 2, 2], dim=-1)
+    x = x.unflatten(-1, (heads, dim))
+    b, c = (t.unflatten(-1, (-1, size)) for t in (b, c))
+    options |= {"D": d, "dt_bias": bias, "dt_softplus": True, "output_final_state": True}
+    y, final = function(x, dt, a, b, c, initial_state=state, **options)
     g = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(t.shape, generator=g).to(t) for t in (y, final)]
     return (y, final, *torch.autograd.grad((y, final), tensors, cotangents))
 
 
-@pytest.mark.parametrize("chunk_size", [12, 16])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+@pytest.mark.parametrize(("chunk_size", "groups"), [(16, 1), (12, 2)])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 25, 43]], ids=["batch", "packed"])
 def test_ssd_kernels_equals_the_recurrence(offsets, groups, chunk_size, ran):
-    """Outputs, final states and all gradients, D and decays too; chunks that are no power of 2."""
+    """Outputs, final states and all gradients, of all options; chunks that are no power of 2, and
+    states of more columns than a tile."""
     g = torch.Generator().manual_seed(0)
     batch = 2 if offsets is None else 1
-    shapes = {"packed": (batch, 60, 77), "dt": (batch, 60, 4), "A": (4,)}
-    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12), "D": (4,)}
-    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    shapes = {"packed": (batch, 43, 69 + 40 * groups), "dt": (batch, 43, 4), "A": (4,)}
+    shapes |= {"D": (4,), "bias": (4,), "state": (2 if offsets is None else 4, 4, 16, 20)}
     tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     tensors["A"] = -tensors["A"].abs()
     tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
-    options = {"dt_softplus": True, "chunk_size": chunk_size}
+    options = {"dt_limit": (0.1, 1.5), "chunk_size": chunk_size}
     options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
     actual = ssd_results(chunk_ssd, tensors, **options)
     assert ran == [1]
