@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gatednorm import RMSNorm
 from models.chunks import state_dtype
-from models.mixer import Mixer
+from models.mixer import Mixer, split
 from models.ranges import check_positive
 from models.ssd import chunk_ssd, recurrent_ssd
 
@@ -115,7 +115,7 @@ class Mamba2(Mixer):
         self, scan: Callable, z: Tensor, xbc: Tensor, dt: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         maps = self.n_groups * self.d_state
-        inputs, b, c = xbc.split([self.inner_size, maps, maps], dim=-1)
+        inputs, b, c = split(xbc, [self.inner_size, maps, maps])
         inputs = inputs.unflatten(-1, (self.num_heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
         acc = state_dtype(dt)

@@ -138,11 +138,11 @@ def _outputs(x, b, c, dt, A, bias, skip, states, table, y, low, high,
 
 
 @triton.jit
-def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtotal, N, low, high,
-                   sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
-                   SOFTPLUS: tl.constexpr, SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
-                   C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
-                   BP: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtotal, N, sgt, low,
+                   high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh, SOFTPLUS: tl.constexpr,
+                   SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                   P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+                   BS: tl.constexpr):  # fmt: skip
     """Of a chunk and a group, and some columns s of B and C, summed over the heads::
 
         dM = sum_r tril(dy (dt x)^T * exp(G_i - G_j))
@@ -191,12 +191,12 @@ def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtota
     dscores = dscores.to(keys.dtype)
     dmaps = tl.dot(dscores, keys, dmaps, input_precision="ieee")
     dkeys = tl.dot(tl.trans(dscores), maps, dkeys, input_precision="ieee")
-    _store_rows(dc + group * S, dmaps, start, count, H // R * S, s, S, BC)
-    _store_rows(db + group * S, dkeys, start, count, H // R * S, s, S, BC)
+    _store_rows(dc + group * S, dmaps, start, count, sgt, s, S, BC)
+    _store_rows(db + group * S, dkeys, start, count, sgt, s, S, BC)
 
 
 @triton.jit
-def _inputs_backward(dy, x, b, c, dt, A, bias, skip, dends, dtotal, table, dx, ddt, sums, N,
+def _inputs_backward(dy, x, b, c, dt, A, bias, skip, dends, dtotal, table, dx, ddt, sums, N, sgt,
                      low, high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
                      SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, SUM: tl.constexpr,
                      H: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -231,7 +231,7 @@ def _inputs_backward(dy, x, b, c, dt, A, bias, skip, dends, dtotal, table, dx, d
     if skip is not None:
         dwrite += out * tl.load(skip + h).to(tl.float32)
         tl.store(place + 2 * H, tl.sum(tl.sum(out * tile, axis=1), axis=0))
-    _store_rows(dx + h * P, dwrite, start, count, H * P, p, P, BC)
+    _store_rows(dx + h * P, dwrite, start, count, sgt, p, P, BC)
 
     change = tl.zeros((BC,), SUM)
     for part in range(SLICES):
@@ -365,18 +365,24 @@ def backward(dy, dfinal, x, dt, A, b, c, skip, bias, initial, states, *rest):
     z.pass_states(dy, z.c, dfinal, dends, dinitial, reverse=True)
 
     tensors = (dy, z.x, z.b, z.c, z.dt)
-    dx, ddt, db, dc = map(_empty_like, (x, dt, b, c))
+    widths = [z.heads * z.dim, *(z.groups * z.state,) * 2]
+    grads = torch.empty(*x.shape[:2], sum(widths), dtype=x.dtype, device=x.device)
+    dx, db, dc = (  # side by side, as the model's x, B and C are: their gradient is one tensor
+        part.view(t.shape) for part, t in zip(grads.split(widths, -1), (x, b, c), strict=True)
+    )
+    ddt = _empty_like(dt)
     slices = triton.cdiv(z.state, z.columns(_maps_backward))
     kind = {"dtype": torch.float32 if z.bytes == 2 else torch.float64, "device": x.device}
     dtotal = torch.empty(slices, z.chunks, z.heads, z.sizes["C"], **kind)
     z.launch(
         _maps_backward, (z.chunks * z.groups, slices), *tensors, z.A, z.bias, states, dends,
-        z.table, db, dc, dtotal, z.chunks, strided=tensors,
+        z.table, db, dc, dtotal, z.chunks, sum(widths), strided=tensors,
     )  # fmt: skip
     sums = torch.empty(z.chunks, 3, z.heads, dtype=torch.float32, device=x.device)
     z.launch(
         _inputs_backward, (z.chunks * z.heads,), *tensors, z.A, z.bias, z.skip, dends, dtotal,
-        z.table, dx, ddt, sums, z.chunks, strided=tensors, SLICES=slices,
+        z.table, dx, ddt, sums, z.chunks, sum(widths), strided=tensors,
+        SLICES=slices,
     )  # fmt: skip
     dA, dbias, dskip = sums.sum(0).unbind()
     dskip, dbias = None if skip is None else dskip, None if bias is None else dbias
