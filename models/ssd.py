@@ -94,9 +94,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        y, final, states = _run(*arguments)
+        y, final, *kept = _run(*arguments)
         ctx.set_materialize_grads(False)  # a gradient of zeros costs as much as any
-        ctx.save_for_backward(*arguments[:9], states)
+        ctx.save_for_backward(*arguments[:9], *kept)
         ctx.options = arguments[9:]
         return y, final
 
@@ -109,7 +109,8 @@ class _Scan(torch.autograd.Function):
 
 
 def _run(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, chunk_size, exact):
-    """y, the final states, and the states before every chunk, with room for more of them."""
+    """y, the final states, and for the backward, with room for more chunks, the states before every
+    chunk, and of the kernels the decays."""
     shape = (*x.shape[2:], b.shape[3])
     found = _kernels(x, chunk_size)
     if found is not None:
@@ -139,12 +140,12 @@ def _run(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, c
     room = chunk_room(x, chunk_size, cu_seqlens)
     y, final, states = ssd_chunks.forward(*cut, skip, state, layout.segments, room)
     states[:, layout.chunks :] = 0
-    return layout.uncut(y), _rows(final, x), states
+    return layout.uncut(y), _rows(final, x), states, states.new_empty(0)
 
 
 def _run_backward(
-    dy, dfinal, x, dt, A, b, c, skip, bias, initial, cu_seqlens, states, softplus, low, high,
-    chunk_size, exact,
+    dy, dfinal, x, dt, A, b, c, skip, bias, initial, cu_seqlens, states, decays, softplus, low,
+    high, chunk_size, exact,
 ):  # fmt: skip
     """Gradients of all tensors before the offsets, None for those that are None."""
     shape = (*x.shape[2:], b.shape[3])
@@ -153,9 +154,9 @@ def _run_backward(
     found = _kernels(x, chunk_size)
     if found is not None:
         chunks = _chunks(x, sequence_offsets(cu_seqlens, *x.shape[:2]), chunk_size)
-        inputs = (x, dt, A, b, c, skip, bias, initial, states.view(-1, *shape))
-        steps = found.Steps(softplus, low, high)
-        return found.backward(dy, dfinal, *inputs, steps, chunk_size, *chunks)
+        kept = (states.view(-1, *shape), decays.view(-1, 2, x.shape[2], chunk_size))
+        inputs = (x, dt, A, b, c, skip, bias, initial, *kept, found.Steps(softplus, low, high))
+        return found.backward(dy, dfinal, *inputs, chunk_size, *chunks)
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in (dt, bias, A)]
         dt = step_size(*leaves[:2], softplus, (low, high), state_dtype(x))
@@ -213,9 +214,13 @@ def _fake(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, 
     (batch, _, heads, dim), size = x.shape, b.shape[3]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = x.new_empty(sequences * heads * dim * size, dtype=state_dtype(x))
-    kept = final if _kernels(x, chunk_size) is None else x
-    states = kept.new_empty(_room(x, chunk_size, cu_seqlens) * heads * dim * size)
-    return x.new_empty(x.shape), final, states
+    room, found = _room(x, chunk_size, cu_seqlens), _kernels(x, chunk_size)
+    states = (final if found is None else x).new_empty(room * heads * dim * size)
+    decays = final.new_empty(0)
+    if found is not None:
+        dtype, elements = found.decay_shape(x, chunk_size)
+        decays = x.new_empty(room * elements, dtype=dtype)
+    return x.new_empty(x.shape), final, states, decays
 
 
 _operator = operators.register(
@@ -223,7 +228,7 @@ _operator = operators.register(
     "Tensor x, Tensor dt, Tensor A, Tensor b, Tensor c, Tensor? skip, Tensor? bias, "
     "Tensor? initial_state",
     "bool softplus, float low, float high, int chunk_size, bool exact",
-    1,
+    2,
     0,
     _run,
     _fake,

@@ -1,5 +1,5 @@
-"""SSD on a GPU: two Triton kernels forward, three backward. Symbols are those of
-models/ssd_chunks.py; step sizes and decays are computed where they are needed, from dt itself.
+"""SSD on a GPU: three Triton kernels forward, three backward. Symbols are those of
+models/ssd_chunks.py.
 
 Programs work for one head, or one group of heads, and one chunk, which a table gives: [N, 3], its
 first token, its tokens, its sequence. The two that pass states on go through a sequence's chunks.
@@ -15,6 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from models.chunks import decay_dtype
+
+LOG2E = tl.constexpr(1.4426950408889634)  # G is kept times this, for exp2
 
 
 @triton.jit
@@ -50,34 +54,49 @@ def _store_state(states, value, row, s, P: tl.constexpr, S: tl.constexpr, BP: tl
 
 
 @triton.jit
-def _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS: tl.constexpr,
-           BC: tl.constexpr):  # fmt: skip
-    """dt + bias, its softplus, and that within the limits, which is 0 behind the chunk's end."""
-    i = tl.arange(0, BC)
-    raw = tl.load(dt + (start + i) * sdt + h * sdh, mask=i < count, other=0.0).to(tl.float32)
+def _steps(dt, bias, place, h, there, low, high, SOFTPLUS: tl.constexpr):
+    """dt + bias, its softplus, and that within the limits."""
+    raw = tl.load(dt + place, mask=there, other=0.0).to(tl.float32)
     if bias is not None:
-        raw += tl.load(bias + h).to(tl.float32)
+        raw += tl.load(bias + h, mask=h >= 0, other=0.0).to(tl.float32)
     soft = raw
     if SOFTPLUS:
         power = tl.exp(tl.minimum(raw, 20.0))
         near = 1 + power  # log(1 + power) without the digits that this sum loses
         soft = tl.where(near == 1, power, tl.log(near) * (power / tl.where(near == 1, 1, near - 1)))
         soft = tl.where(raw > 20, raw, soft)
-    step = tl.where(soft < low, low, tl.where(soft > high, high, soft))
-    return raw, soft, tl.where(i < count, step, 0.0)
+    return raw, soft, tl.where(soft < low, low, tl.where(soft > high, high, soft))
 
 
 @triton.jit
-def _sums(step, A, h, SUM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
-    """G, the running sum of dt * A, and its last value."""
-    total = tl.cumsum((step * tl.load(A + h).to(tl.float32)).to(SUM), axis=0)
-    return total, tl.sum(tl.where(tl.arange(0, BC) == C - 1, total, 0.0), axis=0)
+def _decays(dt, A, bias, table, decays, low, high, sdt, sdh, SOFTPLUS: tl.constexpr,
+            H: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """The step sizes, 0 behind a chunk's end, and G: the running sum of dt * A, times log2(e)."""
+    blocks = (H + BH - 1) // BH
+    n, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
+    start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+    i, h = tl.arange(0, BC)[:, None], block * BH + tl.arange(0, BH)[None, :]
+    head = tl.minimum(h, H - 1)
+    place = (start + i) * sdt + head * sdh
+    _, _, step = _steps(dt, bias, place, head, i < count, low, high, SOFTPLUS)
+    step = tl.where(i < count, step, 0.0).to(decays.dtype.element_ty)
+    rate = tl.load(A + head).to(step.dtype) * LOG2E
+    there = (i < C) & (h < H)
+    tl.store(decays + (2 * n * H + h) * C + i, step, mask=there)
+    tl.store(decays + ((2 * n + 1) * H + h) * C + i, tl.cumsum(step * rate, axis=0), mask=there)
 
 
 @triton.jit
-def _pass_states(x, b, dt, A, bias, initial, table, bounds, states, final, low, high,
-                 sxt, sxh, sbt, sbg, sdt, sdh, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
-                 SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+def _decays_of(decays, n, h, H: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """Step sizes, G, and its last value, which G keeps behind the chunk."""
+    i, row = tl.arange(0, BC), ((2 * n + 1) * H + h) * C
+    step = tl.load(decays + row - H * C + i, mask=i < C, other=0.0).to(tl.float32)
+    return step, tl.load(decays + row + tl.minimum(i, C - 1)), tl.load(decays + row + C - 1)
+
+
+@triton.jit
+def _pass_states(x, b, decays, initial, table, bounds, states, final, sxt, sxh, sbt, sbg,
+                 REVERSE: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
                  P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
                  BS: tl.constexpr):  # fmt: skip
     """Writes h to states[n], then h = e^G_C h + (e^(G_C - G) dt x)^T B, chunk after chunk; or in
@@ -88,28 +107,32 @@ def _pass_states(x, b, dt, A, bias, initial, table, bounds, states, final, low, 
         state = _state(initial, row, s, P, S, BP)
     else:
         state = tl.zeros((BP, BS), tl.float32)
-    begin, end = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-    for index in range(end - begin):
-        n = (end - 1 - index if REVERSE else begin + index).to(tl.int64)
-        start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
+    begin = tl.load(bounds + sequence).to(tl.int64)
+    chunks = (tl.load(bounds + sequence + 1) - begin).to(tl.int32)
+    some, last_row = chunks > 0, table + 3 * (begin + chunks - 1)
+    token = tl.load(table + 3 * begin, mask=some, other=0).to(tl.int64)
+    stop = tl.load(last_row, mask=some, other=0) + tl.load(last_row + 1, mask=some, other=0)
+    for index in range(chunks):
+        n = chunks - 1 - index if REVERSE else index
+        start = token + n * C
+        count = tl.minimum(C, stop - start)
         left = _rows(x + h * sxh, start, count, sxt, p, P, BC)
         right = _rows(b + h // R * sbg, start, count, sbt, s, S, BC)
-        _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
-        total, last = _sums(step, A, h, SUM, C, BC)
-        _store_state(states, state, n * H + h, s, P, S, BP)
-        weight = tl.exp(total.to(tl.float32))
-        if not REVERSE:
-            weight = step * tl.exp((last - total).to(tl.float32))
+        step, total, last = _decays_of(decays, begin + n, h, H, C, BC)
+        _store_state(states, state, (begin + n) * H + h, s, P, S, BP)
+        if REVERSE:
+            weight = tl.exp2(total.to(tl.float32))
+        else:
+            weight = step * tl.exp2((last - total).to(tl.float32))
         left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
-        state *= tl.exp(last.to(tl.float32))
+        state *= tl.exp2(last.to(tl.float32))
         state = tl.dot(tl.trans(left), right, state, input_precision="ieee")
     if final is not None:
         _store_state(final, state, row, s, P, S, BP)
 
 
 @triton.jit
-def _outputs(x, b, c, dt, A, bias, skip, states, table, y, low, high,
-             sxt, sxh, sbt, sbg, sct, scg, sdt, sdh, SOFTPLUS: tl.constexpr, SUM: tl.constexpr,
+def _outputs(x, b, c, decays, skip, states, table, y, sxt, sxh, sbt, sbg, sct, scg,
              H: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
              BC: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     """y = tril(C B^T * exp(G_i - G_j)) (dt x) + e^G C h^T + D x."""
@@ -124,13 +147,12 @@ def _outputs(x, b, c, dt, A, bias, skip, states, table, y, low, high,
         state = _state(states, n * H + h, s, P, S, BP)
         scores = tl.dot(maps, tl.trans(keys), scores, input_precision="ieee")
         out = tl.dot(maps, tl.trans(state), out, input_precision="ieee")
-    _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
-    total, _ = _sums(step, A, h, SUM, C, BC)
+    step, total, _ = _decays_of(decays, n, h, H, C, BC)
     tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
     lower = (total[:, None] - total[None, :]).to(tl.float32)
-    lower = tl.exp(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
+    lower = tl.exp2(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
     attn = (scores * lower * step[None, :]).to(tile.dtype)
-    out *= tl.exp(total.to(tl.float32))[:, None]
+    out *= tl.exp2(total.to(tl.float32))[:, None]
     out = tl.dot(attn, tile, out, input_precision="ieee")
     if skip is not None:
         out += tile.to(tl.float32) * tl.load(skip + h).to(tl.float32)
@@ -138,26 +160,18 @@ def _outputs(x, b, c, dt, A, bias, skip, states, table, y, low, high,
 
 
 @triton.jit
-def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtotal, N, sgt, low,
-                   high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh, SOFTPLUS: tl.constexpr,
-                   SUM: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                   P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-                   BS: tl.constexpr):  # fmt: skip
-    """Of a chunk and a group, and some columns s of B and C, summed over the heads::
+def _maps_backward(dy, x, b, c, decays, states, dends, table, db, dc, sgt,
+                   sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, H: tl.constexpr, R: tl.constexpr,
+                   C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+                   BP: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """Of a chunk and a group, and some columns of B and C, summed over the heads::
 
-        dM = sum_r tril(dy (dt x)^T * exp(G_i - G_j))
-        dC = dM B + sum_r e^G dy h,      dB = dM^T C + sum_r (e^(G_C - G) dt x) dh'
-
-    and what a head's part of these adds to dG: C . dC - B . dB, and for the state, at the chunk's
-    end, e^G_C <h, dh'> + sum_j B_j . dB_j.
+    dM = sum_r tril(dy (dt x)^T * exp(G_i - G_j))
+    dC = dM B + sum_r e^G dy h,      dB = dM^T C + sum_r (e^(G_C - G) dt x) dh'
     """
     n, group = tl.program_id(0).to(tl.int64) // (H // R), tl.program_id(0) % (H // R)
     start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
     i, p, s = tl.arange(0, BC), tl.arange(0, BP), tl.program_id(1) * BS + tl.arange(0, BS)
-    keys = _rows(b + group * sbg, start, count, sbt, s, S, BC)
-    maps = _rows(c + group * scg, start, count, sct, s, S, BC)
-    # of the columns s: their sum over the slices is C B^T
-    scores = tl.dot(maps, tl.trans(keys), input_precision="ieee")
     dscores = tl.zeros((BC, BC), tl.float32)
     dmaps, dkeys = tl.zeros((BC, BS), tl.float32), tl.zeros((BC, BS), tl.float32)
     for r in range(R):
@@ -166,28 +180,19 @@ def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtota
         tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
         before = _state(states, n * H + h, s, P, S, BP)
         after = _state(dends, n * H + h, s, P, S, BP)
-        _, _, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
-        total, last = _sums(step, A, h, SUM, C, BC)
+        step, total, last = _decays_of(decays, n, h, H, C, BC)
         lower = (total[:, None] - total[None, :]).to(tl.float32)
-        lower = tl.exp(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
-        grad = tl.dot(out, tl.trans(tile), input_precision="ieee") * lower * step[None, :]
-        dscores += grad
-        # summed in the dtype of G: the running sum that follows cancels what the two have in common
-        weighted = (grad * scores).to(SUM)
-        change = tl.sum(weighted, axis=1) - tl.sum(weighted, axis=0)
-        part = tl.dot(out, before, input_precision="ieee")
-        part *= tl.exp(total.to(tl.float32))[:, None]
-        change += tl.sum(part * maps.to(tl.float32), axis=1).to(SUM)
-        dmaps += part
-        part = tl.dot(tile, after, input_precision="ieee")
-        part *= (step * tl.exp((last - total).to(tl.float32)))[:, None]
-        shrunk = tl.sum(part * keys.to(tl.float32), axis=1).to(SUM)
-        dkeys += part
-        kept = tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1), axis=0)
-        kept = kept * tl.exp(last.to(tl.float32)) + tl.sum(shrunk, axis=0)
-        change += tl.where(i == C - 1, kept, 0.0) - shrunk
-        place = ((tl.program_id(1) * N + n) * H + h) * C + i
-        tl.store(dtotal + place, change, mask=i < C)
+        lower = tl.exp2(tl.where(i[:, None] >= i[None, :], lower, float("-inf")))
+        dattn = tl.dot(out, tl.trans(tile), input_precision="ieee")
+        dscores += dattn * lower * step[None, :]
+        weight = tl.exp2(total.to(tl.float32))
+        left = (out.to(tl.float32) * weight[:, None]).to(out.dtype)
+        dmaps = tl.dot(left, before, dmaps, input_precision="ieee")
+        weight = step * tl.exp2((last - total).to(tl.float32))
+        left = (tile.to(tl.float32) * weight[:, None]).to(tile.dtype)
+        dkeys = tl.dot(left, after, dkeys, input_precision="ieee")
+    keys = _rows(b + group * sbg, start, count, sbt, s, S, BC)
+    maps = _rows(c + group * scg, start, count, sct, s, S, BC)
     dscores = dscores.to(keys.dtype)
     dmaps = tl.dot(dscores, keys, dmaps, input_precision="ieee")
     dkeys = tl.dot(tl.trans(dscores), maps, dkeys, input_precision="ieee")
@@ -196,54 +201,69 @@ def _maps_backward(dy, x, b, c, dt, A, bias, states, dends, table, db, dc, dtota
 
 
 @triton.jit
-def _inputs_backward(dy, x, b, c, dt, A, bias, skip, dends, dtotal, table, dx, ddt, sums, N, sgt,
-                     low, high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
-                     SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, SUM: tl.constexpr,
-                     H: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-                     S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+def _inputs_backward(dy, x, b, c, dt, A, bias, decays, skip, states, dends, table, dx, ddt, sums,
+                     sgt, low, high, sdyt, sdyh, sxt, sxh, sbt, sbg, sct, scg, sdt, sdh,
+                     SOFTPLUS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                     P: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
                      BS: tl.constexpr):  # fmt: skip
-    """dw = (C B^T * exp(G_i - G_j))^T dy + e^(G_C - G) B dh'^T, the gradient of dt x; dx = dt dw +
-    D dy; that of dt, x . dw + A dg, back through limits and softplus. g enters through its running
-    sum, so dg is the running sum of dG from the end. And the chunk's sums for A, bias and D."""
+    """With M = tril(C B^T * exp(G_i - G_j)) and W = M * dy (dt x)^T::
+
+        dw = M^T dy + e^(G_C - G) B dh'^T, the gradient of w = dt x;      dx = dt dw + D dy
+        dG = W 1 - W^T 1 + e^G dy . C h^T - e^(G_C - G) w . B dh'^T, and at the end of the chunk
+             e^G_C <h, dh'> + sum_j e^(G_C - G_j) w_j . B_j dh'^T
+
+    g enters through its running sum, so dg is the running sum of dG from the end. The gradient of
+    dt, x . dw + A dg, goes back through limits and softplus. And the chunk's sums for A, bias, D.
+    """
     n, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
     start, count = tl.load(table + 3 * n).to(tl.int64), tl.load(table + 3 * n + 1)
     i, p = tl.arange(0, BC), tl.arange(0, BP)
-    scores, dwrite = tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BP), tl.float32)
+    scores, kept = tl.zeros((BC, BC), tl.float32), 0.0  # M, transposed, and <h, dh'>
+    read, dwrite = tl.zeros((BC, BP), tl.float32), tl.zeros((BC, BP), tl.float32)
     for first in range(0, S, BS):
         s = first + tl.arange(0, BS)
         maps = _rows(c + h // R * scg, start, count, sct, s, S, BC)
         keys = _rows(b + h // R * sbg, start, count, sbt, s, S, BC)
-        after = _state(dends, n * H + h, s, P, S, BP)
+        before, after = (
+            _state(states, n * H + h, s, P, S, BP),
+            _state(dends, n * H + h, s, P, S, BP),
+        )
         scores = tl.dot(keys, tl.trans(maps), scores, input_precision="ieee")
+        read = tl.dot(maps, tl.trans(before), read, input_precision="ieee")
         dwrite = tl.dot(keys, tl.trans(after), dwrite, input_precision="ieee")
-    raw, soft, step = _steps(dt, bias, h, start, count, sdt, sdh, low, high, SOFTPLUS, BC)
-    total, last = _sums(step, A, h, SUM, C, BC)
+        kept += tl.sum(before.to(tl.float32) * after.to(tl.float32))
+    step, total, last = _decays_of(decays, n, h, H, C, BC)
     out = _rows(dy + h * sdyh, start, count, sdyt, p, P, BC)
+    tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
     upper = (total[None, :] - total[:, None]).to(tl.float32)
-    upper = tl.exp(tl.where(i[None, :] >= i[:, None], upper, float("-inf")))
-    dwrite *= tl.exp((last - total).to(tl.float32))[:, None]
-    dwrite = tl.dot((scores * upper).to(out.dtype), out, dwrite, input_precision="ieee")
-
-    tile = _rows(x + h * sxh, start, count, sxt, p, P, BC).to(tl.float32)
-    grad = tl.sum(dwrite * tile, axis=1)
-    out, place = out.to(tl.float32), sums + n * 3 * H + h
-    dwrite *= step[:, None]
-    if skip is not None:
-        dwrite += out * tl.load(skip + h).to(tl.float32)
-        tl.store(place + 2 * H, tl.sum(tl.sum(out * tile, axis=1), axis=0))
-    _store_rows(dx + h * P, dwrite, start, count, sgt, p, P, BC)
-
-    change = tl.zeros((BC,), SUM)
-    for part in range(SLICES):
-        change += tl.load(dtotal + ((part * N + n) * H + h) * C + i, mask=i < C, other=0.0)
+    scores *= tl.exp2(tl.where(i[None, :] >= i[:, None], upper, float("-inf")))
+    # summed in the dtype of G: the running sum that follows cancels what the two have in common
+    weighted = tl.dot(tile, tl.trans(out), input_precision="ieee") * scores * step[:, None]
+    weighted = weighted.to(total.dtype)
+    change = tl.sum(weighted, axis=0) - tl.sum(weighted, axis=1)
+    read *= tl.exp2(total.to(tl.float32))[:, None] * out.to(tl.float32)
+    dwrite *= tl.exp2((last - total).to(tl.float32))[:, None]
+    shrunk = dwrite * tile.to(tl.float32) * step[:, None]
+    kept = kept * tl.exp2(last.to(tl.float32)) + tl.sum(shrunk)
+    read = tl.sum(read - shrunk, axis=1) + tl.where(i == C - 1, kept, 0.0)
+    change += read.to(total.dtype)
     change = tl.cumsum(change, axis=0, reverse=True).to(tl.float32)
-    tl.store(place, tl.sum(change * step, axis=0))
-    grad += change * tl.load(A + h).to(tl.float32)
+    dwrite = tl.dot(scores.to(out.dtype), out, dwrite, input_precision="ieee")
+
+    out, tile, place = out.to(tl.float32), tile.to(tl.float32), sums + n * 3 * H + h
+    tl.store(place, tl.sum(change * step))
+    grad = tl.sum(dwrite * tile, axis=1) + change * tl.load(A + h).to(tl.float32)
+    raw, soft, _ = _steps(dt, bias, (start + i) * sdt + h * sdh, h, i < count, low, high, SOFTPLUS)
     if SOFTPLUS:
         grad *= tl.sigmoid(raw)
     grad = tl.where((i < count) & (soft >= low) & (soft <= high), grad, 0.0)
-    tl.store(place + H, tl.sum(grad, axis=0))
+    tl.store(place + H, tl.sum(grad))
     tl.store(ddt + (start + i) * H + h, grad.to(ddt.dtype.element_ty), mask=i < count)
+    dwrite *= step[:, None]
+    if skip is not None:
+        dwrite += out * tl.load(skip + h).to(tl.float32)
+        tl.store(place + 2 * H, tl.sum(out * tile))
+    _store_rows(dx + h * P, dwrite, start, count, sgt, p, P, BC)
 
 
 class Steps(NamedTuple):
@@ -260,14 +280,14 @@ TILES = {
     2: {
         _pass_states: (64, {"num_warps": 4}),
         _outputs: (128, {"num_warps": 4}),
-        _maps_backward: (64, {"num_warps": 8}),
+        _maps_backward: (128, {"num_warps": 8}),
         _inputs_backward: (128, {"num_warps": 4}),
     },
     4: {
         _pass_states: (16, {"num_warps": 4, "num_stages": 1}),
         _outputs: (32, {"num_warps": 8}),
         _maps_backward: (16, {"num_warps": 8, "num_stages": 1}),
-        _inputs_backward: (32, {"num_warps": 8}),
+        _inputs_backward: (16, {"num_warps": 8, "num_stages": 1}),
     },
 }
 
@@ -280,41 +300,33 @@ def supports(x: Tensor, chunk_size: int) -> bool:
 class _Call:
     """What the launches of a call share: sizes, and tensors with all tokens in one row."""
 
-    def __init__(self, x, dt, A, b, c, skip, bias, steps: Steps, chunk_size, table, bounds):
+    def __init__(self, x, b, c, chunk_size, table, bounds):
         (self.heads, self.dim), (self.groups, self.state) = x.shape[2:], b.shape[2:]
         self.x, self.b, self.c = (_tokens(t.to(x.dtype)) for t in (x, b, c))
-        self.dt = dt.flatten(0, 1)
-        self.A, self.bias, self.skip = (
-            None if t is None else t.contiguous() for t in (A, bias, skip)
-        )
-        self.table, self.bounds, self.chunks = table, bounds, len(table)
-        self.sequences, self.limits = len(bounds) - 1, (steps.low, steps.high)
-        self.bytes = x.element_size()
+        self.table, self.bounds = table, bounds
+        self.chunks, self.sequences, self.bytes = len(table), len(bounds) - 1, x.element_size()
         self.sizes = {
-            "SOFTPLUS": steps.softplus, "SUM": tl.float32 if self.bytes == 2 else tl.float64,
             "H": self.heads, "R": self.heads // self.groups, "C": chunk_size, "P": self.dim,
             "S": self.state, "BC": _tile(chunk_size), "BP": _tile(self.dim),
         }  # fmt: skip
 
-    def columns(self, kernel) -> int:
-        """How many columns of a state the kernel takes at a time."""
-        return min(_tile(self.state), TILES[self.bytes][kernel][0])
+    def slices(self, kernel) -> int:
+        """How many programs share the columns of a state."""
+        return triton.cdiv(self.state, TILES[self.bytes][kernel][0])
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, strided, **constants) -> None:
         """``strided``: the tensors whose strides the kernel reads last."""
-        strides = [stride for t in strided for stride in t.stride()[:2]]
-        options = TILES[self.bytes][kernel][1]
+        columns, options = TILES[self.bytes][kernel]
         kernel[grid](
-            *arguments, *self.limits, *strides, BS=self.columns(kernel), **constants, **self.sizes,
-            **options,
+            *arguments, *_strides(*strided), BS=min(_tile(self.state), columns), **constants,
+            **self.sizes, **options,
         )  # fmt: skip
 
-    def pass_states(self, x, b, initial, states, final, reverse: bool) -> None:
-        slices = triton.cdiv(self.state, self.columns(_pass_states))
+    def pass_states(self, x, b, decays, initial, states, final, reverse: bool) -> None:
+        grid = (self.sequences * self.heads, self.slices(_pass_states))
         self.launch(
-            _pass_states, (self.sequences * self.heads, slices), x, b, self.dt, self.A, self.bias,
-            initial, self.table, self.bounds, states, final, strided=(x, b, self.dt),
-            REVERSE=reverse,
+            _pass_states, grid, x, b, decays, initial, self.table, self.bounds, states, final,
+            strided=(x, b), REVERSE=reverse,
         )  # fmt: skip
 
 
@@ -327,62 +339,92 @@ def _tokens(x: Tensor) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Without the strides of x, which may be a slice."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def forward(x, dt, A, b, c, skip, bias, initial, room, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, the final states [sequences, H, P, S] fp32, and for ``backward`` the states before
-    every chunk [room, H, P, S], in the dtype of x and with zeros where there is no chunk.
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def decay_shape(x: Tensor, chunk_size: int) -> tuple[torch.dtype, int]:
+    """Of what ``forward`` keeps of a chunk besides its state: the dtype, and how many elements."""
+    return decay_dtype(x.dtype), 2 * x.shape[2] * chunk_size
+
+
+def forward(x, dt, A, b, c, skip, bias, initial, room, steps, chunk_size, table, bounds):
+    """y like x, the final states [sequences, H, P, S] fp32, and what ``backward`` reads of every
+    chunk: the states before it [room, H, P, S] in the dtype of x, and step sizes and decays
+    [room, 2, H, C]; with zeros where there is no chunk.
 
     x [B, T, H, P], dt [B, T, H], A, skip and bias [H], b and c [B, T, G, S], initial like the final
-    states; skip, bias, initial may be None. The rest: ``Steps``, the chunk size, the table of
-    chunks, and the offsets in it of the sequences' chunks.
+    states; skip, bias, initial may be None; the table of chunks, and the offsets in it of the
+    sequences' chunks.
     """
-    z = _Call(x, dt, A, b, c, skip, bias, *rest)
-    y, shape = _empty_like(x), (z.heads, z.dim, z.state)
-    final = torch.empty(z.sequences, *shape, dtype=torch.float32, device=x.device)
-    states = torch.empty(room, *shape, dtype=x.dtype, device=x.device)
+    z = _Call(x, b, c, chunk_size, table, bounds)
+    A, skip, bias, initial = _contiguous(A, skip, bias, initial)
+    kind, shape = {"device": x.device}, (z.heads, z.dim, z.state)
+    y = torch.empty(x.shape, dtype=x.dtype, **kind)
+    final = torch.empty(z.sequences, *shape, dtype=torch.float32, **kind)
+    states = torch.empty(room, *shape, dtype=x.dtype, **kind)
+    decays = torch.empty(room, 2, z.heads, chunk_size, dtype=decay_dtype(x.dtype), **kind)
     if room > z.chunks:
-        states[z.chunks :] = 0
-    z.pass_states(z.x, z.b, initial, states, final, reverse=False)
-    tensors = (z.x, z.b, z.c, z.dt)
-    z.launch(
-        _outputs, (z.chunks * z.heads,), *tensors, z.A, z.bias, z.skip, states, z.table, y,
-        strided=tensors,
+        states[z.chunks :], decays[z.chunks :] = 0, 0
+    dt, block = dt.flatten(0, 1), min(32, triton.next_power_of_2(z.heads))
+    _decays[(z.chunks * triton.cdiv(z.heads, block),)](
+        dt, A, bias, table, decays, steps.low, steps.high, *_strides(dt), steps.softplus,
+        z.heads, chunk_size, z.sizes["BC"], block,
     )  # fmt: skip
-    return y, final, states
+    z.pass_states(z.x, z.b, decays, initial, states, final, reverse=False)
+    tensors = (z.x, z.b, z.c)
+    z.launch(
+        _outputs, (z.chunks * z.heads,), *tensors, decays, skip, states, table, y, strided=tensors
+    )
+    return y, final, states, decays
 
 
-def backward(dy, dfinal, x, dt, A, b, c, skip, bias, initial, states, *rest):
+def backward(
+    dy,
+    dfinal,
+    x,
+    dt,
+    A,
+    b,
+    c,
+    skip,
+    bias,
+    initial,
+    states,
+    decays,
+    steps,
+    chunk_size,
+    table,
+    bounds,
+):
     """The gradients of x, dt, A, b, c, skip, bias and initial, None for those that are None; dy
     like x, dfinal like the final states or None, and the rest as ``forward`` read and gave it."""
-    z = _Call(x, dt, A, b, c, skip, bias, *rest)
-    dy = _tokens(dy.to(x.dtype))
+    z = _Call(x, b, c, chunk_size, table, bounds)
+    A, skip, bias, dfinal = _contiguous(A, skip, bias, dfinal)
+    dy, dt_rows, kind = _tokens(dy.to(x.dtype)), dt.flatten(0, 1), {"device": x.device}
     dends = torch.empty_like(states)
-    dinitial = None if initial is None else _empty_like(initial)
-    z.pass_states(dy, z.c, dfinal, dends, dinitial, reverse=True)
+    dinitial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, **kind)
+    z.pass_states(dy, z.c, decays, dfinal, dends, dinitial, reverse=True)
 
-    tensors = (dy, z.x, z.b, z.c, z.dt)
+    # side by side, as x, B and C of a model are: their gradient is one tensor
     widths = [z.heads * z.dim, *(z.groups * z.state,) * 2]
-    grads = torch.empty(*x.shape[:2], sum(widths), dtype=x.dtype, device=x.device)
-    dx, db, dc = (  # side by side, as the model's x, B and C are: their gradient is one tensor
-        part.view(t.shape) for part, t in zip(grads.split(widths, -1), (x, b, c), strict=True)
-    )
-    ddt = _empty_like(dt)
-    slices = triton.cdiv(z.state, z.columns(_maps_backward))
-    kind = {"dtype": torch.float32 if z.bytes == 2 else torch.float64, "device": x.device}
-    dtotal = torch.empty(slices, z.chunks, z.heads, z.sizes["C"], **kind)
+    columns, tensors = sum(widths), (dy, z.x, z.b, z.c)
+    grads = torch.empty(*x.shape[:2], columns, dtype=x.dtype, **kind).split(widths, -1)
+    dx, db, dc = (part.view(t.shape) for part, t in zip(grads, (x, b, c), strict=True))
     z.launch(
-        _maps_backward, (z.chunks * z.groups, slices), *tensors, z.A, z.bias, states, dends,
-        z.table, db, dc, dtotal, z.chunks, sum(widths), strided=tensors,
+        _maps_backward, (z.chunks * z.groups, z.slices(_maps_backward)), *tensors, decays, states,
+        dends, table, db, dc, columns, strided=tensors,
     )  # fmt: skip
-    sums = torch.empty(z.chunks, 3, z.heads, dtype=torch.float32, device=x.device)
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, **kind)
+    sums = torch.empty(z.chunks, 3, z.heads, dtype=torch.float32, **kind)
     z.launch(
-        _inputs_backward, (z.chunks * z.heads,), *tensors, z.A, z.bias, z.skip, dends, dtotal,
-        z.table, dx, ddt, sums, z.chunks, sum(widths), strided=tensors,
-        SLICES=slices,
+        _inputs_backward, (z.chunks * z.heads,), *tensors, dt_rows, A, bias, decays, skip, states,
+        dends, table, dx, ddt, sums, columns, steps.low, steps.high, strided=(*tensors, dt_rows),
+        SOFTPLUS=steps.softplus,
     )  # fmt: skip
     dA, dbias, dskip = sums.sum(0).unbind()
     dskip, dbias = None if skip is None else dskip, None if bias is None else dbias
