@@ -237,16 +237,15 @@ def _inputs_backward(dy, x, b, c, dt, A, bias, decays, skip, states, dends, tabl
     tile = _rows(x + h * sxh, start, count, sxt, p, P, BC)
     upper = (total[None, :] - total[:, None]).to(tl.float32)
     scores *= tl.exp2(tl.where(i[None, :] >= i[:, None], upper, float("-inf")))
-    # summed in the dtype of G: the running sum that follows cancels what the two have in common
+    # summed in the dtype of G: the running sum that follows cancels what the sums have in common
     weighted = tl.dot(tile, tl.trans(out), input_precision="ieee") * scores * step[:, None]
     weighted = weighted.to(total.dtype)
     change = tl.sum(weighted, axis=0) - tl.sum(weighted, axis=1)
     read *= tl.exp2(total.to(tl.float32))[:, None] * out.to(tl.float32)
     dwrite *= tl.exp2((last - total).to(tl.float32))[:, None]
-    shrunk = dwrite * tile.to(tl.float32) * step[:, None]
+    shrunk = (dwrite * tile.to(tl.float32) * step[:, None]).to(total.dtype)
     kept = kept * tl.exp2(last.to(tl.float32)) + tl.sum(shrunk)
-    read = tl.sum(read - shrunk, axis=1) + tl.where(i == C - 1, kept, 0.0)
-    change += read.to(total.dtype)
+    change += tl.sum(read.to(total.dtype) - shrunk, axis=1) + tl.where(i == C - 1, kept, 0.0)
     change = tl.cumsum(change, axis=0, reverse=True).to(tl.float32)
     dwrite = tl.dot(scores.to(out.dtype), out, dwrite, input_precision="ieee")
 
