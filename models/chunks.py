@@ -208,6 +208,17 @@ def chunk_table(offsets: tuple[int, ...], chunk_size: int, device: torch.device)
     return torch.tensor(rows, dtype=torch.int32).view(-1, 3).to(device)
 
 
+_captured: dict[int, Tensor] = {}
+
+
+def kept_for_graphs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, which come from a cache that forgets. A CUDA graph that is being captured goes on
+    reading them, so they are held from then on; there are as many as layouts of captured calls."""
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.update((t.data_ptr(), t) for t in tensors)
+    return tensors
+
+
 # Elements of one head-dimension tensor per block: fastest of 2^15 to 2^20 on two EPYC cores.
 BLOCK_ELEMENTS = 1 << 17
 

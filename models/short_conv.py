@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels, operators
-from models.chunks import check_state, chunk_bounds, chunk_table, sequence_offsets
+from models.chunks import (
+    check_state,
+    chunk_bounds,
+    chunk_table,
+    kept_for_graphs,
+    sequence_offsets,
+)
 from models.exact import CHUNK, by_chunks
 
 
@@ -85,7 +91,8 @@ def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         offsets = [x.shape[1] * row for row in range(len(x) + 1)]
     rows = kernels.find("short_conv", x).ROWS
     lengths = tuple(end - start for start, end in itertools.pairwise(offsets))
-    return chunk_table(tuple(offsets), rows, x.device), chunk_bounds(lengths, x.device)
+    table = chunk_table(tuple(offsets), rows, x.device)
+    return kept_for_graphs(table, chunk_bounds(lengths, x.device))
 
 
 def short_conv(

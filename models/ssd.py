@@ -28,6 +28,7 @@ from models.chunks import (
     chunk_room,
     chunk_table,
     each_sequence,
+    kept_for_graphs,
     offsets_and_states,
     sequence_offsets,
     state_dtype,
@@ -187,7 +188,7 @@ def _chunks(x, offsets, chunk_size):
         offsets = [x.shape[1] * row for row in range(len(x) + 1)]
     segments = tuple(-(-(b - a) // chunk_size) for a, b in itertools.pairwise(offsets))
     table = chunk_table(tuple(offsets), chunk_size, x.device)
-    return table, chunk_bounds(segments, x.device)
+    return kept_for_graphs(table, chunk_bounds(segments, x.device))
 
 
 def _room(x, chunk_size, cu_seqlens):

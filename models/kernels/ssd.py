@@ -9,6 +9,7 @@ Shape letters: T tokens of all sequences, N chunks, C chunk size, H heads, P hea
 G groups, R = H / G, S state size.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -273,13 +274,13 @@ class Steps(NamedTuple):
     high: float
 
 
-# By the bytes of an element: how many columns of a state each kernel takes at a time, and how it is
-# computed. No sum depends on how many chunks, sequences or heads there are.
+# By the bytes of an element: how many columns of a state a kernel takes at a time, for heads of up
+# to 64 channels, and how it is computed. Neither follows from the number of chunks or sequences.
 TILES = {
     2: {
         _pass_states: (64, {"num_warps": 4}),
         _outputs: (128, {"num_warps": 4}),
-        _maps_backward: (128, {"num_warps": 8}),
+        _maps_backward: (128, {"num_warps": 8, "num_stages": 2}),
         _inputs_backward: (128, {"num_warps": 4}),
     },
     4: {
@@ -309,17 +310,25 @@ class _Call:
             "S": self.state, "BC": _tile(chunk_size), "BP": _tile(self.dim),
         }  # fmt: skip
 
+    def tile(self, kernel) -> tuple[int, dict[str, int]]:
+        """The columns that the kernel takes at a time, and how it is computed."""
+        columns, options = TILES[self.bytes][kernel]
+        if self.sizes["BP"] > 64:
+            columns, options = columns * 64 // self.sizes["BP"], options | {"num_warps": 8}
+        if _little_shared_memory(self.x.device):
+            options = options | {"num_stages": 1}
+        return min(_tile(self.state), max(16, columns)), options
+
     def slices(self, kernel) -> int:
         """How many programs share the columns of a state."""
-        return triton.cdiv(self.state, TILES[self.bytes][kernel][0])
+        return triton.cdiv(self.state, self.tile(kernel)[0])
 
     def launch(self, kernel, grid: tuple[int, ...], *arguments, strided, **constants) -> None:
         """``strided``: the tensors whose strides the kernel reads last."""
-        columns, options = TILES[self.bytes][kernel]
+        columns, options = self.tile(kernel)
         kernel[grid](
-            *arguments, *_strides(*strided), BS=min(_tile(self.state), columns), **constants,
-            **self.sizes, **options,
-        )  # fmt: skip
+            *arguments, *_strides(*strided), BS=columns, **constants, **self.sizes, **options
+        )
 
     def pass_states(self, x, b, decays, initial, states, final, reverse: bool) -> None:
         grid = (self.sequences * self.heads, self.slices(_pass_states))
@@ -327,6 +336,14 @@ class _Call:
             _pass_states, grid, x, b, decays, initial, self.table, self.bounds, states, final,
             strided=(x, b), REVERSE=reverse,
         )  # fmt: skip
+
+
+@functools.cache
+def _little_shared_memory(device: torch.device) -> bool:
+    """Whether it holds what a program reads, and not what the next step of its loop will read."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024
 
 
 def _tile(size: int) -> int:
