@@ -212,8 +212,8 @@ _captured: dict[int, Tensor] = {}
 
 
 def kept_for_graphs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, which come from a cache that forgets. A CUDA graph that is being captured goes on
-    reading them, so they are held from then on; there are as many as layouts of captured calls."""
+    """The tensors, which come from a cache that forgets. A CUDA graph that is being captured will
+    read them, so they are held from then on: as many as there are layouts of captured calls."""
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         _captured.update((t.data_ptr(), t) for t in tensors)
     return tensors
