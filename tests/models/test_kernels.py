@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from models import chunks, kernels, short_conv
+from models import chunks, kernels, short_conv, token_log_probs
 from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
@@ -66,6 +66,24 @@ def test_batched_product_and_running_sum(sizes):
     sums = product.running_sum(b, torch.float64)
     torch.testing.assert_close(sums, b.double().cumsum(-1))
     assert torch.equal(product.running_sum(b[3:4], torch.float64)[0], sums[3])
+
+
+@pytest.mark.parametrize("words", [5, 4096, 9001])
+def test_log_probs(words):
+    """Values and gradients against float64; and a row alone has the bits it has among others."""
+    g = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(2, 3, words + 1, generator=g)).to(DEVICE)[..., 1:].requires_grad_()
+    tokens = torch.randint(0, words, (2, 3), generator=g).to(DEVICE)
+    ours = token_log_probs(logits, tokens)
+    wide = logits.detach().double().requires_grad_()
+    truth = wide.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=3e-6)
+    cotangent = torch.randn(2, 3, generator=g).to(DEVICE)
+    (grad,) = torch.autograd.grad(ours, logits, cotangent)
+    (expected,) = torch.autograd.grad(truth, wide, cotangent.double())
+    # 1 - p of a likely token has the roundings of 1
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=3e-7)
+    assert torch.equal(token_log_probs(logits[1, 2].clone(), tokens[1, 2]), ours[1, 2])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
