@@ -15,15 +15,16 @@ def start(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any)
     The key has what Triton compiles another variant for: dtypes, aligned addresses, numbers that
     are 1 or divisible by 16 or too large for 32 bits, and constants.
     """
-    key = (kernel, arguments[0].device, *map(_kind, arguments), *constants.items())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*arguments, **constants)
-        if compiled is not None and torch.version.hip is None:  # the interpreter has none
-            _compiled[key] = compiled
-    else:
-        names = (name for name in kernel.arg_names if name in constants)
-        compiled[(*grid, 1)](*arguments, *(constants[name] for name in names))
+    key = (kernel.fn, arguments[0].device, *map(_kind, arguments), *constants.items())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, values = found
+        compiled[(*grid, 1)](*arguments, *values)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if compiled is not None and torch.version.hip is None:  # the interpreter has none
+        values = [constants[name] for name in kernel.arg_names if name in constants]
+        _compiled[key] = compiled, values
 
 
 def _kind(value: Any) -> Any:

@@ -34,16 +34,16 @@ class Steps(NamedTuple):
 # to 64 channels, and how it is computed. Neither follows from the number of chunks or sequences.
 TILES = {
     2: {
-        pass_states: (128, {"num_warps": 4}),
-        outputs: (64, {"num_warps": 4, "num_stages": 2}),
-        maps_backward: (128, {"num_warps": 8, "num_stages": 3}),
-        inputs_backward: (128, {"num_warps": 4}),
+        "pass_states": (128, {"num_warps": 4}),
+        "outputs": (64, {"num_warps": 4, "num_stages": 2}),
+        "maps_backward": (128, {"num_warps": 8, "num_stages": 3}),
+        "inputs_backward": (128, {"num_warps": 4}),
     },
     4: {
-        pass_states: (16, {"num_warps": 4, "num_stages": 1}),
-        outputs: (32, {"num_warps": 8}),
-        maps_backward: (16, {"num_warps": 8, "num_stages": 1}),
-        inputs_backward: (16, {"num_warps": 8, "num_stages": 1}),
+        "pass_states": (16, {"num_warps": 4, "num_stages": 1}),
+        "outputs": (32, {"num_warps": 8}),
+        "maps_backward": (16, {"num_warps": 8, "num_stages": 1}),
+        "inputs_backward": (16, {"num_warps": 8, "num_stages": 1}),
     },
 }
 
@@ -68,7 +68,7 @@ class _Call:
 
     def tile(self, kernel) -> tuple[int, dict[str, int]]:
         """The columns that the kernel takes at a time, and how it is computed."""
-        columns, options = TILES[self.bytes][kernel]
+        columns, options = TILES[self.bytes][kernel.fn.__name__]
         if self.sizes["BP"] > 64:
             columns, options = columns * 64 // self.sizes["BP"], options | {"num_warps": 8}
         if _little_shared_memory(self.x.device):
