@@ -36,6 +36,8 @@ from models.chunks import (
 from models.exact import by_chunks
 from models.ranges import check_positive
 
+CHUNK = 64  # tokens, where a caller does not say
+
 
 def chunk_ssd(
     x: Tensor,
@@ -77,7 +79,7 @@ def chunk_ssd(
         ValueError: for shapes, offsets, limits, a chunk size or a state that do not fit.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit)
-    chunk_size = 64 if chunk_size is None else chunk_size
+    chunk_size = CHUNK if chunk_size is None else chunk_size
     check_positive(chunk_size=chunk_size)
     tensors = (x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens)
     options = (dt_softplus, *map(float, dt_limit), chunk_size, exact)
@@ -120,7 +122,11 @@ def _run(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, c
         if initial is not None:
             check_state(initial, (len(chunks[1]) - 1, *shape), state_dtype(x), x)
         inputs = (x, dt, A, b, c, skip, bias, initial, _room(x, chunk_size, cu_seqlens))
-        return found.forward(*inputs, found.Steps(softplus, low, high), chunk_size, *chunks)
+        steps = found.Steps(softplus, low, high)
+        y, final, *kept = found.forward(*inputs, steps, chunk_size, *chunks)
+        if exact:
+            kept = [t.new_empty(0) for t in kept]
+        return y, final, *kept
     if exact and x.is_cuda:
         raise ValueError(
             "exact mode on a GPU needs triton, 16 or 32 bits and heads of at most 8192 / "
@@ -154,8 +160,12 @@ def _run_backward(
         dfinal = dfinal.reshape(-1, *shape)
     found = _kernels(x, chunk_size)
     if found is not None:
+        kept = (None, None)
+        if not exact:
+            kept = states.view(-1, *shape), decays.view(-1, 2, x.shape[2], chunk_size)
+        elif found.supports(x, CHUNK):
+            chunk_size = CHUNK  # faster, and a gradient's bits may depend on anything
         chunks = _chunks(x, sequence_offsets(cu_seqlens, *x.shape[:2]), chunk_size)
-        kept = (states.view(-1, *shape), decays.view(-1, 2, x.shape[2], chunk_size))
         inputs = (x, dt, A, b, c, skip, bias, initial, *kept, found.Steps(softplus, low, high))
         return found.backward(dy, dfinal, *inputs, chunk_size, *chunks)
     with torch.enable_grad():
@@ -216,6 +226,7 @@ def _fake(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, 
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = x.new_empty(sequences * heads * dim * size, dtype=state_dtype(x))
     room, found = _room(x, chunk_size, cu_seqlens), _kernels(x, chunk_size)
+    room = 0 if exact and found is not None else room
     states = (final if found is None else x).new_empty(room * heads * dim * size)
     decays = final.new_empty(0)
     if found is not None:

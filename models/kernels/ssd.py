@@ -133,26 +133,33 @@ def forward(x, dt, A, b, c, skip, bias, initial, room, steps, chunk_size, table,
     sequences' chunks.
     """
     z = _Call(x, b, c, chunk_size, table, bounds)
-    A, skip, bias, initial = _contiguous(A, skip, bias, initial)
-    kind, shape = {"device": x.device}, (z.heads, z.dim, z.state)
-    y = torch.empty(x.shape, dtype=x.dtype, **kind)
-    final = torch.empty(z.sequences, *shape, dtype=torch.float32, **kind)
-    states = torch.empty(room, *shape, dtype=x.dtype, **kind)
-    decays = torch.empty(room, 2, z.heads, chunk_size, dtype=decay_dtype(x.dtype), **kind)
-    if room > z.chunks:
-        states[z.chunks :], decays[z.chunks :] = 0, 0
-    dt, block = dt.flatten(0, 1), min(32, triton.next_power_of_2(z.heads))
-    start(
-        sum_decays, (z.chunks * triton.cdiv(z.heads, block), 1), dt, A, bias, table, decays,
-        steps.low, steps.high, *_strides(dt), SOFTPLUS=steps.softplus, H=z.heads, C=chunk_size,
-        BC=z.sizes["BC"], BH=block,
-    )  # fmt: skip
-    z.pass_on(z.x, z.b, decays, initial, states, final, reverse=False)
+    (skip,) = _contiguous(skip)
+    final, states, decays = _begin(z, dt, A, bias, initial, room, steps)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tensors = (z.x, z.b, z.c)
     z.launch(
         outputs, (z.chunks * z.heads, 1), *tensors, decays, skip, states, table, y, strided=tensors
     )
     return y, final, states, decays
+
+
+def _begin(z, dt, A, bias, initial, room, steps):
+    """The final states, and what ``forward`` keeps."""
+    A, bias, initial = _contiguous(A, bias, initial)
+    kind, shape, size = {"device": z.x.device}, (z.heads, z.dim, z.state), z.sizes["C"]
+    final = torch.empty(z.sequences, *shape, dtype=torch.float32, **kind)
+    states = torch.empty(room, *shape, dtype=z.x.dtype, **kind)
+    decays = torch.empty(room, 2, z.heads, size, dtype=decay_dtype(z.x.dtype), **kind)
+    if room > z.chunks:
+        states[z.chunks :], decays[z.chunks :] = 0, 0
+    dt, block = dt.flatten(0, 1), min(32, triton.next_power_of_2(z.heads))
+    start(
+        sum_decays, (z.chunks * triton.cdiv(z.heads, block), 1), dt, A, bias, z.table, decays,
+        steps.low, steps.high, *_strides(dt), SOFTPLUS=steps.softplus, H=z.heads, C=size,
+        BC=z.sizes["BC"], BH=block,
+    )  # fmt: skip
+    z.pass_on(z.x, z.b, decays, initial, states, final, reverse=False)
+    return final, states, decays
 
 
 def backward(
@@ -174,8 +181,11 @@ def backward(
     bounds,
 ):
     """The gradients of x, dt, A, b, c, skip, bias and initial, None for those that are None; dy
-    like x, dfinal like the final states or None, and the rest as ``forward`` read and gave it."""
+    like x, dfinal like the final states or None, and the rest as ``forward`` read and gave it: the
+    last two None to compute them again, for chunks of another size."""
     z = _Call(x, b, c, chunk_size, table, bounds)
+    if states is None:
+        _, states, decays = _begin(z, dt, A, bias, initial, z.chunks, steps)
     A, skip, bias, dfinal = _contiguous(A, skip, bias, dfinal)
     dy, dt_rows, kind = _tokens(dy.to(x.dtype)), dt.flatten(0, 1), {"device": x.device}
     dends = torch.empty_like(states)
