@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.launch import start
-
 
 @triton.jit
 def _forward(logits, tokens, log_probs, norms, V, stride, BV: tl.constexpr):
@@ -49,10 +47,9 @@ def forward(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probabilities of tokens [R] under logits [R, V], and the rows' norms, fp32."""
     log_probs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     norms, (rows, words) = torch.empty_like(log_probs), logits.shape
-    start(
-        _forward, (rows, 1), logits, tokens, log_probs, norms, words, logits.stride(0),
-        BV=_block(logits), num_warps=8,
-    )  # fmt: skip
+    _forward[(rows,)](
+        logits, tokens, log_probs, norms, words, logits.stride(0), BV=_block(logits), num_warps=8
+    )
     return log_probs, norms
 
 
@@ -60,8 +57,8 @@ def backward(dout: Tensor, logits: Tensor, tokens: Tensor, norms: Tensor) -> Ten
     """The gradient of the logits."""
     rows, words = logits.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    start(
-        _backward, (rows, triton.cdiv(words, _block(logits))), logits, tokens, norms, dout, dlogits,
-        words, logits.stride(0), BV=_block(logits), num_warps=8,
+    _backward[(rows, triton.cdiv(words, _block(logits)))](
+        logits, tokens, norms, dout, dlogits, words, logits.stride(0), BV=_block(logits),
+        num_warps=8,
     )  # fmt: skip
     return dlogits

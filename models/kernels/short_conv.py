@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kernels.launch import start
-
 ROWS = 64  # of a program
 CHANNELS = 128
 
@@ -190,16 +188,14 @@ def forward(x, weight, bias, state, table, offsets, with_final):
     (_, _, channels), taps, sequences = x.shape, weight.shape[1], len(offsets) - 1
     x, strides, sizes = _setup(x, state, weight)
     blocks = triton.cdiv(channels, CHANNELS)
-    start(
-        _conv_forward, (len(table), blocks), x, state, weight, bias, table, offsets, y, channels,
+    _conv_forward[(len(table), blocks)](
+        x, state, weight, bias, table, offsets, y, channels,
         *strides, U=16, **sizes,
     )  # fmt: skip
     final = None
     if with_final:
         final = torch.empty(sequences, taps - 1, channels, dtype=x.dtype, device=x.device)
-        start(
-            _final_state, (sequences, blocks), x, state, offsets, final, channels, *strides, **sizes
-        )
+        _final_state[(sequences, blocks)](x, state, offsets, final, channels, *strides, **sizes)
     return y, final
 
 
@@ -216,12 +212,11 @@ def backward(dy, dfinal, x, weight, bias, state, table, offsets):
     dparams = torch.empty(shape, dtype=torch.float32, device=x.device)
     x, strides, sizes = _setup(x, state, weight)
     dy = (dy if dy.stride(-1) == 1 else dy.contiguous()).flatten(0, 1)
-    start(
-        _conv_backward, (len(table), triton.cdiv(channels, CHANNELS)), x, state, weight, bias, dy,
+    _conv_backward[(len(table), triton.cdiv(channels, CHANNELS))](
+        x, state, weight, bias, dy,
         dfinal, table, offsets, dx, dstate, dparams, channels, *strides, dy.stride(0), U=8, **sizes,
     )  # fmt: skip
-    start(
-        _sum_parameters, (triton.cdiv(channels, 32), taps + 1), dparams, dweight, dbias, len(table),
-        channels, W=taps, BN=64, BD=32,
-    )  # fmt: skip
+    _sum_parameters[(triton.cdiv(channels, 32), taps + 1)](
+        dparams, dweight, dbias, len(table), channels, W=taps, BN=64, BD=32
+    )
     return dx, dweight, dbias, dstate

@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 
 from models.chunks import decay_dtype
-from models.kernels.launch import start
 from models.kernels.ssd_kernels import (
     inputs_backward,
     maps_backward,
@@ -83,7 +82,7 @@ class _Call:
         """``strided``: the tensors whose strides the kernel reads last."""
         columns, options = self.tile(kernel)
         options = {"BS": columns} | constants | self.sizes | options
-        start(kernel, grid, *arguments, *_strides(*strided), **options)
+        kernel[grid](*arguments, *_strides(*strided), **options)
 
     def pass_on(self, x, b, decays, initial, states, final, reverse: bool) -> None:
         grid = (self.sequences * self.heads, self.slices(pass_states))
@@ -153,10 +152,9 @@ def _begin(z, dt, A, bias, initial, room, steps):
     if room > z.chunks:
         states[z.chunks :], decays[z.chunks :] = 0, 0
     dt, block = dt.flatten(0, 1), min(32, triton.next_power_of_2(z.heads))
-    start(
-        sum_decays, (z.chunks * triton.cdiv(z.heads, block), 1), dt, A, bias, z.table, decays,
-        steps.low, steps.high, *_strides(dt), SOFTPLUS=steps.softplus, H=z.heads, C=size,
-        BC=z.sizes["BC"], BH=block,
+    sum_decays[(z.chunks * triton.cdiv(z.heads, block),)](
+        dt, A, bias, z.table, decays, steps.low, steps.high, *_strides(dt),
+        SOFTPLUS=steps.softplus, H=z.heads, C=size, BC=z.sizes["BC"], BH=block,
     )  # fmt: skip
     z.pass_on(z.x, z.b, decays, initial, states, final, reverse=False)
     return final, states, decays

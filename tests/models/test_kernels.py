@@ -33,35 +33,6 @@ def inputs(*shape, sequences=None):
     return [x.detach().to(DEVICE).requires_grad_() for x in made]
 
 
-def test_what_triton_has_compiled_is_started_again():
-    """With the constants where the signature has them, and only for what it was compiled for."""
-    from models.kernels.launch import start
-
-    started = []
-
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *arguments: started.append((grid, *arguments))
-
-    class Kernel:
-        fn, arg_names = object(), ("x", "n", "y", "A", "B")
-
-        def __getitem__(self, grid):
-            return lambda *arguments, **constants: started.append("compiled") or Compiled()
-
-    x, constants = torch.zeros(64), {"B": 1, "A": 2, "num_warps": 4}
-    kernel = Kernel()
-    for arguments in ((x, 32, None), (x, 48, None), (x, 33, None), (x, 1, None), (x[1:], 32, None)):
-        start(kernel, (5, 3), *arguments, **constants)
-    start(kernel, (5, 3), x.double(), 32, None, **constants)
-    start(kernel, (5, 3), x, 32, x, **constants)
-    start(kernel, (5, 3), x, 32, None, **constants | {"B": 7})
-    (grid, given, *others) = started.pop(1)
-    assert (grid, others) == ((5, 3, 1), [48, None, 2, 1])
-    assert given is x
-    assert started == ["compiled"] * 7
-
-
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 24, 70), (130, 33, 5), (64, 128, 64)])
 def test_product(rows, inner, columns, bias):
