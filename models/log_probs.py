@@ -6,6 +6,24 @@ Shape letters: V vocabulary.
 import torch
 from torch import Tensor
 
+from models import kernels
+
+
+class _KernelLogProbs(torch.autograd.Function):
+    """``token_log_probs`` of logits [R, V] by Triton."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        log_probs, norms = kernels.find("log_probs", logits).forward(logits, tokens)
+        ctx.save_for_backward(logits, tokens, norms)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, dout):
+        logits, *others = ctx.saved_tensors
+        backward = kernels.find("log_probs", logits).backward
+        return backward(dout.contiguous(), logits, *others), None
+
 
 class _TokenLogProbs(torch.autograd.Function):
     """The arguments and the result of ``token_log_probs``; keeps one number a row for the backward
@@ -62,4 +80,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
             f"tokens must have the shape of logits without the last dimension, got "
             f"{list(tokens.shape)} and {list(logits.shape)}; give one token for each row"
         )
+    if kernels.usable(logits) and tokens.numel():
+        rows = logits.reshape(-1, logits.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        return _KernelLogProbs.apply(rows, tokens.flatten()).view(tokens.shape)
     return _TokenLogProbs.apply(logits, tokens)

@@ -6,7 +6,6 @@ Shape letters: B batch, T tokens, D hidden size, E = expand * D, H heads, P head
 groups, S state size. The convolution has E + 2 G S channels; the scan's state is [B, H, P, S].
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from gatednorm import RMSNorm
 from models.chunks import state_dtype
-from models.mixer import Fused, Mixer
+from models.mixer import Fused, Mixer, split
 from models.ranges import check_positive
-from models.ssd import chunk_ssd, recurrent_ssd, step_size
+from models.ssd import chunk_ssd, recurrent_ssd
 
 
 class Mamba2(Mixer):
@@ -127,12 +126,11 @@ class Mamba2(Mixer):
         self, scan: Callable, z: Tensor, xbc: Tensor, dt: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         maps = self.n_groups * self.d_state
-        inputs, b, c = xbc.split([self.inner_size, maps, maps], dim=-1)
+        inputs, b, c = split(xbc, [self.inner_size, maps, maps])
         inputs = inputs.unflatten(-1, (self.num_heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
         acc = state_dtype(dt)
+        decay = -self.A_log.to(acc).exp()
         steps = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
-        if self.exact:
-            dt, steps = self.by_rows(functools.partial(step_size, **steps, acc=acc), dt), {}
-        y, state = scan(inputs, dt, -self.A_log.to(acc).exp(), b, c, D=self.D, **steps)
+        y, state = scan(inputs, dt, decay, b, c, D=self.D, **steps)
         return y.flatten(2), z, state

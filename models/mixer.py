@@ -5,6 +5,7 @@ Shape letters: B batch, T tokens, D hidden size, E channels of the convolution, 
 """
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,21 +21,83 @@ from models.short_conv import short_conv
 
 # Heads, or groups of them, that lie side by side in one dimension: how many and how wide.
 Fused = list[tuple[int, int]]
+ROW = 64  # channels, 128 bytes in 16 bits: Hopper's fast matrix kernels want rows to begin at those
 
 
 class PaddedLinear(Linear):
-    """`Linear` whose product on a GPU has rows padded to a multiple of 64 channels, 128 bytes in
-    16 bits: Hopper's fast matrix kernels, and vector loads from slices of the result, need rows
-    that begin at such addresses. For a few tokens, the copy of the weight costs more than it gains.
+    """`Linear` whose product on a GPU has rows padded to a multiple of 64 channels, for fast matrix
+    kernels and for vector loads from slices of the result. For a few tokens it is not worth it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        rest = -self.out_features % 64
+        rest = -self.out_features % ROW
         if self.exact or rest == 0 or not pays_to_pad(x):
             return super().forward(x)
-        weight = F.pad(self.weight, (0, 0, 0, rest))
-        bias = None if self.bias is None else F.pad(self.bias, (0, rest))
-        return F.linear(x, weight, bias)[..., : self.out_features]
+        weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling():
+            weight = F.pad(weight, (0, 0, 0, rest))
+            bias = None if bias is None else F.pad(bias, (0, rest))
+            return F.linear(x, weight, bias)[..., : self.out_features]
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        y = _PaddedProduct.apply(x.reshape(-1, self.in_features), weight, bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class _PaddedProduct(torch.autograd.Function):
+    """x [R, K] times weight [N, K], plus bias [N] or None: [R, N] in padded rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias, columns = bias is not None, len(weight)
+        y = x.new_empty(len(x), columns + -columns % ROW)[:, :columns]
+        with torch.autocast(x.device.type, enabled=False):
+            if bias is None:
+                return torch.mm(x, weight.T, out=y)
+            return torch.addmm(bias, x, weight.T, out=y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return dy @ weight, dy.T @ x, dy.sum(0) if ctx.has_bias else None
+
+
+class _Split(torch.autograd.Function):
+    """``x.split(widths, -1)``, whose gradient is that of all parts where they lie side by side, and
+    else in padded rows."""
+
+    @staticmethod
+    def forward(ctx, x, *widths):
+        ctx.widths = widths
+        return x.split(widths, -1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        columns, first = sum(ctx.widths), grads[0]
+        starts = itertools.accumulate(ctx.widths, initial=first.storage_offset())
+        memory = first.untyped_storage().data_ptr()
+        whole = all(
+            (part.untyped_storage().data_ptr(), part.storage_offset(), part.stride())
+            == (memory, start, first.stride())
+            for part, start in zip(grads, starts, strict=False)
+        )
+        if whole:
+            dx = first.as_strided((*first.shape[:-1], columns), first.stride())
+        else:
+            rest = first.new_empty(*first.shape[:-1], -columns % ROW)  # read by nobody
+            dx = torch.cat((*grads, rest), -1)[..., :columns]
+        return dx, *(None for _ in ctx.widths)
+
+
+def split(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """``x.split(widths, -1)`` of x [B, T, D]; on a GPU with a gradient that is copied less."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and pays_to_pad(x)):
+        return x.split(widths, -1)
+    return _Split.apply(x, *widths)
 
 
 def pays_to_pad(x: Tensor) -> bool:
@@ -141,7 +204,7 @@ class Mixer(nn.Module, ABC):
         """
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # read twice: waits for a GPU once
-        parts = list(self.in_proj(x).split(self.widths, dim=-1))
+        parts = list(split(self.in_proj(x), self.widths))
         conv_state, scan_state = (None, None) if state is None else state
         parts[self.convolved], conv_state = short_conv(
             parts[self.convolved],

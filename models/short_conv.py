@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import kernels, operators
-from models.chunks import check_state, chunk_bounds, sequence_offsets
+from models.chunks import (
+    check_state,
+    chunk_bounds,
+    chunk_table,
+    kept_for_graphs,
+    sequence_offsets,
+)
 from models.exact import CHUNK, by_chunks
 
 
@@ -50,23 +56,43 @@ class _TapSum(torch.autograd.Function):
 
 
 class _KernelConv(torch.autograd.Function):
-    """Tap sum and SiLU by Triton: x [B, T, D] and state [B, W - 1, D] or None to [B, T, D]; without
-    values if they are `known`, and the gradients alone are asked for."""
+    """The convolution by Triton: x [B, T, D] and state [sequences, W - 1, D] or None, and offsets
+    or None, to [B, T, D], and to the final state or None."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, state, known):
+    def forward(ctx, x, weight, bias, state, cu_seqlens, with_final):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, state)
-        if known is not None:
-            return x.new_empty(x.shape)
-        return kernels.find("short_conv", x).forward(x, weight, bias, state)
+        ctx.places = _places(x, cu_seqlens)
+        forward = kernels.find("short_conv", x).forward
+        return forward(x, weight, bias, state, *ctx.places, with_final)
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias, state = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        backward = kernels.find("short_conv", x).backward
-        dx, dstate, dweight, dbias = backward(dy, x, weight, bias, state)
-        return dx, dweight, None if bias is None else dbias, dstate, None
+    def backward(ctx, dy, dfinal):
+        x, *others = ctx.saved_tensors
+        grads = _kernel_backward(dy, dfinal, x, *others, ctx.places)
+        return *grads, None, None
+
+
+def _kernel_backward(dy, dfinal, x, weight, bias, state, places):
+    dy = torch.zeros_like(x) if dy is None else dy
+    if dfinal is not None:
+        sequences = len(places[1]) - 1
+        dfinal = dfinal.reshape(sequences, weight.shape[1] - 1, x.shape[2]).contiguous()
+    backward = kernels.find("short_conv", x).backward
+    return backward(dy, dfinal, x, weight, bias, state, *places)
+
+
+def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the rows of each program of the kernels lie, and each sequence, for x [B, T, D] whose
+    batch counts as sequences."""
+    offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+    if offsets is None:
+        offsets = [x.shape[1] * row for row in range(len(x) + 1)]
+    rows = kernels.find("short_conv", x).ROWS
+    lengths = tuple(end - start for start, end in itertools.pairwise(offsets))
+    table = chunk_table(tuple(offsets), rows, x.device)
+    return kept_for_graphs(table, chunk_bounds(lengths, x.device))
 
 
 def short_conv(
@@ -101,6 +127,8 @@ def short_conv(
         shape = (_sequences(x, cu_seqlens), before, x.shape[2])
         check_state(state, shape, x.dtype, x, "the convolution's state")
     if not torch.compiler.is_compiling():
+        if kernels.usable(x):
+            return _KernelConv.apply(x, weight, bias, state, cu_seqlens, output_final_state)
         y, final, _ = _run(x, weight, bias, state, cu_seqlens, exact)
     else:
         y, final, _ = _operator(x, weight, bias, state, cu_seqlens, exact)
@@ -116,6 +144,10 @@ def _sequences(x, cu_seqlens):
 def _run(x, weight, bias, state, cu_seqlens, exact, total=None):
     """y, the final state, and the convolution before its SiLU, for the backward: `total` itself if
     that is the backward, and y then may have no values."""
+    if kernels.usable(x):
+        forward = kernels.find("short_conv", x).forward
+        y, final = forward(x, weight, bias, state, *_places(x, cu_seqlens), True)
+        return y, final, x.new_empty(0)
     if exact:
         return _chunked_conv(x, weight, bias, state, cu_seqlens, total)
     if cu_seqlens is not None:
@@ -185,10 +217,8 @@ def _convolve(
     padded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, T, D] after state [B, W - 1, D], or after zeros, to [B, T, D]; in exact mode a row of
-    the batch is a chunk. `total`, also returned, as in `_run`; a kernel needs none. `padded`: the
-    two where they lie one after the other."""
-    if kernels.usable(x):
-        return _KernelConv.apply(x, weight, bias, state, total), x.new_empty(0)
+    the batch is a chunk. `total`, also returned, as in `_run`. `padded`: the two where they lie one
+    after the other."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if state is None:
@@ -213,6 +243,8 @@ def _fake(x, weight, bias, state, cu_seqlens, exact):
 
 def _run_backward(dy, dfinal, x, weight, bias, state, cu_seqlens, total, exact):
     """Runs the forward again without the sum over the taps, and leaves the rest to autograd."""
+    if kernels.usable(x):
+        return _kernel_backward(dy, dfinal, x, weight, bias, state, _places(x, cu_seqlens))
     inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, state)]
     leaves = [t for t in inputs if t is not None]
     with torch.enable_grad():

@@ -13,20 +13,30 @@ Shape letters: B batch, T tokens, H heads, P head dimension, G groups, R = H / G
 """
 
 import functools
+import itertools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import operators, ssd_chunks
+from models import kernels, operators, ssd_chunks
 from models.chunks import (
     ChunkLayout,
+    check_state,
+    chunk_bounds,
     chunk_room,
+    chunk_table,
     each_sequence,
+    kept_for_graphs,
     offsets_and_states,
+    sequence_offsets,
     state_dtype,
 )
+from models.exact import by_chunks
 from models.ranges import check_positive
+
+CHUNK = 64  # tokens, where a caller does not say
 
 
 def chunk_ssd(
@@ -62,29 +72,137 @@ def chunk_ssd(
         output_final_state: whether to return the state after the last token of each sequence.
         chunk_size: tokens per chunk; None is 64.
         cu_seqlens: int32 [sequences + 1], token offsets of sequences packed into one row (B = 1).
-        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are; a
-            GPU is slower then.
+        exact: whether the bits of a chunk's outputs may not depend on how many chunks there are.
     Returns:
         y [B, T, H, P] in the dtype of x, and the final state like ``initial_state``, or None.
     Raises:
         ValueError: for shapes, offsets, limits, a chunk size or a state that do not fit.
     """
     _check(x, dt, A, B, C, D, dt_bias, dt_limit)
-    chunk_size = 64 if chunk_size is None else chunk_size
+    chunk_size = CHUNK if chunk_size is None else chunk_size
     check_positive(chunk_size=chunk_size)
-    dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state_dtype(x))
-    skip = None if D is None else D.to(dt.dtype)
-    inputs = (x, dt, dt * A.to(dt.dtype), B, C)
+    tensors = (x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens)
+    options = (dt_softplus, *map(float, dt_limit), chunk_size, exact)
     if torch.compiler.is_compiling():
-        options = (skip, initial_state, cu_seqlens, chunk_size, exact)
-        y, final = _operator(*inputs, *options)[:2]
+        y, final = _operator(*tensors, *options)[:2]
         if output_final_state:
             final = final.view(-1, *x.shape[2:], B.shape[3])
     else:
-        layout, cut, state = _cut(*inputs, initial_state, cu_seqlens, chunk_size)
-        y, final = ssd_chunks.ChunkScan.apply(*cut, skip, state, layout.segments, exact)
-        y, final = layout.uncut(y), _rows(final, x)
+        y, final = _Scan.apply(*tensors, *options)
     return y, final if output_final_state else None
+
+
+class _Scan(torch.autograd.Function):
+    """For eager code what the operator below is to a compiler."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        y, final, *kept = _run(*arguments)
+        ctx.set_materialize_grads(False)  # a gradient of zeros costs as much as any
+        ctx.save_for_backward(*arguments[:9], *kept)
+        ctx.options = arguments[9:]
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them away
+        dy = torch.zeros_like(saved[0]) if dy is None else dy
+        grads = _run_backward(dy, dfinal, *saved, *ctx.options)
+        return *grads, None, *(None for _ in ctx.options)
+
+
+def _run(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, chunk_size, exact):
+    """y, the final states, and for the backward, with room for more chunks, the states before every
+    chunk, and of the kernels the decays."""
+    shape = (*x.shape[2:], b.shape[3])
+    found = _kernels(x, chunk_size)
+    if found is not None:
+        offsets = sequence_offsets(cu_seqlens, *x.shape[:2])
+        chunks = _chunks(x, offsets, chunk_size)
+        if initial is not None:
+            check_state(initial, (len(chunks[1]) - 1, *shape), state_dtype(x), x)
+        inputs = (x, dt, A, b, c, skip, bias, initial, _room(x, chunk_size, cu_seqlens))
+        steps = found.Steps(softplus, low, high)
+        y, final, *kept = found.forward(*inputs, steps, chunk_size, *chunks)
+        if exact:
+            kept = [t.new_empty(0) for t in kept]
+        return y, final, *kept
+    if exact and x.is_cuda:
+        raise ValueError(
+            "exact mode on a GPU needs triton, 16 or 32 bits and heads of at most 8192 / "
+            f"chunk_size channels, got {x.dtype}, {x.shape[3]} and chunk_size={chunk_size}; "
+            "use the CPU"
+        )
+    size = functools.partial(
+        step_size,
+        dt_bias=bias,
+        dt_softplus=softplus,
+        dt_limit=(low, high),
+        acc=state_dtype(x),
+    )
+    dt = by_chunks(exact, size, dt)
+    inputs = (x, dt, dt * A.to(dt.dtype), b, c)
+    layout, cut, state = _cut(*inputs, initial, cu_seqlens, chunk_size)
+    skip = None if skip is None else skip.to(dt.dtype)
+    room = chunk_room(x, chunk_size, cu_seqlens)
+    y, final, states = ssd_chunks.forward(*cut, skip, state, layout.segments, room)
+    states[:, layout.chunks :] = 0
+    return layout.uncut(y), _rows(final, x), states, states.new_empty(0)
+
+
+def _run_backward(
+    dy, dfinal, x, dt, A, b, c, skip, bias, initial, cu_seqlens, states, decays, softplus, low,
+    high, chunk_size, exact,
+):  # fmt: skip
+    """Gradients of all tensors before the offsets, None for those that are None."""
+    shape = (*x.shape[2:], b.shape[3])
+    if dfinal is not None:
+        dfinal = dfinal.reshape(-1, *shape)
+    found = _kernels(x, chunk_size)
+    if found is not None:
+        kept = (None, None)
+        if not exact:
+            kept = states.view(-1, *shape), decays.view(-1, 2, x.shape[2], chunk_size)
+        elif found.supports(x, CHUNK):
+            chunk_size = CHUNK  # faster, and a gradient's bits may depend on anything
+        chunks = _chunks(x, sequence_offsets(cu_seqlens, *x.shape[:2]), chunk_size)
+        inputs = (x, dt, A, b, c, skip, bias, initial, *kept, found.Steps(softplus, low, high))
+        return found.backward(dy, dfinal, *inputs, chunk_size, *chunks)
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (dt, bias, A)]
+        dt = step_size(*leaves[:2], softplus, (low, high), state_dtype(x))
+        g = dt * leaves[2].to(dt.dtype)
+    inputs = (x, dt.detach(), g.detach(), b, c)
+    layout, cut, dfinal = _cut(*inputs, dfinal, cu_seqlens, chunk_size)
+    states = states.view(len(x), -1, *dfinal.shape[2:])[:, : layout.chunks]
+    width = None if skip is None else skip.to(dt.dtype)
+    parts = (*cut, width, states, layout.segments)
+    *grads, dskip, dinitial = ssd_chunks.backward(layout.cut(dy), dfinal, *parts)
+    dx, *dsteps, db, dc = (layout.uncut(grad) for grad in grads)
+    there = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad((dt, g), there, dsteps))
+    ddt, dbias, dA = (None if t is None else next(found) for t in leaves)
+    dinitial = None if initial is None else _rows(dinitial, x)
+    return dx, ddt, dA, db, dc, dskip, dbias, dinitial
+
+
+def _kernels(x: Tensor, chunk_size: int) -> ModuleType | None:
+    """The kernels that compute with x [B, T, H, P] in such chunks, if there are some."""
+    found = kernels.find("ssd", x)
+    return found if found is not None and found.supports(x, chunk_size) else None
+
+
+def _chunks(x, offsets, chunk_size):
+    """What kernels read of the layout: the rows of a batch are sequences."""
+    if offsets is None:
+        offsets = [x.shape[1] * row for row in range(len(x) + 1)]
+    segments = tuple(-(-(b - a) // chunk_size) for a, b in itertools.pairwise(offsets))
+    table = chunk_table(tuple(offsets), chunk_size, x.device)
+    return kept_for_graphs(table, chunk_bounds(segments, x.device))
+
+
+def _room(x, chunk_size, cu_seqlens):
+    return len(x) * chunk_room(x, chunk_size, cu_seqlens)
 
 
 def _cut(x, dt, g, b, c, initial_state, cu_seqlens, chunk_size):
@@ -103,46 +221,26 @@ def _rows(state, x):
     return state.flatten(0, 1).movedim(2, 4).reshape(-1, *x.shape[2:], state.shape[3])
 
 
-def _run(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
-    x = _unit_stride(x)
-    layout, cut, state = _cut(x, dt, g, b, c, initial_state, cu_seqlens, chunk_size)
-    room = chunk_room(x, chunk_size, cu_seqlens)
-    y, final, states = ssd_chunks.forward(*cut, skip, state, layout.segments, exact, room)
-    states[:, layout.chunks :] = 0
-    return layout.uncut(y), _rows(final, x), states
-
-
-def _fake(x, dt, g, b, c, skip, initial_state, cu_seqlens, chunk_size, exact):
+def _fake(x, dt, A, b, c, skip, bias, initial, cu_seqlens, softplus, low, high, chunk_size, exact):
     (batch, _, heads, dim), size = x.shape, b.shape[3]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = x.new_empty(sequences * heads * dim * size, dtype=state_dtype(x))
-    chunk = x.new_empty(1, 1, chunk_size, heads, dim)
-    rows = batch * chunk_room(x, chunk_size, cu_seqlens) * heads
-    states = (final if ssd_chunks.find_kernels(chunk) is None else x).new_empty(rows * size * dim)
-    return x.new_empty(x.shape), final, states
-
-
-def _run_backward(dy, dfinal, x, dt, g, b, c, skip, _state, cu_seqlens, states, chunk_size, _exact):
-    x = _unit_stride(x)
-    if dfinal is not None:
-        dfinal = dfinal.view(-1, *x.shape[2:], b.shape[3])
-    layout, cut, dfinal = _cut(x, dt, g, b, c, dfinal, cu_seqlens, chunk_size)
-    states = states.view(len(x), -1, *dfinal.shape[2:])[:, : layout.chunks]
-    parts = (*cut, skip, states, layout.segments)
-    *grads, dskip, dinitial = ssd_chunks.backward(layout.cut(dy), dfinal, *parts)
-    return *(layout.uncut(grad) for grad in grads), dskip, _rows(dinitial, x)
-
-
-def _unit_stride(x):
-    """x, or a copy, so that whether kernels compute does not depend on its strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    room, found = _room(x, chunk_size, cu_seqlens), _kernels(x, chunk_size)
+    room = 0 if exact and found is not None else room
+    states = (final if found is None else x).new_empty(room * heads * dim * size)
+    decays = final.new_empty(0)
+    if found is not None:
+        dtype, elements = found.decay_shape(x, chunk_size)
+        decays = x.new_empty(room * elements, dtype=dtype)
+    return x.new_empty(x.shape), final, states, decays
 
 
 _operator = operators.register(
-    "chunk_ssd",
-    "Tensor x, Tensor dt, Tensor g, Tensor b, Tensor c, Tensor? skip, Tensor? initial_state",
-    "int chunk_size, bool exact",
-    1,
+    "ssd",
+    "Tensor x, Tensor dt, Tensor A, Tensor b, Tensor c, Tensor? skip, Tensor? bias, "
+    "Tensor? initial_state",
+    "bool softplus, float low, float high, int chunk_size, bool exact",
+    2,
     0,
     _run,
     _fake,

@@ -15,12 +15,8 @@ Shape letters: B batch, H heads, P head dimension, G groups, R = H / G, S state 
 N chunks.
 """
 
-from types import ModuleType
-
 import torch
-from torch import Tensor
 
-from models import kernels
 from models.chunks import (
     block_ranges,
     bmm_acc,
@@ -79,24 +75,13 @@ class _BlockTerms:
         return self.last.transpose(2, 3).unflatten(2, (self.groups, -1)).transpose(3, 4)
 
 
-def forward(x, dt, g, b, c, skip, initial, segments, exact, room):
+def forward(x, dt, g, b, c, skip, initial, segments, room):
     """x [B, N, C, H, P], dt and g = dt * A [B, N, C, H], b and c [B, N, C, G, S], skip [H] or None,
     initial [sequences, B, G, S, R, P]; returns y like x, the final states like initial, and for the
     backward the states before each chunk, with room for more.
 
     Works through blocks of chunks, small enough on a CPU that the temporaries stay in its cache.
     """
-    found = find_kernels(x)
-    if exact and found is None and x.is_cuda:
-        raise ValueError(
-            "exact mode on a GPU needs triton, 16 or 32 bits and heads of at most 8192 / "
-            f"chunk_size channels, got {x.dtype}, {x.shape[4]} and chunk_size={x.shape[2]}; "
-            "use the CPU"
-        )
-    if found is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            parts = (x, dt, g, b, c, skip, initial, segments, exact)
-            return found.forward(*parts, room)
     final, y = initial.clone(), torch.empty_like(x, memory_format=torch.contiguous_format)
     states = initial.new_empty(x.shape[0], room, *initial.shape[2:])
     with torch.autocast(x.device.type, enabled=False):
@@ -117,11 +102,6 @@ def forward(x, dt, g, b, c, skip, initial, segments, exact, room):
 def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
     """The gradients of x, dt, g, b, c, skip (None without) and the initial states, which are like
     dfinal; the rest is what ``forward`` read and kept. What it did not keep is computed again."""
-    dfinal = dfinal.contiguous()  # kernels write to tensors made like it
-    found = find_kernels(x)
-    if found is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            return found.backward(dy, dfinal, x, dt, g, b, c, skip, states, segments)
     acc = states.dtype
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, g, b, c)]
     dskip = None if skip is None else torch.zeros_like(skip, dtype=acc)
@@ -141,28 +121,6 @@ def backward(dy, dfinal, x, dt, g, b, c, skip, states, segments):
             for grad, value in zip(grads, block, strict=True):
                 grad[:, lo:hi] = value
     return *grads, dskip, dinitial
-
-
-class ChunkScan(torch.autograd.Function):
-    """``forward`` and ``backward`` of tokens cut into chunks."""
-
-    @staticmethod
-    def forward(ctx, x, dt, g, b, c, skip, initial, segments, exact):
-        parts = (x, dt, g, b, c, skip)
-        y, final, states = forward(*parts, initial, segments, exact, x.shape[1])
-        ctx.save_for_backward(*parts, states)
-        ctx.segments = segments
-        return y, final
-
-    @staticmethod
-    def backward(ctx, dy, dfinal):
-        return *backward(dy, dfinal, *ctx.saved_tensors, ctx.segments), None, None
-
-
-def find_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels that compute with chunks x [B, N, C, H, P], if there are some."""
-    found = kernels.find("ssd", x)
-    return found if found is not None and found.supports(x) else None
 
 
 def _scan_states(p: _BlockTerms, add, initial, segments, lo, hi, states, final):

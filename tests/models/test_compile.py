@@ -90,10 +90,10 @@ def delta_inputs(sequences):
 
 
 def ssd_inputs(sequences):
-    shapes = ((1, 21, 4, 3), (1, 21, 4), (1, 21, 4), (1, 21, 2, 5), (1, 21, 2, 5), (4,))
+    shapes = ((1, 21, 4, 3), (1, 21, 4), (4,), (1, 21, 2, 5), (1, 21, 2, 5), (4,), (4,))
     inputs = [torch.rand(shape) for shape in (*shapes, (sequences, 4, 3, 5))]
     inputs[2] *= -1  # the decay
-    return ssd._operator, [t.requires_grad_() for t in inputs], (8, False)
+    return ssd._operator, [t.requires_grad_() for t in inputs], (True, 0.0, 0.9, 8, False)
 
 
 def conv_inputs(sequences):
@@ -104,7 +104,7 @@ def conv_inputs(sequences):
 
 OPERATORS = {
     "delta": (delta_inputs, (5,)),
-    "ssd": (ssd_inputs, (5, 6)),
+    "ssd": (ssd_inputs, (5, 6, 7)),
     "conv": (conv_inputs, (2, 3)),
 }
 

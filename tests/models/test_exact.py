@@ -24,6 +24,7 @@ from models import (
     mixer,
     products,
     short_conv,
+    ssd,
     ssd_chunks,
     swiglu,
     token_log_probs,
@@ -220,7 +221,7 @@ def test_chunk_by_chunk_a_function_with_a_tail_keeps_its_bits(model, monkeypatch
     def by_chunks(on, function, *tensors):
         return exact.by_chunks(on, with_a_tail(function), *tensors)
 
-    for module in (language_model, mixer, short_conv, swiglu):
+    for module in (language_model, mixer, short_conv, ssd, swiglu):
         monkeypatch.setattr(module, "by_chunks", by_chunks)
     assert count_differences(model)[0] == 0
 
@@ -246,7 +247,7 @@ MUTANTS = {  # the second is given to every module that has the first
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_count_notices(model, mutant, monkeypatch):
     name, wrong = MUTANTS[mutant]
-    modules = (delta_chunks, language_model, mixer, products, short_conv, ssd_chunks, swiglu)
+    modules = (delta_chunks, language_model, mixer, products, short_conv, ssd, ssd_chunks, swiglu)
     for module in modules:
         if hasattr(module, name):
             monkeypatch.setattr(module, name, wrong)

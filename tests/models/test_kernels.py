@@ -1,9 +1,11 @@
 """The models' Triton kernels: on a GPU, and under Triton's interpreter without one."""
 
+import itertools
+
 import pytest
 import torch
 
-from models import chunks, kernels, short_conv
+from models import chunks, kernels, short_conv, token_log_probs
 from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
@@ -64,6 +66,24 @@ def test_batched_product_and_running_sum(sizes):
     sums = product.running_sum(b, torch.float64)
     torch.testing.assert_close(sums, b.double().cumsum(-1))
     assert torch.equal(product.running_sum(b[3:4], torch.float64)[0], sums[3])
+
+
+@pytest.mark.parametrize("words", [5, 4096, 9001])
+def test_log_probs(words):
+    """Values and gradients against float64; and a row alone has the bits it has among others."""
+    g = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(2, 3, words + 1, generator=g)).to(DEVICE)[..., 1:].requires_grad_()
+    tokens = torch.randint(0, words, (2, 3), generator=g).to(DEVICE)
+    ours = token_log_probs(logits, tokens)
+    wide = logits.detach().double().requires_grad_()
+    truth = wide.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=3e-6)
+    cotangent = torch.randn(2, 3, generator=g).to(DEVICE)
+    (grad,) = torch.autograd.grad(ours, logits, cotangent)
+    (expected,) = torch.autograd.grad(truth, wide, cotangent.double())
+    # 1 - p of a likely token has the roundings of 1
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=3e-7)
+    assert torch.equal(token_log_probs(logits[1, 2].clone(), tokens[1, 2]), ours[1, 2])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -177,32 +197,34 @@ def ran(monkeypatch):
 
 
 def ssd_results(function, tensors, **options):
-    """As scan_checks.results, with D after the five tensors of the scan, from a packed projection:
-    x is a slice of it with tokens far apart."""
-    packed, dt, a, b, c, d, state = tensors
-    x = packed[..., 3 : 3 + d.shape[0] * 16].unflatten(-1, (d.shape[0], 16))
-    y, final = function(
-        x, dt, a, b, c, D=d, initial_state=state, output_final_state=True, **options
-    )
+    """As scan_checks.results, from a packed projection: x, B and C are slices of it with tokens far
+    apart."""
+    packed, dt, a, d, bias, state = tensors
+    heads, dim, size = state.shape[1:]
+    rest = packed.shape[-1] - 5 - heads * dim
+    _, x, b, c, _ = packed.split([3, heads * dim, rest // 2, rest // 2, 2], dim=-1)
+    x = x.unflatten(-1, (heads, dim))
+    b, c = (t.unflatten(-1, (-1, size)) for t in (b, c))
+    options |= {"D": d, "dt_bias": bias, "dt_softplus": True, "output_final_state": True}
+    y, final = function(x, dt, a, b, c, initial_state=state, **options)
     g = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(t.shape, generator=g).to(t) for t in (y, final)]
     return (y, final, *torch.autograd.grad((y, final), tensors, cotangents))
 
 
-@pytest.mark.parametrize("chunk_size", [12, 16])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 35, 60]], ids=["batch", "packed"])
+@pytest.mark.parametrize(("chunk_size", "groups"), [(16, 1), (12, 2)])
+@pytest.mark.parametrize("offsets", [None, [0, 3, 3, 25, 43]], ids=["batch", "packed"])
 def test_ssd_kernels_equals_the_recurrence(offsets, groups, chunk_size, ran):
-    """Outputs, final states and all gradients, D and decays too; chunks that are no power of 2."""
+    """Outputs, final states and all gradients, of all options; chunks that are no power of 2, and
+    states of more columns than a tile."""
     g = torch.Generator().manual_seed(0)
     batch = 2 if offsets is None else 1
-    shapes = {"packed": (batch, 60, 77), "dt": (batch, 60, 4), "A": (4,)}
-    shapes |= {"B": (batch, 60, groups, 12), "C": (batch, 60, groups, 12), "D": (4,)}
-    shapes["state"] = (2 if offsets is None else 4, 4, 16, 12)
+    shapes = {"packed": (batch, 43, 69 + 40 * groups), "dt": (batch, 43, 4), "A": (4,)}
+    shapes |= {"D": (4,), "bias": (4,), "state": (2 if offsets is None else 4, 4, 16, 20)}
     tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     tensors["A"] = -tensors["A"].abs()
     tensors = [x.to(DEVICE).requires_grad_() for x in tensors.values()]
-    options = {"dt_softplus": True, "chunk_size": chunk_size}
+    options = {"dt_limit": (0.1, 1.5), "chunk_size": chunk_size}
     options["cu_seqlens"] = None if offsets is None else torch.tensor(offsets)
     actual = ssd_results(chunk_ssd, tensors, **options)
     assert ran == [1]
@@ -243,30 +265,49 @@ def test_ssd_kernels_without_a_skip_and_for_large_decays(ran):
         assert_close(actual, expected, 1e-5 if not GPU else 1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 45])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
-@pytest.mark.parametrize("taps", [1, 2, 4])
-def test_conv_kernels(taps, state, bias, tokens):
-    """Outputs, states and gradients, on a slice of a packed projection with an odd width."""
+TAPS = {  # taps, and whether there is a state, and a bias
+    "4-state-bias": (4, True, True),
+    "4-no_state": (4, False, True),
+    "2-no_bias": (2, True, False),
+    "1-no_state-no_bias": (1, False, False),
+    "1-state": (1, True, True),
+}
+
+
+@pytest.mark.parametrize("offsets", [[0, 1], [0, 2, 4], [0, 45], [0, 2, 2, 67]], ids=str)
+@pytest.mark.parametrize("case", TAPS)
+def test_conv_kernels(case, offsets):
+    """Outputs, states and gradients, on a slice of a packed projection with an odd width; of one
+    sequence, of a batch, and of packed sequences."""
+    taps, with_state, with_bias = TAPS[case]
+    count, ends = len(offsets) - 1, offsets[1:]
+    batch = count if offsets == [0, 2, 4] else 1
     g = torch.Generator().manual_seed(0)
-    packed = torch.randn(2, tokens, 141, generator=g, device="cpu").to(DEVICE).requires_grad_()
-    weight = torch.randn(131, taps, generator=g).to(DEVICE).requires_grad_()
-    b = torch.randn(131, generator=g).to(DEVICE).requires_grad_() if bias else None
-    s = torch.randn(2, taps - 1, 131, generator=g).to(DEVICE).requires_grad_() if state else None
-    leaves = [x for x in (packed, weight, b, s) if x is not None and x.numel()]
-    y, final = short_conv.short_conv(packed[..., 5:136], weight, b, s)
-    zeros = torch.zeros(2, taps - 1, 131, device=DEVICE)
-    padded = torch.cat((zeros if s is None else s, packed[..., 5:136]), 1)
-    conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], b, groups=131)
-    expected, last = torch.nn.functional.silu(conv.mT), padded[:, tokens:]
+    packed = torch.randn(batch, ends[-1] // batch, 29, generator=g).to(DEVICE).requires_grad_()
+    weight = torch.randn(19, taps, generator=g).to(DEVICE).requires_grad_()
+    bias = torch.randn(19, generator=g).to(DEVICE).requires_grad_() if with_bias else None
+    state = torch.randn(count, taps - 1, 19, generator=g).to(DEVICE).requires_grad_()
+    given = state if with_state else None
+    leaves = [x for x in (packed, weight, bias, given) if x is not None and x.numel()]
+    cu_seqlens = torch.tensor(offsets) if batch == 1 else None
+    y, final = short_conv.short_conv(packed[..., 5:24], weight, bias, given, cu_seqlens)
+    expected, last = [], []
+    rows = packed[..., 5:24].flatten(0, 1)
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+        before = state[i] if with_state else torch.zeros(taps - 1, 19, device=DEVICE)
+        padded = torch.cat((before, rows[start:end]))
+        if start < end:
+            conv = torch.nn.functional.conv1d(padded.mT, weight[:, None], bias, groups=19)
+            expected.append(torch.nn.functional.silu(conv.mT))
+        last.append(padded[end - start :])
+    expected, last = torch.cat(expected).view(y.shape), torch.stack(last)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(final, last)
     cotangents = [torch.randn(x.shape, generator=g).to(DEVICE) for x in (y, final)]
-    ours = torch.autograd.grad((y, final), leaves, cotangents, allow_unused=True)
-    theirs = torch.autograd.grad((expected, last), leaves, cotangents, allow_unused=True)
-    for a, e in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    ours = torch.autograd.grad((y, final), leaves, cotangents)
+    theirs = torch.autograd.grad((expected, last), leaves, cotangents)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 70), (2, 2, 2050)], ids=["part", "more_than_a_program"])

@@ -122,6 +122,21 @@ def test_the_padded_product_is_the_same(bias, monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["side_by_side", "apart"])
+def test_a_split_has_its_gradient_in_one_piece(together, monkeypatch):
+    """Without a copy where the parts' gradients lie side by side, and else in padded rows."""
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    x = torch.randn(2, 5, 70, requires_grad=True)
+    expected = torch.randn(2, 5, 70)
+    parts = expected.split([40, 20, 10], -1)
+    if not together:
+        parts = [part.clone() for part in parts]
+    (dx,) = torch.autograd.grad(mixer_module.split(x, [40, 20, 10]), x, parts)
+    assert torch.equal(dx, expected)
+    assert (dx.data_ptr() == expected.data_ptr()) == together
+    assert dx.stride(1) == (70 if together else 128)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bad_state(mixer):
     layer, x = make_mixer(mixer), torch.randn(2, 3, 32)
