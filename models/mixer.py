@@ -88,7 +88,8 @@ class _Split(torch.autograd.Function):
         if whole:
             dx = first.as_strided((*first.shape[:-1], columns), first.stride())
         else:
-            rest = first.new_empty(*first.shape[:-1], -columns % ROW)  # read by nobody
+            # Zeros: oneDNN's products of bf16 read them, and what lies there may be NaN.
+            rest = first.new_zeros(*first.shape[:-1], -columns % ROW)
             dx = torch.cat((*grads, rest), -1)[..., :columns]
         return dx, *(None for _ in ctx.widths)
 

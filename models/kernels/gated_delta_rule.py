@@ -82,13 +82,17 @@ class _Call:
         if self.small:
             options = options | {"num_stages": 1}
         columns = columns if self.dim_k <= 128 else columns // 4
-        columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
+        keys = triton.next_power_of_2(self.dim_k)
+        if self.bytes == 4:
+            columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
+        else:
+            keys = max(64, keys)  # smaller heads in the tiles of 64: what was checked on a GPU
         grid = (self.rows, self.chunks)
         if by_sequence:
             grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
         kernel[grid](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
-            BK=max(16, triton.next_power_of_2(self.dim_k)), BV=columns,
+            BK=max(16, keys), BV=columns,
             PRECISION=PRECISION[self.bytes], **options,
         )  # fmt: skip
 

@@ -191,3 +191,18 @@ mamba2.Mamba2(32, d_state=16, head_dim=16)(torch.zeros(1, 70, 32))[0].sum().back
 
 def test_the_models_need_no_triton():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
+
+
+def test_what_lies_behind_a_padded_row_has_no_effect(monkeypatch):
+    """NaN in all memory that nobody has written; 16-bit products read the padding."""
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    linear = mixer_module.PaddedLinear(64, 200).bfloat16()
+    x = torch.randn(1, 100, 64, dtype=torch.bfloat16, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        parts = mixer_module.split(linear(x), [72, 128])
+        (dx,) = torch.autograd.grad(sum(part.float().square().sum() for part in parts), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert dx.isfinite().all()
