@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import kernels
-
 
 def sequence_offsets(cu_seqlens: Tensor | None, batch: int, tokens: int) -> list[int] | None:
     """The offsets of packed sequences as Python integers, checked.
@@ -250,25 +248,8 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def bmm(a: Tensor, b: Tensor, exact: bool) -> Tensor:
-    """Batched product [X, I, J] x [X, J, K]. In exact mode its bits do not depend on X: a CPU's
-    never do (tests/models/test_exact.py), a GPU's libraries choose a kernel by it."""
-    product = kernels.find("product", a) if exact else None
-    return torch.bmm(a, b) if product is None else product.bmm(a, b, a.dtype)
-
-
-def running_sum(x: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
-    """``x.cumsum(-1, dtype)``; in exact mode as ``bmm``."""
-    product = kernels.find("product", x) if exact else None
-    return x.cumsum(-1, dtype=dtype) if product is None else product.running_sum(x, dtype)
-
-
-def bmm_acc(a: Tensor, b: Tensor, exact: bool = False) -> Tensor:
-    """Batched product [X, I, J] x [X, J, K] in fp32 (fp64), whatever the operands' dtype; in exact
-    mode as ``bmm``."""
-    product = kernels.find("product", a) if exact else None
-    if product is not None:
-        return product.bmm(a, b, torch.float32)
+def bmm_acc(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product [X, I, J] x [X, J, K] in fp32 (fp64), whatever the operands' dtype."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
     if a.device.type == "cuda":

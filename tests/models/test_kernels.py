@@ -52,22 +52,6 @@ def test_product(rows, inner, columns, bias):
         assert torch.equal(product.linear(others, weight, b)[-1], y[row])
 
 
-@pytest.mark.parametrize("sizes", [(32, 16, 48), (5, 33, 7)])
-def test_batched_product_and_running_sum(sizes):
-    from models.kernels import product
-
-    g = torch.Generator().manual_seed(0)
-    rows, inner, columns = sizes
-    a = torch.randn(6, inner, rows, generator=g).to(DEVICE).mT
-    b = torch.randn(6, inner, columns, generator=g).to(DEVICE)
-    y = product.bmm(a, b, torch.float32)
-    torch.testing.assert_close(y, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(product.bmm(a[2:3], b[2:3], torch.float32)[0], y[2])
-    sums = product.running_sum(b, torch.float64)
-    torch.testing.assert_close(sums, b.double().cumsum(-1))
-    assert torch.equal(product.running_sum(b[3:4], torch.float64)[0], sums[3])
-
-
 @pytest.mark.parametrize("words", [5, 4096, 9001])
 def test_log_probs(words):
     """Values and gradients against float64; and a row alone has the bits it has among others."""
