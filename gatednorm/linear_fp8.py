@@ -55,7 +55,7 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
         out = _product((rows, scales), columns, dtype, emulated)
         if linear_bias is not None:
             out = out + linear_bias.to(dtype)
-        return out.view(*y.shape[:-1], -1)
+        return out.view(*y.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,6 +83,8 @@ def _product(a: Pair, b: Pair, dtype: torch.dtype, emulated: bool) -> Tensor:
     """`a @ b^T` to `[M, N]`: `a` `[M, K]` with scales `[M, K / 128]`, `b` `[N, K]` with scales
     `[N / 128, K / 128]`."""
     (a8, scale_a), (b8, scale_b) = a, b
+    if not a8.numel():  # no tokens
+        return a8.new_zeros(len(a8), len(b8), dtype=dtype)
     if emulated:
         wide_a = a8.float() * scale_a.repeat_interleave(128, 1)
         wide_b = b8.float() * scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)

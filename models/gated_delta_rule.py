@@ -20,6 +20,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import delta_chunks, kernels, operators
 from models.chunks import chunk_room, each_sequence, offsets_and_states, state_dtype
@@ -100,6 +101,7 @@ class _ChunkScan(torch.autograd.Function):
         return scan.forward(*inputs, initial, *ctx.options, kept, any(ctx.needs_input_grad))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dfinal):
         q, k, v, g, beta, *kept = ctx.saved_tensors
         scan = _scan(q, v, ctx.options[-1])

@@ -5,6 +5,7 @@ Shape letters: V vocabulary.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels
 
@@ -19,6 +20,7 @@ class _KernelLogProbs(torch.autograd.Function):
         return log_probs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         logits, *others = ctx.saved_tensors
         backward = kernels.find("log_probs", logits).backward
@@ -83,5 +85,5 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     if kernels.usable(logits) and tokens.numel():
         rows = logits.reshape(-1, logits.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        return _KernelLogProbs.apply(rows, tokens.flatten()).view(tokens.shape)
+        return _KernelLogProbs.apply(rows, tokens.reshape(-1).contiguous()).view(tokens.shape)
     return _TokenLogProbs.apply(logits, tokens)

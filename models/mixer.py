@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
@@ -76,6 +77,7 @@ class _Split(torch.autograd.Function):
         return x.split(widths, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         columns, first = sum(ctx.widths), grads[0]
         starts = itertools.accumulate(ctx.widths, initial=first.storage_offset())

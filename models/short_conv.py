@@ -8,6 +8,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels, operators
 from models.chunks import (
@@ -68,6 +69,7 @@ class _KernelConv(torch.autograd.Function):
         return forward(x, weight, bias, state, *ctx.places, with_final)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         x, *others = ctx.saved_tensors
         grads = _kernel_backward(dy, dfinal, x, *others, ctx.places)

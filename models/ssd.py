@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels, operators, ssd_chunks
 from models.chunks import (
@@ -104,6 +105,7 @@ class _Scan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         saved = ctx.saved_tensors  # once: activation checkpointing gives them away
         dy = torch.zeros_like(saved[0]) if dy is None else dy

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels
 from models.exact import by_chunks
@@ -17,6 +18,7 @@ class _KernelSwiGLU(torch.autograd.Function):
         return kernels.find("swiglu", x).forward(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         return kernels.find("swiglu", x).backward(dy.contiguous(), x)

@@ -2,7 +2,8 @@
 
 Each rank computes its heads from the same hidden states, and the residual's updates are summed: one
 all-reduce in the forward and one in the backward for each mixer and each MLP. Embedding, head and
-the norms of the residual stream are on every rank, where they have the same gradients, bit for bit.
+the norms of the residual stream are on every rank, where they have the same gradients, bit for
+bit within a group (groups average theirs apart from each other).
 Parameters are plain tensors: the rows, or columns, of the whole ones that are a rank's own. What a
 fused projection holds side by side is taken head by head.
 
@@ -101,10 +102,11 @@ def check_ranks(model: LanguageModel, ranks: int) -> None:
                 f"{block.mlp.out_proj.in_features} for {ranks}; change mlp_size or mlp_ratio"
             )
         norm, own = mixer.norm, mixer.inner_size // ranks
-        if norm.hidden_size == mixer.inner_size and own % norm.group_size and norm.group_size % own:
+        group = norm.group_size or norm.hidden_size
+        if norm.hidden_size == mixer.inner_size and own % group and group % own:
             raise ValueError(
                 "norm_groups must cover whole ranks, or lie within one, got groups of "
-                f"{norm.group_size} channels for {ranks} ranks of {own}; use another number of them"
+                f"{group} channels for {ranks} ranks of {own}; use another number of them"
             )
 
 

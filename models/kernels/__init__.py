@@ -5,6 +5,7 @@ hold the same in plain PyTorch. Importing this package needs no Triton.
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -19,6 +20,20 @@ def find(name: str, x: Tensor) -> ModuleType | None:
 def usable(x: Tensor) -> bool:
     """Whether x lies on a GPU, in a dtype that the kernels compute with, and Triton is there."""
     return x.device.type == "cuda" and x.dtype != torch.float64 and _installed()
+
+
+def on_its_device(function: Callable) -> Callable:
+    """The function with the device of its first tensor as the current one: Triton starts kernels
+    there, wherever their tensors lie."""
+
+    @functools.wraps(function)
+    def call(x, *arguments):
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return function(x, *arguments)
+        with torch.cuda.device(x.device):
+            return function(x, *arguments)
+
+    return call
 
 
 @functools.cache

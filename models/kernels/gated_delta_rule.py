@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from models.chunks import chunk_bounds, chunk_table, decay_dtype, kept_for_graphs
+from models.kernels import on_its_device
 from models.kernels.delta_backward import (
     read_backward_kernel,
     scan_backward_kernel,
@@ -113,6 +114,7 @@ def kept(q: Tensor, v: Tensor, size: int) -> list[tuple[tuple[int, ...], torch.d
     return [((size,), decay_dtype(dtype)), *((shape, dtype) for shape in shapes)]
 
 
+@on_its_device
 def forward(q, k, v, g, beta, initial, offsets, scale, size, kept, keep):
     """o [B, T, HV, V] in the dtype of v, and the final states like initial, one of [HV, K, V] fp32
     for each row of the batch or sequence. Writes ``kept``, tensors [X, ...]; the last two for a
@@ -131,6 +133,7 @@ def forward(q, k, v, g, beta, initial, offsets, scale, size, kept, keep):
     return o, final
 
 
+@on_its_device
 def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, *kept):
     """Gradients of q, k, v, g, beta and the initial states, which are like dfinal."""
     call, (q, k, v, do) = _Call(q, v, offsets, size), map(_readable, (q, k, v, do))

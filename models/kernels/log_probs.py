@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels import on_its_device
+
 
 @triton.jit
 def _forward(logits, tokens, log_probs, norms, V, stride, BV: tl.constexpr):
     """norm = log sum_v exp(logits[v]), from a running maximum; logits[token] - norm."""
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
-    peak, sums = float("-inf"), tl.zeros((BV,), tl.float32)
+    # the least finite number, so that words of no probability make no NaN
+    peak, sums = -3.4028234663852886e38, tl.zeros((BV,), tl.float32)
     for first in range(0, V, BV):
         place = logits + row * stride + first + v
         x = tl.load(place, mask=first + v < V, other=float("-inf")).to(tl.float32)
@@ -21,7 +24,9 @@ def _forward(logits, tokens, log_probs, norms, V, stride, BV: tl.constexpr):
         sums = sums * tl.exp(peak - higher) + tl.exp(x - higher)
         peak = higher
     norm = peak + tl.log(tl.sum(sums, axis=0))
-    chosen = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float32)
+    token = tl.load(tokens + row)
+    there = (token >= 0) & (token < V)  # else NaN, and not what lies in another row
+    chosen = tl.load(logits + row * stride + token, mask=there, other=float("nan")).to(tl.float32)
     tl.store(norms + row, norm)
     tl.store(log_probs + row, chosen - norm)
 
@@ -43,6 +48,7 @@ def _block(logits: Tensor) -> int:
     return min(BLOCK, triton.next_power_of_2(logits.shape[-1]))
 
 
+@on_its_device
 def forward(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probabilities of tokens [R] under logits [R, V], and the rows' norms, fp32."""
     log_probs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
@@ -53,6 +59,7 @@ def forward(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return log_probs, norms
 
 
+@on_its_device
 def backward(dout: Tensor, logits: Tensor, tokens: Tensor, norms: Tensor) -> Tensor:
     """The gradient of the logits."""
     rows, words = logits.shape

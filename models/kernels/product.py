@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels import on_its_device
+
 
 @triton.jit
 def _product(a, b, bias, y, I, J, K, sai, saj, sbj, sbk, HAS_BIAS: tl.constexpr,
@@ -39,6 +41,7 @@ TILES = {
 }
 
 
+@on_its_device
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [I, J] times weight [K, J], plus bias [K] or None: [I, K] in the dtype of x."""
     (rows, channels), columns = x.shape, len(weight)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from models.chunks import decay_dtype
+from models.kernels import on_its_device
 from models.kernels.ssd_kernels import (
     inputs_backward,
     maps_backward,
@@ -33,16 +34,16 @@ class Steps(NamedTuple):
 # to 64 channels, and how it is computed. Neither follows from the number of chunks or sequences.
 TILES = {
     2: {
-        "pass_states": (128, {"num_warps": 4}),
-        "outputs": (64, {"num_warps": 4, "num_stages": 2}),
-        "maps_backward": (128, {"num_warps": 8, "num_stages": 3}),
-        "inputs_backward": (128, {"num_warps": 4}),
+        pass_states: (128, {"num_warps": 4}),
+        outputs: (64, {"num_warps": 4, "num_stages": 2}),
+        maps_backward: (128, {"num_warps": 8, "num_stages": 3}),
+        inputs_backward: (128, {"num_warps": 4}),
     },
     4: {
-        "pass_states": (16, {"num_warps": 4, "num_stages": 1}),
-        "outputs": (32, {"num_warps": 8}),
-        "maps_backward": (16, {"num_warps": 8, "num_stages": 1}),
-        "inputs_backward": (16, {"num_warps": 8, "num_stages": 1}),
+        pass_states: (16, {"num_warps": 4, "num_stages": 1}),
+        outputs: (32, {"num_warps": 8}),
+        maps_backward: (16, {"num_warps": 8, "num_stages": 1}),
+        inputs_backward: (16, {"num_warps": 8, "num_stages": 1}),
     },
 }
 
@@ -67,7 +68,7 @@ class _Call:
 
     def tile(self, kernel) -> tuple[int, dict[str, int]]:
         """The columns that the kernel takes at a time, and how it is computed."""
-        columns, options = TILES[self.bytes][kernel.fn.__name__]
+        columns, options = TILES[self.bytes][kernel]
         if self.sizes["BP"] > 64:
             columns, options = columns * 64 // self.sizes["BP"], options | {"num_warps": 8}
         if _little_shared_memory(self.x.device):
@@ -97,7 +98,8 @@ def _little_shared_memory(device: torch.device) -> bool:
     """Whether it holds what a program reads, and not what the next step of its loop will read."""
     if device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) < 160 * 1024
 
 
 def _tile(size: int) -> int:
@@ -122,6 +124,7 @@ def decay_shape(x: Tensor, chunk_size: int) -> tuple[torch.dtype, int]:
     return decay_dtype(x.dtype), 2 * x.shape[2] * chunk_size
 
 
+@on_its_device
 def forward(x, dt, A, b, c, skip, bias, initial, room, steps, chunk_size, table, bounds):
     """y like x, the final states [sequences, H, P, S] fp32, and what ``backward`` reads of every
     chunk: the states before it [room, H, P, S] in the dtype of x, and step sizes and decays
@@ -160,6 +163,7 @@ def _begin(z, dt, A, bias, initial, room, steps):
     return final, states, decays
 
 
+@on_its_device
 def backward(
     dy,
     dfinal,

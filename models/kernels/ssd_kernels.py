@@ -57,7 +57,7 @@ def _steps(dt, bias, place, h, there, low, high, SOFTPLUS: tl.constexpr):
         power = tl.exp(tl.minimum(raw, 20.0))
         near = 1 + power  # log(1 + power) without the digits that this sum loses
         soft = tl.where(near == 1, power, tl.log(near) * (power / tl.where(near == 1, 1, near - 1)))
-        soft = tl.where(raw > 20, raw, soft)
+        soft = tl.where(raw <= 20, soft, raw)  # raw where it is NaN too: a minimum hides that
     return raw, soft, tl.where(soft < low, low, tl.where(soft > high, high, soft))
 
 

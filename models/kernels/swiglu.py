@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels import on_its_device
+
 COLUMNS = 1024  # of a row, for a program
 
 
@@ -43,6 +45,7 @@ def _grid(rows: int, channels: int) -> tuple[int, int]:
     return rows, triton.cdiv(channels, COLUMNS)
 
 
+@on_its_device
 def forward(x: Tensor) -> Tensor:
     """x [R, 2 N] contiguous to [R, N]."""
     rows, channels = len(x), x.shape[1] // 2
@@ -51,6 +54,7 @@ def forward(x: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of x, given that of y; both contiguous."""
     dx = x.new_empty(x.shape)

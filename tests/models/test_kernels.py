@@ -70,6 +70,31 @@ def test_log_probs(words):
     assert torch.equal(token_log_probs(logits[1, 2].clone(), tokens[1, 2]), ours[1, 2])
 
 
+def test_log_probs_of_a_column_of_tokens():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 70, generator=g).to(DEVICE)
+    tokens = torch.randint(0, 70, (3, 4), generator=g).to(DEVICE)
+    expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:2])[:, 0]
+    torch.testing.assert_close(token_log_probs(logits, tokens[:, 1]), expected)
+
+
+def test_log_probs_without_a_number():
+    """A block of words that are ruled out is none; a token that is not there gives NaN."""
+    logits = torch.randn(3, 9001, device=DEVICE)
+    logits[:, :5000] = float("-inf")
+    tokens = torch.tensor([7000, -100, 9001], device=DEVICE)
+    found = token_log_probs(logits, tokens)
+    torch.testing.assert_close(found[0], logits[0].log_softmax(-1)[7000])
+    assert found[1:].isnan().all()
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(swiglu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_exact_mode(mixer, monkeypatch):
     """The bits of a training forward in a prefill of two pieces, decoding and another batch; and

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.tensor_parallel import check_ranks
+from small_models import small_model
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="not in this torch")
 
 
@@ -19,3 +22,7 @@ def test_against_one_process(ranks):
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+
+
+def test_one_head_on_one_rank():
+    check_ranks(small_model("gated_deltanet", num_heads=1, num_v_heads=1), 1)
