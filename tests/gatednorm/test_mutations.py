@@ -6,6 +6,7 @@ fails in the default run.
 
 import ast
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -132,10 +133,13 @@ def verdict(folder: Path, name: str) -> str:
     for nonsense in ("SyntaxError", "NameError", "errors during collection", "no tests ran"):
         if nonsense in output:
             return f"BROKEN MUTANT ({nonsense})\n{output[-2000:]}"
-    if "\nTimeout (" in output and "FAILED" not in output:
-        return "noticed: a test hung"
-    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
-    return f"noticed: {failed[0].removeprefix('FAILED ').split(' - ')[0]}"
+    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return f"BROKEN MUTANT (pytest's exit code {code})\n{output[-2000:]}"
+    failed = re.search(r"^FAILED (.*?)( - |$)", output, re.MULTILINE)
+    if failed:
+        return f"noticed: {failed[1]}"
+    # A heap in ruins: what ends then, and how, is chance.
+    return "noticed: a test hung" if "Timeout (" in output else f"noticed: ended with code {code}"
 
 
 @pytest.fixture(scope="module")
