@@ -8,6 +8,7 @@ wraps around it, would make a forward plus backward take half as long again (ben
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,15 @@ def dtensors(kind: type) -> ModuleType | None:
     module = importlib.import_module(".dtensor", package=__package__)
     module.register(ops.forward.default, ops.backward.default)
     return module
+
+
+def _has_rules(kind: type) -> bool:
+    return dtensors(kind) is not None
+
+
+# Whether tensors of a type are DTensors, for which the operators then have their rules: a program
+# that is compiled may be the first to have one, and this runs while it is traced.
+has_rules: Callable[[type], bool] = torch.compiler.assume_constant_result(_has_rules)
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
@@ -149,7 +159,8 @@ def run_backward(
     return dx, dw, db, dz, y
 
 
-NO_GRADIENTS = (None,) * len(Options())  # PyTorch ignores those for options that were not given
+# For the options and the operator's flag; PyTorch ignores those for what was not given.
+NO_GRADIENTS = (None,) * (len(Options()) + 1)
 SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
 Saved = tuple[Tensor, Maybe, Maybe, Maybe, Maybe, Tensor]
 HOOKS = "hooks of saved tensors must bring back what was saved"
@@ -190,7 +201,8 @@ def save_forward(
     y: Tensor
     if needs_operator(x, weight, bias, z):
         check_tensors(x=x, weight=weight, bias=bias, z=z)  # an operator's errors name no remedy
-        y, mean, rstd = ops.forward(x, weight, bias, z, *options)
+        has_rules(type(x))
+        y, mean, rstd = ops.forward(x, weight, bias, z, *options, True)
     else:
         y, mean, rstd = run_forward(x, weight, bias, z, None, options, save_stats=True)
     save_statistics(ctx, (x, weight, bias, z, mean, rstd), options, *others)
@@ -211,9 +223,12 @@ def gradients(ctx: Any, dy: Tensor, saved: Saved, with_output: bool = False) -> 
             raise RuntimeError(f"{HOOKS}, got {name} as {t.dtype} and not as {dtype}")
     if torch.is_grad_enabled() or needs_operator(dy, *saved) or not _has_memory(dy):
         return _backward_op(dy, *saved, *ctx.options, with_output)
-    x, _weight, _bias, z, *_ = saved
+    x, weight, bias, z, mean, rstd = saved
     try:
-        return run_backward(_addressable(dy, x, z), *saved, None, None, ctx.options, with_output)
+        return run_backward(
+            _addressable(dy, x, z), x, weight, bias, z, *_by_rows(x, mean, rstd), None, None,
+            ctx.options, with_output,
+        )  # fmt: skip
     except (TypeError, ValueError) as error:  # the forward accepted all of it
         raise RuntimeError(f"{HOOKS}, but {error}") from error
 
@@ -278,7 +293,11 @@ _OPTIONS = (
 # default, a new result comes last.
 _library = torch.library.Library(NAMESPACE, "DEF")
 _GROUP = "str? process_group=None"
-_library.define(f"forward({_INPUTS}, {_OPTIONS}, {_GROUP}) -> (Tensor y, Tensor mean, Tensor rstd)")
+_library.define(
+    # Statistics are [*outer, groups], as DTensors need them; [rows, groups] where it is False.
+    f"forward({_INPUTS}, {_OPTIONS}, {_GROUP}, bool outer_stats=False) -> "
+    "(Tensor y, Tensor mean, Tensor rstd)"
+)
 _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}, {_GROUP}) -> ()")
 _library.define(
     f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, "
@@ -292,10 +311,13 @@ def none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _forward_impl(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *options: Any
+    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
 ) -> tuple[Tensor, ...]:
-    results = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
-    return none_to_empty(x, *results)
+    options, outer_stats = _split(len(Options()), *values)
+    y, *stats = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
+    if outer_stats:
+        stats = [None if t is None else t.view(*x.shape[:-1], t.shape[-1]) for t in stats]
+    return none_to_empty(x, y, *stats)
 
 
 def _forward_out_impl(
@@ -308,21 +330,30 @@ def _backward_impl(
     dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
     *values: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    options, with_output = _split(*values)
+    options, with_output = _split(len(Options()) - 1, *values)
     dy = _addressable(dy, x, z)
     results = run_backward(
-        dy, x, weight, bias, z, mean, rstd, None, None, make_options(*options), with_output
-    )
+        dy, x, weight, bias, z, *_by_rows(x, mean, rstd), None, None, make_options(*options),
+        with_output,
+    )  # fmt: skip
     return none_to_empty(x, *results)
 
 
-def _split(*options: Any) -> tuple[tuple[Any, ...], bool]:
-    """The options, and `with_output`, which stands before the last of them; PyTorch leaves out what
-    has its default."""
-    n = len(Options()) - 1
-    rest: tuple[Any, ...] = options[n:]
-    with_output, process_group = rest + (False, None)[len(rest) :]
-    return (*options[:n], process_group), with_output
+def _split(at: int, *values: Any) -> tuple[tuple[Any, ...], bool]:
+    """The options, and the flag that stands among them in that place; PyTorch leaves out at the end
+    what has its default."""
+    values += (None,) * (len(Options()) + 1 - len(values))
+    return values[:at] + values[at + 1 :], bool(values[at])
+
+
+def _by_rows(x: Tensor, mean: Maybe, rstd: Tensor) -> tuple[Maybe, Tensor]:
+    """The operator's statistics as the kernels read them, `[rows, groups]`."""
+    if rstd.dim() == 2:
+        return mean, rstd
+    rows = x.shape[:-1].numel()
+    if mean is not None:
+        mean = mean.reshape(rows, mean.shape[-1]).contiguous()
+    return mean, rstd.reshape(rows, rstd.shape[-1]).contiguous()
 
 
 def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
@@ -381,17 +412,17 @@ def check_shapes(
 def _forward_fake(
     x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(*values)
+    given, outer_stats = _split(len(Options()), *values)
+    options = Options(*given)
     check_shapes(x, weight, bias, z, None, options)
-    rows, width = 1, x.shape[-1]
-    for size in x.shape[:-1]:
-        rows = rows * size
+    outer, width = tuple(x.shape[:-1]), x.shape[-1]
     stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if options.process_group is None:
         groups = width // (options.group_size or width)
     else:
         groups = distributed.local_groups(options, width)
-    rstd = x.new_empty((rows, groups), dtype=stats_dtype)
+    shape = (*outer, groups) if outer_stats else (math.prod(outer), groups)
+    rstd = x.new_empty(shape, dtype=stats_dtype)
     mean = x.new_empty(0) if options.is_rms_norm else torch.empty_like(rstd)
     return x.new_empty(x.shape, dtype=options.out_dtype or x.dtype), mean, rstd
 
@@ -406,7 +437,7 @@ def _backward_fake(
     dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
     *values: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    options, with_output = _split(*values)
+    options, with_output = _split(len(Options()) - 1, *values)
     dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
     dtype = Options(*options).out_dtype or x.dtype
     return none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
@@ -424,7 +455,8 @@ for _name, _impl, _fake in (
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    save_statistics(ctx, (*inputs[:4], *output[1:]), Options(*inputs[4:]))
+    options, _ = _split(len(Options()), *inputs[4:])
+    save_statistics(ctx, (*inputs[:4], *output[1:]), Options(*options))
 
 
 torch.library.register_autograd(

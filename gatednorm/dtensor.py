@@ -23,10 +23,10 @@ def _rules(x: Any, group_size: int | None, process_group: str | None) -> list[Pl
         return rules
     last = x.ndim - 1
     for dim in range(last):
-        rules.append([Shard(dim), Replicate(), Partial(), Shard(0)])
+        rules.append([Shard(dim), Replicate(), Partial(), Shard(dim)])
     # Columns that are whole groups, over however many dimensions of the mesh.
     if group_size and x.shape[-1] % (group_size * x.mesh.size()) == 0:
-        rules.append([Shard(last), Shard(0), Shard(0), Shard(1)])
+        rules.append([Shard(last), Shard(0), Shard(0), Shard(last)])
     return rules
 
 
@@ -41,7 +41,7 @@ def register(forward: Any, backward: Any) -> None:
     def forward_rules(
         x: Any, weight: Any, bias: Any, z: Any, *options: Any
     ) -> Sequence[tuple[Placements, Placements]]:
-        o = Options(*options)
+        o = Options(*options[: len(Options())])
         found = []
         for rows, parameter, _, stats in _rules(x, o.group_size, o.process_group):
             mean = Replicate() if o.is_rms_norm else stats

@@ -7,7 +7,16 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import forward_ad
 
-from .autograd import LayerNormFn, Maybe, dtensors, needs_operator, ops, run_backward, run_forward
+from .autograd import (
+    LayerNormFn,
+    Maybe,
+    dtensors,
+    has_rules,
+    needs_operator,
+    ops,
+    run_backward,
+    run_forward,
+)
 from .call import check_tensors
 from .distributed import name_of
 from .options import Options, make_options
@@ -69,7 +78,7 @@ def _of_dtensors(
     if y is None and torch.is_grad_enabled():
         y = LayerNormFn.apply(x, weight, bias, z, *options)
     elif y is None:
-        y = ops.forward(x, weight, bias, z, *options)[0]
+        y = ops.forward(x, weight, bias, z, *options, True)[0]
     return y
 
 
@@ -144,7 +153,8 @@ def layernorm_fn(
     )  # fmt: skip
     y: Tensor
     if traced:
-        y = ops.forward(x, weight, bias, z, *options)[0]
+        has_rules(type(x))
+        y = ops.forward(x, weight, bias, z, *options, True)[0]
         return y
     if type(x) is not Tensor:
         of_dtensors = _of_dtensors(x, weight, bias, z, options)
