@@ -124,6 +124,7 @@ def enter(name: str, options: Options, **tensors: object) -> tuple[Ranks | None,
 
     Raises:
         ValueError: on every rank, where these differ; groups that do not fit the ranks.
+        RuntimeError: where a CUDA graph captures it.
     """
     known = _find(options.process_group)
     if not known.alike or dist.get_debug_level() == dist.DebugLevel.DETAIL:
@@ -145,7 +146,15 @@ def _check_alike(
     mine |= {key: repr(value) for key, value in options._asdict().items()}
     mine.pop("process_group")
     everyone: list[dict[str, str]] = [{}] * process_group.size()
-    dist.all_gather_object(everyone, mine, group=process_group)
+    found = next((t for t in tensors.values() if isinstance(t, Tensor)), torch.empty(0))
+    with torch.cuda.device_of(found):  # NCCL sends objects by way of the current device
+        if found.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "process_group: the call at which ranks compare their shapes and options must not "
+                "be captured in a CUDA graph, got a group's first one, or "
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL; call the norm once before the capture"
+            )
+        dist.all_gather_object(everyone, mine, group=process_group)
     for key in mine:
         for rank, theirs in enumerate(everyone):
             if theirs.get(key) != everyone[0].get(key):
