@@ -9,7 +9,7 @@ from benchmarks import ranks
 
 
 @pytest.mark.slow
-def test_every_way_is_the_same_norm(tmp_path, monkeypatch, capsys):
+def test_every_way_is_the_same_norm(tmp_path, monkeypatch, capfd):
     small = ["--device", "cpu", "--rows", "16", "--width", "64", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["ranks", *small, "--out", str(tmp_path / "ranks.csv")])
     ranks.main()
@@ -19,4 +19,4 @@ def test_every_way_is_the_same_norm(tmp_path, monkeypatch, capsys):
     assert all(float(row["eager_us"]) > 0 and row["commit"] for row in rows)
     errors = {row["way"]: row["error"] for row in rows}
     assert [way for way, error in errors.items() if error] == list(errors)[:3]
-    assert capsys.readouterr().out.count(", aim ") == 4
+    assert capfd.readouterr().out.count(", aim ") == 4
