@@ -16,9 +16,9 @@ Call = Callable[[], object]
 
 
 @functools.cache
-def stream() -> torch.cuda.Stream:
-    """For graphs; on the device that is current at its first use."""
-    return torch.cuda.Stream()
+def stream() -> torch.cuda.Stream | None:
+    """For graphs; on the GPU, if any, that is current at its first use."""
+    return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 def synchronize(device: str) -> None:
