@@ -183,6 +183,7 @@ def other_calls() -> None:
             one, model = (model_of(config, torch.float32).to(device()) for _ in range(2))
             TensorParallel(model, dist.group.WORLD)
             assert torch.equal(text_of(one, tokens, path), text_of(model, tokens, path)), path
+        refused(ValueError, "seed must be a number where", partial(generate, model, tokens, 1))
 
 
 def text_of(model: LanguageModel, tokens: torch.Tensor, path: str) -> torch.Tensor:
