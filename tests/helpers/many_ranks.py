@@ -166,14 +166,20 @@ def every_option() -> None:
             check_case(case, by_hand if n % 2 else by_autograd)
 
 
-def by_kernels(*some: Case) -> None:
+@contextmanager
+def on_kernels() -> Iterator[None]:
     """The Triton kernels, without a GPU run by the interpreter."""
     backend, autograd.backend = autograd.backend, lambda device_type: launch
     try:
-        for n, case in enumerate(some):
-            check_case(case, by_hand if n % 2 else by_autograd)
+        yield
     finally:
         autograd.backend = backend
+
+
+def by_kernels(*some: Case) -> None:
+    with on_kernels():
+        for n, case in enumerate(some):
+            check_case(case, by_hand if n % 2 else by_autograd)
 
 
 def kernels() -> None:
@@ -198,7 +204,6 @@ def refused(error: type, text: str, call: Callable) -> None:
 
 def bits_of_other_splits() -> None:
     """RMS norm by the kernels: the same bits on two and four ranks; on one, within rounding."""
-    backend, autograd.backend = autograd.backend, lambda device_type: launch
     rank, size = dist.get_rank(), dist.get_world_size()
     case = Case((4,), 256, 1, True, False)
     i = inputs_of(case, device())
@@ -210,16 +215,16 @@ def bits_of_other_splits() -> None:
         dx, _, dz = torch.autograd.grad(y, leaves, i.dy[..., own])
         return {"y": y.detach(), "dx": dx, "dz": dz}
 
-    found = gathered(run(size, rank, dist.group.WORLD))
-    if size == 4:
-        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        two = gathered(run(2, rank % 2, halves[rank // 2]))
-        for name, t in found.items():
-            assert same_bits(two[name], torch.cat([t, t], -1)), name
-    one = run(1, 0, None)
+    with on_kernels():
+        found = gathered(run(size, rank, dist.group.WORLD))
+        if size == 4:
+            halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+            two = gathered(run(2, rank % 2, halves[rank // 2]))
+            for name, t in found.items():
+                assert same_bits(two[name], torch.cat([t, t], -1)), name
+        one = run(1, 0, None)
     for name, t in found.items():
         assert (one[name] - t).abs().max() <= 2e-7 * t.abs().max(), name
-    autograd.backend = backend
 
 
 def a_rank_that_differs() -> None:
