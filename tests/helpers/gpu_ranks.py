@@ -2,8 +2,10 @@
 CUDA graphs and current devices. One start of the processes serves all.
 
     python tests/helpers/gpu_ranks.py
+    python tests/helpers/gpu_ranks.py dtensors captured    # some of them
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -93,21 +95,22 @@ def another_current_device() -> None:
 
 CHECKS = [
     many_ranks.some_options,
-    many_ranks.every_option,
     captured,
-    many_ranks.kernels_of_every_kind,
     many_ranks.groups_that_do_not_fit,
     many_ranks.a_rank_that_differs,
     many_ranks.bits_of_other_splits,
+    another_current_device,
+    captured_too_early,
+    captured_in_the_default_mode,
     many_ranks.modules_and_projection,
     dtensor_ranks.dtensors,
     dtensor_ranks.what_dtensors_refuse,
     dtensor_ranks.a_parallel_plan,
-    another_current_device,
     many_ranks.compiled,
-    captured_too_early,
-    captured_in_the_default_mode,
+    many_ranks.kernels_of_every_kind,
+    many_ranks.every_option,
 ]
 
 if __name__ == "__main__":
-    run_on_ranks(2, CHECKS, "nccl")
+    asked = sys.argv[1:]
+    run_on_ranks(2, [c for c in CHECKS if not asked or c.__name__ in asked], "nccl")
