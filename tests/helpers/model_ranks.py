@@ -86,8 +86,8 @@ def results(
 
 def models() -> None:
     """All that one process computes: in float64 to its last digits, in fp32, and on GPUs under bf16
-    autocast, with at most twice the error that one process makes and a unit in the last place; and
-    the same bits on every rank."""
+    autocast, with at most twice the error that one process makes and four units in the last place
+    (of bf16 one); and the same bits on every rank."""
     wrong = []
     for name, config in configs().items():
         truth = results(model_of(config, torch.float64), tokens_of(config), None)
@@ -103,9 +103,10 @@ def models() -> None:
                         block.mixer.fuse_norm_linear = fused
                     ours = results(model, tokens, TensorParallel(model, dist.group.WORLD))
                     for key, tensor in ours.items():
-                        same_on_all_ranks(tensor, f"{name}: {key}")
+                        if not same_on_all_ranks(tensor):
+                            wrong.append((name, key, dtype, fused, "other bits on other ranks"))
                     for kind, error in errors(ours, truth).items():
-                        limit = 2 * allowed[kind] + torch.finfo(dtype).eps
+                        limit = 2 * allowed[kind] + (1 if mixed else 4) * torch.finfo(dtype).eps
                         limit = 1e-12 if dtype == torch.float64 else limit
                         if error > limit:
                             wrong.append((name, kind, dtype, fused, error, limit))
@@ -242,10 +243,10 @@ def what_does_not_fit() -> None:
     refused(ValueError, "exact mode needs a single rank", lambda: model(tokens_of(MAMBA)))
 
 
-def same_on_all_ranks(tensor: torch.Tensor, what: str) -> None:
+def same_on_all_ranks(tensor: torch.Tensor) -> bool:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
-    assert all(torch.equal(part, parts[0]) for part in parts), what
+    return all(torch.equal(part, parts[0]) for part in parts)
 
 
 CHECKS = {
