@@ -1,15 +1,18 @@
 """Weak scaling of training: tokens/s of one process and of several with the same rows for each.
 
     python benchmarks/scaling.py                                # 1 and 2 GPUs, both models
-    python benchmarks/scaling.py --processes 1 2 4 8 --strategy fsdp    # or tp: all share a model
+    python benchmarks/scaling.py --strategy ddp fsdp tp         # each; with tp all share a model
+    python benchmarks/scaling.py --processes 1 2 4 8
     python benchmarks/scaling.py --models fla size=fla_small trainer.accelerator=cpu  # an override
 
 Everything is as in `train.py experiment=multi_gpu` (about 170M parameters, bf16, rows of 2048
 tokens), with random bytes for data and no validation; each run is started by torchrun, warms up,
-and then trains for `--seconds`. Writes benchmarks/results/scaling.csv.
+and then trains for `--seconds`. One process is timed once a model, with the first strategy. Writes
+benchmarks/results/scaling.csv.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -28,7 +31,7 @@ def main() -> None:
     parser = report.parser(__doc__, "scaling.csv")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", default=["fla", "mamba2"])
-    parser.add_argument("--strategy", choices=["ddp", "fsdp", "tp"], default="ddp")
+    parser.add_argument("--strategy", nargs="+", choices=["ddp", "fsdp", "tp"], default=["ddp"])
     parser.add_argument("--rows", type=int, default=8, help="of 2048 tokens, per process and step")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -37,27 +40,36 @@ def main() -> None:
     if args.worker:
         work(args.overrides, args.seconds, args.worker)
         return
-    rows = []
+    rows, failed = [], None
     for model in args.models:
         one = None
-        for count in args.processes:
-            row = measure(model, count, args)
+        for count, strategy in itertools.product(args.processes, args.strategy):
+            if count == 1 and strategy != args.strategy[0]:
+                continue
+            try:
+                row = measure(model, count, strategy, args)
+            except subprocess.CalledProcessError as error:
+                failed = f"{model}, {strategy}, {count} processes: exit code {error.returncode}"
+                print(failed, flush=True)
+                continue
             one = one or row["tokens_per_s"] / count
             row["times_one_process"] = f"{row['tokens_per_s'] / one:.3f}"
             row["tokens_per_s"] = round(row["tokens_per_s"])
             rows.append(row)
             print(
-                f"{row['model']:8}{row['parameters'] / 1e6:7.1f}M  {row['strategy']}  "
+                f"{row['model']:8}{row['parameters'] / 1e6:7.1f}M  {row['strategy']:4}  "
                 f"{count} x {row['device']}  {row['tokens_per_s']:>12,.0f} tokens/s  "
                 f"{row['times_one_process']} times one  {row['gib']:.1f} GiB each",
                 flush=True,
             )
             report.write(args.out, rows)  # what there is, should the next one fail
+    if failed:
+        sys.exit(failed)
 
 
-def measure(model: str, count: int, args: argparse.Namespace) -> dict:
+def measure(model: str, count: int, strategy: str, args: argparse.Namespace) -> dict:
     """One run of torchrun, and the row of the table that its first process made."""
-    tensor = args.strategy == "tp"
+    tensor = strategy == "tp"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [
@@ -65,7 +77,7 @@ def measure(model: str, count: int, args: argparse.Namespace) -> dict:
             *("--nproc-per-node", str(count), __file__),
             *("--worker", str(result), "--seconds", str(args.seconds)),
             *("experiment=multi_gpu", f"model={model}", f"optim.batch_size={count * args.rows}"),
-            *(f"trainer.strategy={'ddp' if tensor else args.strategy}", f"runs_dir={folder}/runs"),
+            *(f"trainer.strategy={'ddp' if tensor else strategy}", f"runs_dir={folder}/runs"),
             *(f"trainer.tensor_parallel={count if tensor else 1}", *args.overrides),
         ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)

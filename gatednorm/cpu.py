@@ -167,6 +167,27 @@ def forward_means(
         square[rows] = (u * u).mean(-1).view(-1)
 
 
+def combine(parts: Tensor, first: Tensor, second: Tensor | None, eps: float | None = None) -> None:
+    """Write the means over ranks of `parts` `[ranks, numbers, rows]`, of which each rank has the
+    same, to `first` and `second` (None where there is one number); with `eps` the `rstd` and the
+    `mean` of what `forward_means` has written."""
+    one, *other = _over_ranks(parts)
+    if second is not None:
+        second.view(-1).copy_(other[0])
+        if eps is not None:  # a rank's squares are about its own mean
+            one = one + _over_ranks((parts[:, 1] - other[0]).square_())
+    first.view(-1).copy_(one if eps is None else torch.rsqrt(one + eps))
+
+
+def _over_ranks(parts: Tensor) -> Tensor:
+    """The mean over the first dimension: neighbours are added up pair by pair."""
+    sums = parts
+    while len(sums) > 1:
+        paired = sums[0:-1:2] + sums[1::2]
+        sums = torch.cat([paired, sums[-1:]]) if len(sums) % 2 else paired
+    return sums[0] / len(parts)
+
+
 def forward(
     call: Call,
     x: Tensor,

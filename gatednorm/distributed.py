@@ -124,6 +124,7 @@ def enter(name: str, options: Options, **tensors: object) -> tuple[Ranks | None,
 
     Raises:
         ValueError: on every rank, where these differ; groups that do not fit the ranks.
+        RuntimeError: where a CUDA graph captures it.
     """
     known = _find(options.process_group)
     if not known.alike or dist.get_debug_level() == dist.DebugLevel.DETAIL:
@@ -145,7 +146,15 @@ def _check_alike(
     mine |= {key: repr(value) for key, value in options._asdict().items()}
     mine.pop("process_group")
     everyone: list[dict[str, str]] = [{}] * process_group.size()
-    dist.all_gather_object(everyone, mine, group=process_group)
+    found = next((t for t in tensors.values() if isinstance(t, Tensor)), torch.empty(0))
+    with torch.cuda.device_of(found):  # NCCL sends objects by way of the current device
+        if found.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "process_group: the call at which ranks compare their shapes and options must not "
+                "be captured in a CUDA graph, got a group's first one, or "
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL; call the norm once before the capture"
+            )
+        dist.all_gather_object(everyone, mine, group=process_group)
     for key in mine:
         for rank, theirs in enumerate(everyone):
             if theirs.get(key) != everyone[0].get(key):
@@ -161,16 +170,6 @@ def all_gather(everyone: Tensor, own: Tensor, process_group: "dist.ProcessGroup"
     # The name that PyTorch 2.13 gives to what older ones call by the other.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(everyone, own, group=process_group)
-
-
-def _mean(parts: Tensor) -> Tensor:
-    """The mean over the ranks, the first dimension: neighbours are added up pair by pair, as the
-    kernels add up a row."""
-    sums = parts
-    while len(sums) > 1:
-        paired = sums[0:-1:2] + sums[1::2]
-        sums = torch.cat([paired, sums[-1:]]) if len(sums) % 2 else paired
-    return sums[0] / len(parts)
 
 
 def _parts_of_group(ranks: Ranks, own: Tensor) -> Tensor:
@@ -198,16 +197,10 @@ def forward(
     n_rows, rms, eps = x.numel() // call.width, call.options.is_rms_norm, call.options.eps
     own = torch.empty(1 if rms else 2, n_rows, dtype=call.compute_dtype, device=x.device)
     kernels.forward_means(call, x, z, None if rms else own[1], own[0])
-    parts = _parts_of_group(ranks, own)
-    square, *means = _mean(parts)
-    if not rms:
-        # The ranks' squares are about their own means.
-        square = square + _mean((parts[:, 1] - means[0]).square_())
-        of_group = means[0].unsqueeze(-1)
-        mean = of_group if mean is None else mean.copy_(of_group)
     if rstd is None:
         rstd = torch.empty(n_rows, 1, dtype=own.dtype, device=own.device)
-    torch.rsqrt((square + eps).unsqueeze(-1), out=rstd)
+        mean = None if rms else torch.empty_like(rstd)
+    kernels.combine(_parts_of_group(ranks, own), rstd, mean, eps)
     kernels.forward(call, x, weight, bias, z, out, mean, rstd, True)
 
 
@@ -229,8 +222,8 @@ def backward(
     """The backward of `kernels` with the sums of the whole group; returns `dw`, `db`."""
     n_rows, rms = x.numel() // call.width, call.options.is_rms_norm
     own = torch.empty(1 if rms else 2, n_rows, dtype=call.compute_dtype, device=x.device)
-    kernels.backward_means(call, dy, x, weight, z, mean, rstd, own[0], None if rms else own[1])
-    c1, *c2 = _mean(_parts_of_group(ranks, own))
-    given = (c1, None if rms else c2[0])
-    dw, db = kernels.backward(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, *given)
+    c1, c2 = own[0], None if rms else own[1]
+    kernels.backward_means(call, dy, x, weight, z, mean, rstd, c1, c2)
+    kernels.combine(_parts_of_group(ranks, own), c1, c2)
+    dw, db = kernels.backward(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, c1, c2)
     return dw, db

@@ -93,8 +93,9 @@ def generate(
         temperature, top_k, top_p: see ``sample``.
         repetition_penalty: of the tokens that a sequence has had, its prompt included; 1 for none,
             above 1 for less repetition. See ``penalize``.
-        seed: of a generator of its own; None for a random one. A list of B seeds gives each
-            sequence its own generator: it then draws what it would draw alone.
+        seed: of a generator of its own; None for a random one, which several ranks that share a
+            model must not have. A list of B seeds gives each sequence its own generator: it then
+            draws what it would draw alone.
         log_probs: yield pairs instead, of the tokens and their natural log-probabilities, [B]
             fp32: those of the model itself, before penalty, temperature, top_k and top_p. With
             ``model.exact`` they are the bits of ``token_log_probs`` after one call of the model
@@ -116,6 +117,11 @@ def generate(
     if not repetition_penalty > 0:
         raise ValueError(
             f"repetition_penalty must be above 0, got {repetition_penalty}; use 1 for none"
+        )
+    if seed is None and temperature and model.ranks > 1:
+        raise ValueError(
+            f"seed must be a number where several ranks share a model, got None for {model.ranks}: "
+            "each would go on with other tokens; pass the same one on all of them"
         )
     sequences = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
     if isinstance(seed, Sequence):

@@ -1,5 +1,6 @@
 """How everything is timed, and how a gated norm is compared with float64 before it is."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +12,13 @@ from torch import Tensor
 from .cases import Case
 from .providers import Functions, Norm, reference
 
-STREAM = torch.cuda.Stream() if torch.cuda.is_available() else None
 Call = Callable[[], object]
+
+
+@functools.cache
+def stream() -> torch.cuda.Stream | None:
+    """For graphs; on the GPU, if any, that is current at its first use."""
+    return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 def synchronize(device: str) -> None:
@@ -54,16 +60,23 @@ def graph_time(function: Call, calls: int = 1) -> float:
     """Microseconds of a call on the GPU: the median over replays of a CUDA graph of `calls`."""
     from ..kernels.ceilings import do_bench
 
-    with torch.cuda.stream(STREAM):
+    replay = graph_of(function, calls).replay
+    median: float = do_bench(replay, warmup=10, rep=60, return_mode="median")
+    return median * 1e3 / calls
+
+
+def graph_of(function: Call, calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of that many calls, after three that do not count."""
+    with torch.cuda.stream(stream()):
         for _ in range(3):
             function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=STREAM):
+    # Only what this thread does: NCCL's own threads ask for events meanwhile.
+    with torch.cuda.graph(graph, stream=stream(), capture_error_mode="thread_local"):
         for _ in range(calls):
             function()
-    median: float = do_bench(graph.replay, warmup=10, rep=60, return_mode="median")
-    return median * 1e3 / calls
+    return graph
 
 
 def ceiling(ways: Iterable[Call]) -> float:
@@ -137,7 +150,7 @@ def forward_time(inference: Norm, t: Inputs) -> float:
 
 
 def backward_time(training: Norm, t: Inputs) -> float:
-    with torch.cuda.stream(STREAM):  # autograd runs the backward on the stream of the forward
+    with torch.cuda.stream(stream()):  # autograd runs the backward on the stream of the forward
         y = training(*t[:4])
     return graph_time(lambda: torch.autograd.grad(y, t.leaves, t.dy, retain_graph=True))
 

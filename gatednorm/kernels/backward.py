@@ -292,7 +292,8 @@ def backward_sums_kernel(
 ):  # fmt: skip
     """`c1` and `c2` `[rows, GROUPS]` of one wide row and group per program, chunk by chunk."""
     overlap_launches(PDL)
-    pid = tl.program_id(0).to(tl.int64)
+    # From the last row on: L2 then holds the first ones, with which the next kernel begins.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
     dy_off = row_offset(row, size1, size2, dy_s0, dy_s1, dy_s2, DIMS, ALIGN, LONG)

@@ -212,7 +212,8 @@ def forward_sums_kernel(
     PARTIAL, of a part of a group: instead of `rstd`, the mean square of `u - mean`.
     """
     overlap_launches(PDL)
-    pid = tl.program_id(0).to(tl.int64)
+    # From the last row on: L2 then holds the first ones, with which the next kernel begins.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     group = pid % GROUPS
     row = pid // GROUPS + tl.arange(0, 1)
     x_off = row_offset(row, size1, size2, x_s0, x_s1, x_s2, DIMS, ALIGN, LONG)

@@ -17,6 +17,7 @@ from ..call import Call, Kind
 from ..options import rounding
 from . import backward as backward_kernels
 from . import forward as forward_kernels
+from . import ranks as ranks_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
 from .tiles import FP8_REGISTERS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
@@ -228,6 +229,27 @@ def _backward_launchers(
         early=False,
     )  # fmt: skip
     return tile, main, sums
+
+
+@functools.lru_cache(maxsize=4096)
+def _combine_launcher(
+    ranks: int, numbers: int, statistics: bool, device: torch.device
+) -> tuple[int, Launcher]:
+    """How many rows a program has, and the kernel; `numbers` tells apart what is compiled."""
+    places = 1 << (ranks - 1).bit_length()
+    block = max(16, min(256, 2048 // places))
+    constants = {"RANKS": ranks, "PLACES": places, "BLOCK": block, "STATISTICS": statistics}
+    # After an exchange, of whose kernel we do not know what it lets start early.
+    return block, Launcher(ranks_kernels.combine_kernel, constants, device, 4, early=False)
+
+
+def combine(parts: Tensor, first: Tensor, second: Tensor | None, eps: float | None = None) -> None:
+    """Write the means over ranks of `parts` `[ranks, numbers, rows]`, of which each rank has the
+    same, to `first` and `second` (None where there is one number); with `eps` the `rstd` and the
+    `mean` of what `forward_means` has written."""
+    ranks, numbers, n_rows = parts.shape
+    block, start = _combine_launcher(ranks, numbers, eps is not None, parts.device)
+    start(parts.device, -(-n_rows // block), [parts, first, second], (n_rows, eps or 0.0))
 
 
 @functools.lru_cache(maxsize=4096)

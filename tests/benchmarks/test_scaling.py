@@ -29,17 +29,12 @@ def measure(folder, *options):
 
 @pytest.mark.slow
 def test_two_processes_beside_one(tmp_path):
-    one, two = measure(tmp_path)
-    assert (one["processes"], two["processes"]) == ("1", "2")
-    assert (one["rows"], two["rows"]) == ("1", "2")
-    assert int(two["tokens_per_s"]) > 0
-    ratio = int(two["tokens_per_s"]) / int(one["tokens_per_s"])
-    assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
-
-
-@pytest.mark.slow
-def test_two_processes_that_share_a_model(tmp_path):
-    (row,) = measure(tmp_path, "--strategy", "tp", "--processes", "2")
-    assert (row["strategy"], row["processes"], row["rows"]) == ("tp", "2", "2")
+    """With a model each, and sharing one."""
+    one, ddp, tp = rows = measure(tmp_path, "--strategy", "ddp", "tp")
+    found = [(row["strategy"], row["processes"], row["rows"]) for row in rows]
+    assert found == [("ddp", "1", "1"), ("ddp", "2", "2"), ("tp", "2", "2")]
+    for two in (ddp, tp):
+        ratio = int(two["tokens_per_s"]) / int(one["tokens_per_s"])
+        assert float(two["times_one_process"]) == pytest.approx(ratio, abs=0.01)
     config = compose("train", ["model=mamba2"]).model
-    assert int(row["parameters"]) == count_parameters(config)
+    assert int(tp["parameters"]) == count_parameters(config)

@@ -1,5 +1,5 @@
-"""Norm groups over several ranks; what runs on them is in many_ranks.py and dtensor_ranks.py of
-tests/helpers."""
+"""Norm groups over several ranks; what runs on them is in many_ranks.py, dtensor_ranks.py and
+gpu_ranks.py of tests/helpers."""
 
 import os
 import subprocess
@@ -30,10 +30,20 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no
 )
 def test_against_whole_rows(command):
     """Results, gradients, bytes that travel, and what is refused."""
-    file, argument = command.split()
+    run(*command.split(), TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_on_two_gpus():
+    """The same over NCCL; CUDA graphs, and a current device that is another rank's."""
+    run("gpu_ranks.py")
+
+
+def run(file: str, *arguments: str, **env: str) -> None:
     done = subprocess.run(
-        [sys.executable, f"tests/helpers/{file}", argument],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, f"tests/helpers/{file}", *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]

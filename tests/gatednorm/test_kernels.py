@@ -20,7 +20,7 @@ from norm_cases import (
 from paths import GPU, TRITON
 
 if TRITON:
-    from gatednorm import autograd, call
+    from gatednorm import autograd, call, cpu
     from gatednorm.kernels import forward as forward_module
     from gatednorm.kernels import launch, rows, tiles
 
@@ -190,6 +190,24 @@ def test_any_number_of_workers(kernels, change_tiles, workers):
 # ---- the same bits ----
 
 WIDTHS = [1, 17, 128, 600, 1001, 4097]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6, 16])
+@pytest.mark.parametrize("numbers", [1, 2], ids=["rms", "layer"])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_what_ranks_know(kernels, rows, numbers, ranks):
+    """Put together as on the CPU, but for the last bit of a root; nothing beyond the rows."""
+    parts = torch.randn(ranks, numbers, rows, generator=torch.Generator().manual_seed(0)).exp()
+    given = parts.to(kernels.device)
+    for eps in (None, 0.5):
+        truth = torch.empty(2, rows)
+        found = torch.full((2, rows + 1), float("nan"), device=kernels.device)
+        for module, where, (one, two) in ((cpu, parts, truth), (launch, given, found[:, :rows])):
+            module.combine(where, one, two if numbers == 2 else None, eps)
+        found = found.cpu()
+        torch.testing.assert_close(found[:numbers, :rows], truth[:numbers], rtol=3e-7, atol=0)
+        assert found[numbers:].isnan().all()
+        assert found[:, rows:].isnan().all()
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated"), ORDERS)

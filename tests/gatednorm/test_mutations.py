@@ -70,6 +70,7 @@ SUBSETS = {
 FIRST = {
     "test_kernels.py::test_sums_across_warps": ("second piece", "two row", "chain", "layer"),
     "test_kernels.py::test_wide_schedule": ("wide", "mean"),
+    "test_kernels.py::test_what_ranks_know": ("ranks kernel",),
     "test_kernels.py::test_a_row_whose_squares_overflow": ("mean of inf",),
     "test_kernels.py::test_offsets_beyond_32_bits": ("offsets",),
     "test_kernels.py::test_any_number_of_workers": ("reduce", "last tile", "db of", "dw of the"),

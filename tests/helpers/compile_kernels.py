@@ -139,6 +139,9 @@ def kernels_of(case: Case):
     reduction = launch.reduce_tile(case.width, workers)
     reduce = launch._reduce_launcher(case.width, reduction, (), torch.device("cuda", 0))
     yield "reduce", reduce, [w, b, w, b]
+    if case.width == 8192:
+        _, combine = launch._combine_launcher(8, 1 + (mean is not None), True, kind.device)
+        yield "combine", combine, [w, rstd, mean]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
+    DeviceMesh,
     Replicate,
     Shard,
     distribute_module,
@@ -27,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gatednorm
-from many_ranks import refused, run_on_ranks
+from many_ranks import device, refused, run_on_ranks
 from norm_cases import Case, inputs_of, same_bits
 
 
@@ -35,9 +36,10 @@ def dtensors() -> None:
     """Rows, whole groups and parts of groups over a mesh: the result and the gradients of one
     rank, in the placements of x."""
     size = dist.get_world_size()
-    meshes = [init_device_mesh("cpu", (size,))]
+    kind = device().type
+    meshes = [init_device_mesh(kind, (size,))]
     if size == 4:
-        meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+        meshes.append(init_device_mesh(kind, (2, 2), mesh_dim_names=("dp", "tp")))
     for (n, case), mesh, last in itertools.product(enumerate(DTENSORS), meshes, (0, 1, 2)):
         rows = [Shard(0)] * (mesh.ndim - 1) + [Shard(last)]
         parameter = [Replicate()] * (mesh.ndim - 1) + [Shard(0) if last == 2 else Replicate()]
@@ -51,14 +53,14 @@ def dtensors() -> None:
         ]
         ours = gatednorm.layernorm_fn(*parts, **options)
         assert ours.placements == tuple(rows), (n, ours.placements)
-        torch.testing.assert_close(ours.full_tensor(), y)
+        torch.testing.assert_close(ours.full_tensor(), y, rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             for function in (gatednorm.layernorm_fn, gatednorm.rms_norm_gated):
                 assert same_bits(function(*parts, **options).to_local(), ours.to_local())
         ours.square().sum().backward()
         for mine, one in zip(parts, whole, strict=True):
             if mine is not None:
-                torch.testing.assert_close(mine.grad.full_tensor(), one.grad)
+                torch.testing.assert_close(mine.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-5)
 
 
 DTENSORS = (
@@ -70,14 +72,18 @@ DTENSORS = (
 
 
 def leaves_of(case: Case) -> list[torch.Tensor | None]:
-    i = inputs_of(case)
+    i = inputs_of(case, device())
     return [None if t is None else t.detach() for t in (i.x, i.weight, i.bias, i.z)]
 
 
 def a_parallel_plan() -> None:
     """`parallelize_module`: rows of a sequence, and columns between two linear layers; alone and
-    with FSDP2 on top."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with FSDP2 on top, of two ranks each where there are four."""
+    for shape in ((2, 2),) if dist.get_world_size() == 4 else ((1, 2), (2, 1)):
+        on_mesh(init_device_mesh(device().type, shape, mesh_dim_names=("dp", "tp")))
+
+
+def on_mesh(mesh: DeviceMesh) -> None:
 
     class Block(torch.nn.Module):
         def __init__(self):
@@ -100,8 +106,8 @@ def a_parallel_plan() -> None:
 
             return distribute_module(module, mesh, shard)
 
-    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
-    y = (one := Block())(x)
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1)).to(device())
+    y = (one := Block().to(device()))(x)
     y.square().sum().backward()
     linear = {"use_local_output": False}
     plans = {
@@ -117,20 +123,21 @@ def a_parallel_plan() -> None:
         },
     }  # fmt: skip
     for (name, plan), sharded in itertools.product(plans.items(), (False, True)):
-        model = parallelize_module(Block(), mesh["tp"], plan)
+        model = parallelize_module(Block().to(device()), mesh["tp"], plan)
         if sharded:
             for part in (model.norm, model):
                 fully_shard(part, mesh=mesh["dp"])
         ours = model(x)
-        torch.testing.assert_close(ours, y.detach(), msg=name)
+        close = {"rtol": 1e-5, "atol": 1e-5, "msg": name}
+        torch.testing.assert_close(ours, y.detach(), **close)
         ours.square().sum().backward()
         for mine, theirs in zip(model.parameters(), one.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, msg=name)
+            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, **close)
 
 
 def what_dtensors_refuse() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    columns = distribute_tensor(torch.ones(4, 32), mesh, [Shard(1)])
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    columns = distribute_tensor(torch.ones(4, 32, device=device()), mesh, [Shard(1)])
     refused(
         TypeError,
         "process_group goes with local tensors, and x is a DTensor",
@@ -139,13 +146,13 @@ def what_dtensors_refuse() -> None:
     refused(
         TypeError,
         "weight must be a DTensor as x is, got Tensor",
-        lambda: gatednorm.rmsnorm_fn(columns, torch.ones(32)),
+        lambda: gatednorm.rmsnorm_fn(columns, torch.ones(32, device=device())),
     )
-    uneven = distribute_tensor(torch.ones(4, 33), mesh, [Shard(1)])
+    uneven = distribute_tensor(torch.ones(4, 33, device=device()), mesh, [Shard(1)])
     refused(ValueError, "must be equally wide, got 33", lambda: gatednorm.rmsnorm_fn(uneven))
     if mesh.size() == 4:
-        both = init_device_mesh("cpu", (2, 2))
-        twice = distribute_tensor(torch.ones(4, 32), both, [Shard(1), Shard(1)])
+        both = init_device_mesh(device().type, (2, 2))
+        twice = distribute_tensor(torch.ones(4, 32, device=device()), both, [Shard(1), Shard(1)])
         text = "must be sharded by one Shard() over one dimension of the mesh"
         refused(ValueError, text, lambda: gatednorm.rmsnorm_fn(twice))
         gatednorm.rmsnorm_fn(twice, group_size=8)

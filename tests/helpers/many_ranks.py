@@ -2,12 +2,14 @@
 
     python tests/helpers/many_ranks.py quick
 
-One process a rank, forked from one that has imported torch and computed nothing, which spares the
-imports; gloo between them. A check that fails on any rank ends the run with its trace.
+One process a rank. Over gloo it is forked from one that has imported torch and computed nothing,
+which spares the imports; on GPUs see gpu_ranks.py. After a check that fails on every rank the next
+ones run; one that fails on some ends the run, since the others may wait for these.
 """
 
 import itertools
 import multiprocessing
+import os
 import re
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,12 @@ from norm_cases import Case, Inputs, Layout, check, inputs_of, same_bits  # noqa
 
 Tensors = dict[str, torch.Tensor]
 Part = Callable[[Case, Inputs, dict], Tensors]
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", dist.get_rank()) if gpu else torch.device("cpu")
 
 
 def columns_of(case: Case) -> slice:
@@ -67,7 +76,7 @@ def by_autograd(case: Case, i: Inputs) -> Tensors:
 def by_hand(case: Case, i: Inputs) -> Tensors:
     """`layernorm_forward` and `layernorm_backward`, into slices of packed results."""
     given, own, options = parts_of(case, i), columns_of(case), options_of(case)
-    packed = torch.full((3, *case.shape), float("nan"), dtype=case.dtype)
+    packed = torch.full((3, *case.shape), float("nan"), dtype=case.dtype, device=device())
     out, dx, dz = packed[..., own]
     _, mean, rstd = gatednorm.layernorm_forward(*given, out=out, **options)
     dz = dz if case.gated else None
@@ -107,7 +116,7 @@ def bytes_sent() -> Iterator[list[int]]:
 def check_case(case: Case, run=by_autograd) -> None:
     """Results and gradients against float64, and the bytes that travelled."""
     with bytes_sent() as sent:
-        check(case, "cpu", lambda case, i: gathered(run(case, i)))
+        check(case, device(), lambda case, i: gathered(run(case, i)))
     rows = case.outer[0] * (case.outer[1] if len(case.outer) > 1 else 1)
     straddles = case.group_size > case.width // dist.get_world_size()
     number = 8 if case.dtype == torch.float64 else 4
@@ -120,7 +129,8 @@ def cases(groups: int, width: int) -> Iterator[Case]:
     """Every gate order, both norms, and with them the other options in turn."""
     kinds = itertools.product((True, False), ((True, True), (False, True), (True, False)))
     numerics = itertools.cycle(("fp32", "mamba2", "qwen3_next", "torchtitan"))
-    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64))
+    third = torch.float16 if device().type == "cuda" else torch.float64
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, third))
     for n, (rms, (before, gated)) in enumerate(kinds):
         case = Case(
             (5, 3) if n % 2 else (37,), width // groups, groups, rms, before, gated,
@@ -156,14 +166,20 @@ def every_option() -> None:
             check_case(case, by_hand if n % 2 else by_autograd)
 
 
-def by_kernels(*some: Case) -> None:
-    """The Triton kernels, run by the interpreter."""
+@contextmanager
+def on_kernels() -> Iterator[None]:
+    """The Triton kernels, without a GPU run by the interpreter."""
     backend, autograd.backend = autograd.backend, lambda device_type: launch
     try:
-        for n, case in enumerate(some):
-            check_case(case, by_hand if n % 2 else by_autograd)
+        yield
     finally:
         autograd.backend = backend
+
+
+def by_kernels(*some: Case) -> None:
+    with on_kernels():
+        for n, case in enumerate(some):
+            check_case(case, by_hand if n % 2 else by_autograd)
 
 
 def kernels() -> None:
@@ -188,10 +204,9 @@ def refused(error: type, text: str, call: Callable) -> None:
 
 def bits_of_other_splits() -> None:
     """RMS norm by the kernels: the same bits on two and four ranks; on one, within rounding."""
-    backend, autograd.backend = autograd.backend, lambda device_type: launch
-    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank, size = dist.get_rank(), dist.get_world_size()
     case = Case((4,), 256, 1, True, False)
-    i, rank = inputs_of(case), dist.get_rank()
+    i = inputs_of(case, device())
 
     def run(count: int, place: int, group) -> Tensors:
         own = slice(place * 256 // count, (place + 1) * 256 // count)
@@ -200,24 +215,27 @@ def bits_of_other_splits() -> None:
         dx, _, dz = torch.autograd.grad(y, leaves, i.dy[..., own])
         return {"y": y.detach(), "dx": dx, "dz": dz}
 
-    four = gathered(run(4, rank, dist.group.WORLD))
-    two = gathered(run(2, rank % 2, halves[rank // 2]))
-    one = run(1, 0, None)
-    for name, t in four.items():
-        assert same_bits(two[name], torch.cat([t, t], -1)), name
+    with on_kernels():
+        found = gathered(run(size, rank, dist.group.WORLD))
+        if size == 4:
+            halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+            two = gathered(run(2, rank % 2, halves[rank // 2]))
+            for name, t in found.items():
+                assert same_bits(two[name], torch.cat([t, t], -1)), name
+        one = run(1, 0, None)
+    for name, t in found.items():
         assert (one[name] - t).abs().max() <= 2e-7 * t.abs().max(), name
-    autograd.backend = backend
 
 
 def a_rank_that_differs() -> None:
     """An error on every rank, at the first call of each group, which may then go on."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, device=device())
     odd = rank == size - 1
     everyone = list(range(size))
     differences = {
         "x must be the same on every rank, got [3, 8] in torch.float32 on rank 0 and [3, 9]": {
-            "x": torch.randn(3, 9) if odd else x
+            "x": torch.randn(3, 9, device=device()) if odd else x
         },
         "eps must be the same on every rank, got 1e-06 on rank 0 and 1e-05": {
             "eps": 1e-5 if odd else 1e-6
@@ -245,13 +263,13 @@ def groups_that_do_not_fit() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     for group_size in (5, 3 * size * 8, 12, 0, -8):
         call = lambda n=group_size: gatednorm.rmsnorm_fn(  # noqa: E731
-            torch.randn(3, 8), group_size=n, process_group=dist.group.WORLD
+            torch.randn(3, 8, device=device()), group_size=n, process_group=dist.group.WORLD
         )
         refused(ValueError, f"got group_size={group_size}, 8 channels a rank", call)
     make = lambda: gatednorm.RMSNorm(8, group_size=5, process_group=dist.group.WORLD)  # noqa: E731
     refused(ValueError, "group_size must divide the channels of a rank", make)
     others = dist.new_group([0])
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, device=device())
     if rank:
         call = lambda: gatednorm.rmsnorm_fn(x, process_group=others)  # noqa: E731
         refused(ValueError, "process_group must be one that this rank is part of", call)
@@ -266,9 +284,11 @@ def modules_and_projection() -> None:
     import io
 
     case = Case((6, 2), 32, 1, True, False, dtype=torch.float32)
-    i, own = inputs_of(case), columns_of(case)
+    i, own = inputs_of(case, device()), columns_of(case)
     x, w, _, z = parts_of(case, i)
-    norm = gatednorm.RMSNorm(x.shape[-1], norm_before_gate=False, process_group=dist.group.WORLD)
+    norm = gatednorm.RMSNorm(
+        x.shape[-1], norm_before_gate=False, process_group=dist.group.WORLD, device=device()
+    )
     norm.weight.data = w.clone()
     file = io.BytesIO()
     torch.save(norm, file)
@@ -279,7 +299,7 @@ def modules_and_projection() -> None:
     for module in (norm, copy.deepcopy(norm), torch.load(file, weights_only=False)):
         assert same_bits(module(x, z).detach(), y)
         assert module.process_group is dist.group.WORLD
-    linear = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    linear = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).to(device())
 
     def leaves(*tensors):
         return [t.detach().clone().requires_grad_() for t in tensors]
@@ -296,14 +316,16 @@ def modules_and_projection() -> None:
     for mine, full in zip(
         torch.autograd.grad(out, part, dout), torch.autograd.grad(truth, whole, dout), strict=True
     ):
-        torch.testing.assert_close(mine, full[..., own])
+        torch.testing.assert_close(mine, full[..., own], rtol=1e-5, atol=1e-5)
 
 
 def compiled() -> None:
     """One graph, with the bits of an eager call; functions and modules; groups in a rank too."""
     case = Case((6,), 32, 1, False, True, bias=True)
-    i = inputs_of(case)
-    norm = gatednorm.LayerNorm(32 // dist.get_world_size(), process_group=dist.group.WORLD)
+    i = inputs_of(case, device())
+    norm = gatednorm.LayerNorm(
+        32 // dist.get_world_size(), process_group=dist.group.WORLD, device=device()
+    )
     group = dist.new_group(list(range(dist.get_world_size())))
 
     def function(x, w, b, z):
@@ -322,6 +344,10 @@ def compiled() -> None:
     torch.compiler.reset()
     for got, want in zip(run(f), wanted, strict=True):
         assert same_bits(got, want)
+    if device().type == "cuda":
+        torch.compiler.reset()
+        f = torch.compile(function, fullgraph=True)  # whose own sums may be rounded once
+        torch.testing.assert_close(run(f), wanted, rtol=1e-5, atol=1e-5)
     # What the compiler is told of the statistics: two groups a row.
     shapes, meta = [], torch.empty(6, 16, device="meta", requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda t: t):
@@ -346,34 +372,60 @@ CHECKS = {
 }  # fmt: skip
 
 
-def _rank(rank: int, size: int, folder: str, checks: list[Callable]) -> None:
+def _rank(rank: int, size: int, folder: str, checks: list[Callable], backend: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=size)
-    try:
-        for check_it in checks:
-            start = time.time()
+    own = torch.device("cuda", rank) if backend == "nccl" else None
+    if own is not None:
+        torch.cuda.set_device(own)
+    store = dist.FileStore(f"{folder}/ranks", size)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, device_id=own,
+        timeout=timedelta(minutes=3),
+    )  # fmt: skip
+    failed = False
+    for n, check_it in enumerate(checks):
+        start = time.time()
+        try:
             check_it()
-            if rank == 0:
-                print(f"{size} ranks: {check_it.__name__}, {time.time() - start:.1f} s", flush=True)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        sys.exit(1)
+            says = b"passed"
+        except BaseException:
+            print(f"rank {rank}, {check_it.__name__}:", file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            says = b"FAILED"
+            store.set_timeout(timedelta(seconds=10))
+        store.set(f"{n} on {rank}", says)
+        try:
+            everyone = [store.get(f"{n} on {r}") for r in range(size)]
+        except RuntimeError:  # they wait for this rank
+            everyone = []
+        if everyone != [says] * size:
+            os._exit(1)
+        store.set_timeout(timedelta(minutes=3))
+        failed |= says == b"FAILED"
+        if rank == 0:
+            took = time.time() - start
+            name = f"{size} ranks over {backend}: {check_it.__name__}"
+            print(f"{name} {says.decode()}, {took:.1f} s", flush=True)
     dist.destroy_process_group()
+    sys.exit(failed)
 
 
-def run_on_ranks(size: int, checks: list[Callable]) -> None:
-    """Fork the ranks, and exit with 1 where a check fails on any."""
-    context = multiprocessing.get_context("fork")
+def run_on_ranks(size: int, checks: list[Callable], backend: str = "gloo") -> None:
+    """Start the ranks, and exit with 1 where a check fails on any."""
+    # A process that has asked for GPUs cannot be forked into ones that use them.
+    context = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(rank, size, folder, checks)) for rank in range(size)
+            context.Process(target=_rank, args=(rank, size, folder, checks, backend))
+            for rank in range(size)
         ]
         for rank in ranks:
             rank.start()
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
             time.sleep(0.02)
         for rank in ranks:  # those that wait for one that has failed
+            rank.join(5)
             rank.terminate()
     sys.exit(any(rank.exitcode for rank in ranks))
 
