@@ -88,10 +88,10 @@ class _Call:
             columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
         else:
             keys = max(64, keys)  # smaller heads in the tiles of 64: what was checked on a GPU
-        grid = (self.rows, self.chunks)
+        programs = self.rows * self.chunks
         if by_sequence:
-            grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
-        kernel[grid](
+            programs = self.rows * triton.cdiv(self.dim_v, columns) * self.sequences
+        kernel[(programs,)](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
             BK=max(16, keys), BV=columns,
             PRECISION=PRECISION[self.bytes], **options,

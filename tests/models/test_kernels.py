@@ -349,3 +349,30 @@ def test_compiled(mixer):
         loss = y.square().sum() + sum(t.square().sum() for t in state)
         results.append((y, *state, *torch.autograd.grad(loss, list(block.parameters()))))
     assert_close(*results, 1e-5)
+
+
+def test_grids_of_long_rows_fit_a_gpu(monkeypatch):
+    """More chunks and more sequences than the second dimension of a CUDA grid holds; no kernel
+    runs."""
+    from triton.runtime.jit import KernelInterface
+
+    grids, count = [], (1 << 16) + 1
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda _, grid: lambda *a, **k: grids.append(grid)
+    )
+    cu_seqlens = torch.arange(count + 1, dtype=torch.int32)
+    sizes = {"device": DEVICE, "requires_grad": True}
+    q, k, v = (torch.zeros(1, count, 1, 16, **sizes) for _ in range(3))
+    g, beta = (torch.zeros(1, count, 1, **sizes) for _ in range(2))
+    weight = torch.zeros(16, 4, **sizes)
+    state = torch.zeros(count, 3, 16, **sizes)
+    for y, _ in (
+        chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens),
+        chunk_ssd(q, g, g[0, 0], k, v, cu_seqlens=cu_seqlens),
+        short_conv.short_conv(q[:, :, 0], weight, None, state, cu_seqlens),
+    ):
+        y.sum().backward()
+    assert len(grids) > 10
+    for x, *others in grids:
+        assert x < 1 << 31
+        assert all(size < 1 << 16 for size in others)
