@@ -58,7 +58,7 @@ def scan_backward_kernel(q, k, w, attn, total, do, dfinal, table, bounds, dends,
 @triton.jit
 def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, dk_part, dt_part, dv,
                            dbeta, H, HV, RATIO, skb, skt, skh, svb, svt, svh, sbb, sbt, sbh, tokens,
-                           C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                           sgv, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                            BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, through the triangular system, with du = dVn, dw = -dVn S^T and
     P = e^(G_i - G_j) for i >= j::
@@ -101,9 +101,9 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
         db += tl.sum(dvt * vt, axis=1)
         written = (vt * bt[:, None]).to(dtype)
         dsolve = tl.dot(dvt.to(dtype), tl.trans(written), dsolve, input_precision=PRECISION)
-        place = i[:, None] * HV * V + c[None, :]
+        place = (b * tokens + start) * sgv + h * V + i[:, None] * sgv + c[None, :]
         dvt = (dvt * bt[:, None]).to(dv.dtype.element_ty)
-        tl.store(dv + token * V + place, dvt, mask=ok[:, None] & (c < V)[None, :])
+        tl.store(dv + place, dvt, mask=ok[:, None] & (c < V)[None, :])
 
     kt = token_rows(k, skb, skt, skh, start, b, h // RATIO, i, ok, j, K).to(dtype)
     wt = tl.load(w + i[:, None] * K + j[None, :], mask=(j < K)[None, :], other=0.0)
@@ -131,7 +131,7 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
 @triton.jit
 def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_part, dt_part, dq,
                          dk, dg, scale, H, HV, RATIO, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh,
-                         tokens, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                         tokens, sgk, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                          BK: tl.constexpr, BV: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, with P = e^(G_i - G_j) for i >= j::
@@ -192,7 +192,7 @@ def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_
     dkt = tl.dot(tl.trans(dattn), qt, dkt + dout, input_precision=PRECISION)
     dgt = tl.cumsum(dt, axis=0, reverse=True)
     tl.store(dg + token + i * HV, dgt.to(dg.dtype.element_ty), mask=ok)
-    wide = token * K + i[:, None] * HV * K + j[None, :]
+    wide = (b * tokens + start) * sgk + h * K + i[:, None] * sgk + j[None, :]
     there = ok[:, None] & (j < K)[None, :]
     tl.store(dq + wide, dqt.to(dq.dtype.element_ty), mask=there)
     tl.store(dk + wide, dkt.to(dk.dtype.element_ty), mask=there)
