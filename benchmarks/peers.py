@@ -62,6 +62,7 @@ def choose_configs(choice: str, share: tuple[int, int] | None) -> None:
 
 def peer_model(name: str, config, setup: Setup) -> torch.nn.Module:
     """FLA's model of the same sizes, whose first output are the logits."""
+    without_init("mamba_ssm")  # FLA looks for it when it is imported
     shared = {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -77,9 +78,11 @@ def peer_model(name: str, config, setup: Setup) -> torch.nn.Module:
         ratio = {"hidden_ratio": int(config.mlp_ratio), "num_heads": config.num_heads}
         model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shared, **ratio))
     else:
-        without_init("mamba_ssm")
+        from fla.layers import mamba2
         from fla.models import Mamba2Config, Mamba2ForCausalLM
 
+        if setup.device == "cuda" and not mamba2.is_fast_path_available:
+            raise ImportError("FLA has not found mamba_ssm, and would time plain PyTorch")
         sizes = {"state_size": config.d_state, "residual_in_fp32": False}
         model = Mamba2ForCausalLM(Mamba2Config(**shared, **sizes))
         if importlib.util.find_spec("causal_conv1d") is None:
