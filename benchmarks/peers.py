@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-import types
 
 import torch
 
@@ -33,10 +32,9 @@ from gatednorm.bench.timing import wall_times
 
 def without_init(package: str) -> None:
     """Make a package's files importable without running its __init__, where it is installed."""
-    spec = importlib.util.find_spec(package)
-    if spec is not None and package not in sys.modules:
-        module = sys.modules[package] = types.ModuleType(package)
-        module.__path__ = list(spec.submodule_search_locations)
+    spec = None if package in sys.modules else importlib.util.find_spec(package)
+    if spec is not None:
+        sys.modules[package] = importlib.util.module_from_spec(spec)
 
 
 def choose_configs(choice: str, share: tuple[int, int] | None) -> None:
