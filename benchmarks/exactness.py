@@ -13,6 +13,7 @@ benchmarks/models.py.
 """
 
 import csv
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -164,7 +165,7 @@ def times(model, tokens, prompts, steps, rounds) -> list[tuple[str, bool, float]
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=DTYPES, help="by default bf16, on a CPU fp32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="by default bf16, on a CPU fp32")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--parts", nargs="+", default=["gap", "time"], choices=["gap", "time"])
     parser.add_argument("--rollouts", type=int, help="sequences of the gap")
@@ -174,18 +175,18 @@ def main() -> None:
     if args.draw:
         return draw(args.draw)
     gpu = args.device == "cuda"
-    dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
+    dtypes = [DTYPES[dtype] for dtype in args.dtype or ["bf16" if gpu else "fp32"]]
     batch, tokens, prompt = (8, 2048, 512) if gpu else (4, 256, 64)
     rollouts, new = args.rollouts or (64 if gpu else 4), args.new_tokens or (352 if gpu else 100)
     run, rows, ratios = report.about(args.device), [], []
 
     def add(part, name, exact, quantity, value):
-        mode = "exact" if exact else "default"
-        place = {"part": part, "model": name, "dtype": str(dtype)[6:], "mode": mode}
+        mode, dtype = "exact" if exact else "default", str(model.norm.weight.dtype)[6:]
+        place = {"part": part, "model": name, "dtype": dtype, "mode": mode}
         rows.append(place | {"quantity": quantity, "value": f"{value:.6g}"})
         print("  ", *rows[-1].values(), flush=True)
 
-    for name in args.models:
+    for dtype, name in itertools.product(dtypes, args.models):
         model = make_model(name, args.device, dtype)
         vocab = model.config.vocab_size
         generator = torch.Generator().manual_seed(0)

@@ -162,9 +162,9 @@ def step_profile(setup: Setup, name: str) -> None:
 
 
 def keep_profile(setup: Setup, part, model, norm, table) -> None:
-    """The 40 kernels that took most of the time; those of models_profile.csv."""
+    """The 100 kernels that took most of the time; those of models_profile.csv."""
     total = sum(ms for _, ms in table.values())
-    ranked = sorted(table.items(), key=lambda item: -item[1][1])[:40]
+    ranked = sorted(table.items(), key=lambda item: -item[1][1])[:100]
     for rank, (kernel, (calls, ms)) in enumerate(ranked, 1):
         place = {"part": part, "model": model, "norm": norm, "rank": rank}
         row = {"calls": f"{calls:g}", "ms": f"{ms:.3f}", "percent": f"{100 * ms / total:.1f}"}

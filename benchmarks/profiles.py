@@ -1,12 +1,19 @@
 """Where a model's GPU time goes: kernels by name, and the share of its norms.
 
+    python -m benchmarks.profiles before/models_profile.csv after/models_profile.csv
+
+prints a table of forward and backward by kind of kernel, of the CSVs of benchmarks/models.py.
+
 The share of the norm: forward, all kernels launched inside a `record_function` around the norm;
 backward, all kernels of the autograd nodes that were made inside it, found by their sequence
 numbers. That holds for one fused node and for the dozen of the plain expression alike.
 """
 
 import bisect
+import csv
 import functools
+import re
+import sys
 from collections.abc import Iterable
 
 from torch.autograd import DeviceType
@@ -17,6 +24,16 @@ from gatednorm.bench.timing import synchronize
 from models import gated_deltanet
 from models.language_model import LanguageModel
 
+KINDS = {  # of kernels, by how a name begins
+    "matrix products": r"nvjet|gemm|void (cutlass|gemm)|.*splitK",
+    "scan": "_decay|_chunk|_prepare|_tokens|_scores|_combine|_spread|_delta|prepare_k|scan_|"
+    "system_|read_backward|pass_states|outputs|maps_b|inputs_b|sum_decays",
+    "convolution": "_conv|_final_state|_sum_parameters",
+    "norms": "(forward|backward|reduce)_kernel$",
+    "SwiGLU": "_swiglu",
+    "loss": r".*(SoftMax|nll_loss)",
+    "PyTorch's elementwise operators, sums, copies": "",
+}
 ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
 
 
@@ -122,3 +139,28 @@ def label_norms(model: LanguageModel, plain: bool):
     function = gatednorm.rms_norm_ref if plain else ours
     gated_deltanet.rmsnorm_fn = labelled("norm.q_and_k", function)
     return functools.partial(setattr, gated_deltanet, "rmsnorm_fn", ours)
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, name in KINDS.items() if re.match(name, kernel))
+
+
+def main() -> None:
+    columns: dict[str, dict[str, list[float]]] = {}
+    for path in sys.argv[1:]:
+        with open(path) as file:
+            rows = [r for r in csv.DictReader(file) if (r["part"], r["norm"]) == ("train", "ours")]
+        for row in rows:
+            column = columns.setdefault(f"{row['model']}, {row['commit']}", {})
+            entry = column.setdefault(kind_of(row["kernel"]), [0.0, 0.0])
+            entry[0] += float(row["ms"])
+            entry[1] += float(row["calls"])
+    print("| ms (launches) |", " | ".join(columns), "|")
+    print("|---|", "--:|" * len(columns), sep="")
+    for kind in KINDS:
+        entries = (column.get(kind, (0.0, 0.0)) for column in columns.values())
+        print(f"| {kind} |", " | ".join(f"{ms:.1f} ({calls:.0f})" for ms, calls in entries), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,9 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, g, beta, *kept = ctx.saved_tensors
         scan = _scan(q, v, ctx.options[-1])
-        return *scan.backward(do, dfinal, q, k, v, g, beta, *ctx.options, *kept), None, None, None
+        layout = {} if scan is delta_chunks else {"in_rows": True}
+        grads = scan.backward(do, dfinal, q, k, v, g, beta, *ctx.options, *kept, **layout)
+        return *grads, None, None, None
 
 
 def _chunks(v, offsets, chunk_size):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gatednorm import RMSNorm, rmsnorm_fn
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from models.mixer import Fused, Mixer
+from models.mixer import Fused, Mixer, split
 from models.ranges import check_positive
 
 L2_EPS = 1e-6  # inside the root of the L2 norm of q and k, as in the published models
@@ -121,10 +121,14 @@ class GatedDeltaNet(Mixer):
     def mix(
         self, scan: Callable, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        qk, v = qkv.split([2 * self.num_heads * self.head_dim, self.inner_size], -1)
+        keys = self.num_heads * self.head_dim
+        qk, v = split(qkv, [2 * keys, self.inner_size])
         qk = qk.unflatten(-1, (2 * self.num_heads, self.head_dim))
         qk = self.by_rows(self._l2_norm, qk)
-        q, k = qk.chunk(2, dim=2)
+        q, k = (
+            part.unflatten(-1, (self.num_heads, self.head_dim))
+            for part in split(qk.flatten(2), [keys, keys])
+        )
         v = v.unflatten(-1, (self.num_v_heads, self.v_head_dim))
         beta = self.by_rows(torch.sigmoid, b.float() if b.dtype.itemsize < 4 else b)
         if self.allow_neg_eigval:

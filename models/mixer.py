@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
 from models.products import Linear
+from models.rows import ROW, side_by_side
 from models.short_conv import short_conv
 
 # Heads, or groups of them, that lie side by side in one dimension: how many and how wide.
 Fused = list[tuple[int, int]]
-ROW = 64  # channels, 128 bytes in 16 bits: Hopper's fast matrix kernels want rows to begin at those
 
 
 class PaddedLinear(Linear):
@@ -90,9 +90,7 @@ class _Split(torch.autograd.Function):
         if whole:
             dx = first.as_strided((*first.shape[:-1], columns), first.stride())
         else:
-            # Zeros: oneDNN's products of bf16 read them, and what lies there may be NaN.
-            rest = first.new_zeros(*first.shape[:-1], -columns % ROW)
-            dx = torch.cat((*grads, rest), -1)[..., :columns]
+            dx = side_by_side(grads)
         return dx, *(None for _ in ctx.widths)
 
 

@@ -19,6 +19,7 @@ from models.chunks import (
     sequence_offsets,
 )
 from models.exact import CHUNK, by_chunks
+from models.rows import gradient_like
 
 
 class _TapSum(torch.autograd.Function):
@@ -72,17 +73,17 @@ class _KernelConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dfinal):
         x, *others = ctx.saved_tensors
-        grads = _kernel_backward(dy, dfinal, x, *others, ctx.places)
+        grads = _kernel_backward(dy, dfinal, x, *others, ctx.places, gradient_like(x))
         return *grads, None, None
 
 
-def _kernel_backward(dy, dfinal, x, weight, bias, state, places):
+def _kernel_backward(dy, dfinal, x, weight, bias, state, places, dx):
     dy = torch.zeros_like(x) if dy is None else dy
     if dfinal is not None:
         sequences = len(places[1]) - 1
         dfinal = dfinal.reshape(sequences, weight.shape[1] - 1, x.shape[2]).contiguous()
     backward = kernels.find("short_conv", x).backward
-    return backward(dy, dfinal, x, weight, bias, state, *places)
+    return backward(dy, dfinal, x, weight, bias, state, *places, dx)
 
 
 def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -246,7 +247,8 @@ def _fake(x, weight, bias, state, cu_seqlens, exact):
 def _run_backward(dy, dfinal, x, weight, bias, state, cu_seqlens, total, exact):
     """Runs the forward again without the sum over the taps, and leaves the rest to autograd."""
     if kernels.usable(x):
-        return _kernel_backward(dy, dfinal, x, weight, bias, state, _places(x, cu_seqlens))
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return _kernel_backward(dy, dfinal, x, weight, bias, state, _places(x, cu_seqlens), dx)
     inputs = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, state)]
     leaves = [t for t in inputs if t is not None]
     with torch.enable_grad():

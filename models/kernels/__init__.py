@@ -27,11 +27,11 @@ def on_its_device(function: Callable) -> Callable:
     there, wherever their tensors lie."""
 
     @functools.wraps(function)
-    def call(x, *arguments):
+    def call(x, *arguments, **options):
         if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-            return function(x, *arguments)
+            return function(x, *arguments, **options)
         with torch.cuda.device(x.device):
-            return function(x, *arguments)
+            return function(x, *arguments, **options)
 
     return call
 

@@ -8,7 +8,7 @@ V the head's dimensions, C chunk size, N chunks of a row of the batch, X = N * B
 import triton
 import triton.language as tl
 
-from models.kernels.delta_forward import lower_decays, span_of, token_rows
+from models.kernels.delta_forward import lower_decays, place_of, span_of, token_rows
 
 
 @triton.jit
@@ -19,18 +19,19 @@ def scan_backward_kernel(q, k, w, attn, total, do, dfinal, table, bounds, dends,
     """dVn = e^(G_C - G) k dS + attn^T do; dS = e^G_C dS + q^T scale e^G do - w^T dVn, from the last
     chunk to the first."""
     blocks: tl.constexpr = (V + BV - 1) // BV
-    head = (tl.program_id(0) // blocks).to(tl.int64)
+    program, sequence = place_of(H * blocks)
+    head = (program // blocks).to(tl.int64)
     b, h = head // HV, head % HV
     i, j = tl.arange(0, C), tl.arange(0, BK)
-    c = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    c = program % blocks * BV + tl.arange(0, BV)
     dtype: tl.constexpr = q.dtype.element_ty
     columns = (c < V)[None, :]
     some = (j < K)[:, None] & columns
     block, wide = j[:, None] * V + c[None, :], i[:, None] * K + j[None, :]
     row, square = i[:, None] * V + c[None, :], i[:, None] * C + i[None, :]
-    here = (tl.program_id(1) * H + head) * K * V
+    here = (sequence * H + head) * K * V
     ds = tl.load(dfinal + here + block, mask=some, other=0.0)
-    begin, stop, first, end = span_of(table, bounds)
+    begin, stop, first, end = span_of(sequence, table, bounds)
     for back in range(stop - begin):
         x = (stop - 1 - back) * H + head  # 64 bits, as head
         start = first + (stop - 1 - back - begin) * C
@@ -57,7 +58,7 @@ def scan_backward_kernel(q, k, w, attn, total, do, dfinal, table, bounds, dends,
 @triton.jit
 def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, dk_part, dt_part, dv,
                            dbeta, H, HV, RATIO, skb, skt, skh, svb, svt, svh, sbb, sbt, sbh, tokens,
-                           C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                           sgv, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                            BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, through the triangular system, with du = dVn, dw = -dVn S^T and
     P = e^(G_i - G_j) for i >= j::
@@ -67,7 +68,8 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
         dk_part = beta e^G dk' + (D + D^T) k,   D = beta dA * P
 
     and dt_part, of the running sums G, from dk' and dA."""
-    head, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, n = place_of(H)
+    head, n = head.to(tl.int64), n.to(tl.int64)
     dtype: tl.constexpr = w.dtype.element_ty
     sums: tl.constexpr = total.dtype.element_ty
     b, h = head // HV, head % HV
@@ -99,9 +101,9 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
         db += tl.sum(dvt * vt, axis=1)
         written = (vt * bt[:, None]).to(dtype)
         dsolve = tl.dot(dvt.to(dtype), tl.trans(written), dsolve, input_precision=PRECISION)
-        place = i[:, None] * HV * V + c[None, :]
+        place = (b * tokens + start) * sgv + h * V + i[:, None] * sgv + c[None, :]
         dvt = (dvt * bt[:, None]).to(dv.dtype.element_ty)
-        tl.store(dv + token * V + place, dvt, mask=ok[:, None] & (c < V)[None, :])
+        tl.store(dv + place, dvt, mask=ok[:, None] & (c < V)[None, :])
 
     kt = token_rows(k, skb, skt, skh, start, b, h // RATIO, i, ok, j, K).to(dtype)
     wt = tl.load(w + i[:, None] * K + j[None, :], mask=(j < K)[None, :], other=0.0)
@@ -129,7 +131,7 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
 @triton.jit
 def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_part, dt_part, dq,
                          dk, dg, scale, H, HV, RATIO, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh,
-                         tokens, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                         tokens, sgk, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                          BK: tl.constexpr, BV: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, with P = e^(G_i - G_j) for i >= j::
@@ -138,7 +140,8 @@ def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_
         dk = e^(G_C - G) Vn dS^T + dattn^T q + dk_part
 
     G is a running sum, so the gradient of g is the running sum of dG from the end."""
-    head, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, n = place_of(H)
+    head, n = head.to(tl.int64), n.to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     sums: tl.constexpr = total.dtype.element_ty
     b, h = head // HV, head % HV
@@ -189,7 +192,7 @@ def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_
     dkt = tl.dot(tl.trans(dattn), qt, dkt + dout, input_precision=PRECISION)
     dgt = tl.cumsum(dt, axis=0, reverse=True)
     tl.store(dg + token + i * HV, dgt.to(dg.dtype.element_ty), mask=ok)
-    wide = token * K + i[:, None] * HV * K + j[None, :]
+    wide = (b * tokens + start) * sgk + h * K + i[:, None] * sgk + j[None, :]
     there = ok[:, None] & (j < K)[None, :]
     tl.store(dq + wide, dqt.to(dq.dtype.element_ty), mask=there)
     tl.store(dk + wide, dkt.to(dk.dtype.element_ty), mask=there)

@@ -9,6 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
+def place_of(rows):
+    """The program's row, and its chunk or sequence. One dimension for both: the second of a CUDA
+    grid ends at 65,535."""
+    return tl.program_id(0) % rows, tl.program_id(0) // rows
+
+
+@triton.jit
 def token_rows(x, stride_b, stride_t, stride_h, start, b, h, i, ok, j, D: tl.constexpr):
     """A tile [i, j] of x [B, T, H, D]: tokens start + i that are ok, else zeros."""
     x += b * stride_b + start * stride_t + h * stride_h  # one pointer of 64 bits
@@ -47,7 +54,8 @@ def prepare_kernel(q, k, v, g, beta, table, total, solve, attn, w, u, scale, H, 
     """G = running sum of g, solve = (I + tril(beta k k^T e^(G_i - G_j), -1))^-1,
     attn = tril(scale q k^T e^(G_i - G_j)), w = solve beta e^G k, u = solve beta v; a chunk in two
     halves, since half of what lies off the diagonal is zero."""
-    head, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, n = place_of(H)
+    head, n = head.to(tl.int64), n.to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
     sums: tl.constexpr = total.dtype.element_ty
     half: tl.constexpr = C // 2
@@ -127,9 +135,8 @@ def prepare_kernel(q, k, v, g, beta, table, total, solve, attn, w, u, scale, H, 
 
 
 @triton.jit
-def span_of(table, bounds):
-    """The chunks of the program's sequence, and its tokens."""
-    sequence = tl.program_id(1)
+def span_of(sequence, table, bounds):
+    """The chunks of a sequence, and its tokens."""
     begin, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     first = tl.load(table + 3 * begin, mask=begin < stop, other=0)
     end = tl.load(table + 3 * stop - 3, mask=begin < stop, other=0)
@@ -146,18 +153,19 @@ def scan_kernel(q, k, w, u, attn, total, initial, table, bounds, states, final, 
     S = e^G_C S + k^T e^(G_C - G) Vn: over the chunks of one sequence, for one head and BV columns
     of the state."""
     blocks: tl.constexpr = (V + BV - 1) // BV
-    head = (tl.program_id(0) // blocks).to(tl.int64)
+    program, sequence = place_of(H * blocks)
+    head = (program // blocks).to(tl.int64)
     b, h = head // HV, head % HV
     i, j = tl.arange(0, C), tl.arange(0, BK)
-    c = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    c = program % blocks * BV + tl.arange(0, BV)
     dtype: tl.constexpr = q.dtype.element_ty
     columns = (c < V)[None, :]
     some = (j < K)[:, None] & columns
     block, wide = j[:, None] * V + c[None, :], i[:, None] * K + j[None, :]
     row, square = i[:, None] * V + c[None, :], i[:, None] * C + i[None, :]
-    here = (tl.program_id(1) * H + head) * K * V
+    here = (sequence * H + head) * K * V
     s = tl.load(initial + here + block, mask=some, other=0.0)
-    begin, stop, first, end = span_of(table, bounds)
+    begin, stop, first, end = span_of(sequence, table, bounds)
     for n in range(begin, stop):
         x = n * H + head  # 64 bits, as head
         start = first + (n - begin) * C

@@ -22,6 +22,7 @@ from models.kernels.delta_backward import (
     system_backward_kernel,
 )
 from models.kernels.delta_forward import prepare_kernel, scan_kernel
+from models.rows import gradient_like
 
 # Of the triangular systems, which are fp32, where what is made of them has 16 bits: three products
 # of what NVIDIA's tensor cores take. fp32 operands are multiplied as they are.
@@ -88,10 +89,10 @@ class _Call:
             columns = max(16, min(columns, triton.next_power_of_2(self.dim_v)))
         else:
             keys = max(64, keys)  # smaller heads in the tiles of 64: what was checked on a GPU
-        grid = (self.rows, self.chunks)
+        programs = self.rows * self.chunks
         if by_sequence:
-            grid = (self.rows * triton.cdiv(self.dim_v, columns), self.sequences)
-        kernel[grid](
+            programs = self.rows * triton.cdiv(self.dim_v, columns) * self.sequences
+        kernel[(programs,)](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
             BK=max(16, keys), BV=columns,
             PRECISION=PRECISION[self.bytes], **options,
@@ -134,8 +135,9 @@ def forward(q, k, v, g, beta, initial, offsets, scale, size, kept, keep):
 
 
 @on_its_device
-def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, *kept):
-    """Gradients of q, k, v, g, beta and the initial states, which are like dfinal."""
+def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, *kept, in_rows=False):
+    """Gradients of q, k, v, g, beta and the initial states, which are like dfinal; ``in_rows``:
+    those of q and k lie side by side, and that of v as v does."""
     call, (q, k, v, do) = _Call(q, v, offsets, size), map(_readable, (q, k, v, do))
     total, solve, attn, w, v_new, states = kept
     dfinal = dfinal.contiguous()
@@ -144,18 +146,26 @@ def backward(do, dfinal, q, k, v, g, beta, offsets, scale, size, *kept):
         scan_backward_kernel, True, q, k, w, attn, total, do, dfinal, call.table,
         call.bounds, dends, dv_new, dinitial, scale, *call.counts, *_strides(q, k, do),
     )  # fmt: skip
-    key_heads, shape = q.shape[2], (*v.shape[:3], q.shape[3])
-    dq, dk, dv = q.new_empty(shape), k.new_empty(shape), v.new_empty(v.shape)
+    key_heads, (*rows, heads, dim_k) = q.shape[2], (*v.shape[:3], q.shape[3])
+    if in_rows:
+        dq, dk = q.new_empty(*rows, 2 * heads * dim_k).chunk(2, -1)
+        dv = gradient_like(v.flatten(2))
+    else:
+        dq, dk = (x.new_empty(*rows, heads * dim_k) for x in (q, k))
+        dv = v.new_empty(*rows, heads * v.shape[3])
     dg, dbeta = g.new_empty(g.shape), beta.new_empty(g.shape)
     dk_part, dt_part = torch.empty_like(w, dtype=torch.float32), torch.empty_like(total)
     call.start(
         system_backward_kernel, False, k, v, beta, total, solve, w, states, dv_new, call.table,
         dk_part, dt_part, dv, dbeta, *call.counts, *_strides(k, v, beta), call.tokens,
+        dv.stride(1),
     )  # fmt: skip
     call.start(
         read_backward_kernel, False, q, k, total, attn, v_new, states, do, dends, call.table,
         dk_part, dt_part, dq, dk, dg, scale, *call.counts, *_strides(q, k, do), call.tokens,
+        dq.stride(1),
     )  # fmt: skip
-    if key_heads != shape[2]:
+    dq, dk = (x.unflatten(2, (heads, dim_k)) for x in (dq, dk))
+    if key_heads != heads:
         dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
-    return dq, dk, dv, dg, dbeta, dinitial
+    return dq, dk, dv.view(v.shape), dg, dbeta, dinitial

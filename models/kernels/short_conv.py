@@ -79,7 +79,7 @@ def _conv_forward(x, state, weight, bias, table, offsets, y, D, sxt, ssb, sst, W
 
 @triton.jit
 def _conv_backward(x, state, weight, bias, dy, dfinal, table, offsets, dx, dstate, dparams, D,
-                   sxt, ssb, sst, sdt, W: tl.constexpr, BD: tl.constexpr,
+                   sxt, ssb, sst, sdt, sgt, W: tl.constexpr, BD: tl.constexpr,
                    U: tl.constexpr):  # fmt: skip
     """With total[t] the argument of silu, dtotal[t] = dy[t] silu'(total[t]),
     dx[t] = sum_j weight[j] * dtotal[t + W - 1 - j], and dfinal for the last rows; of the program's
@@ -126,7 +126,7 @@ def _conv_backward(x, state, weight, bias, dy, dfinal, table, offsets, dx, dstat
                 place = (sequence * (W - 1) + at) * D + d
                 value += tl.load(dfinal + place, mask=there, other=0.0).to(tl.float32)
             there = (d < D) & (row >= start) & (row < end)
-            tl.store(dx + row * D + d, value.to(dx.dtype.element_ty), mask=there)
+            tl.store(dx + row * sgt + d, value.to(dx.dtype.element_ty), mask=there)
             if dstate is not None:
                 at = sequence * (W - 1) + row - begin + W - 1
                 there = (d < D) & (start == begin) & (row < begin)
@@ -206,9 +206,8 @@ def forward(x, weight, bias, state, table, offsets, with_final):
 
 
 @on_its_device
-def backward(dy, dfinal, x, weight, bias, state, table, offsets):
-    """Gradients of x, weight, bias and state, None for those that are None."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def backward(dy, dfinal, x, weight, bias, state, table, offsets, dx):
+    """Gradients of x, weight, bias and state, None for those that are None; dx is given, empty."""
     (_, _, channels), taps = x.shape, weight.shape[1]
     dstate = None
     if state is not None:  # an empty sequence has no program
@@ -223,7 +222,8 @@ def backward(dy, dfinal, x, weight, bias, state, table, offsets):
     dy = (dy if dy.stride(-1) == 1 else dy.contiguous()).flatten(0, 1)
     _conv_backward[(len(table), triton.cdiv(channels, CHANNELS))](
         x, state, weight, bias, dy,
-        dfinal, table, offsets, dx, dstate, dparams, channels, *strides, dy.stride(0), U=8, **sizes,
+        dfinal, table, offsets, dx, dstate, dparams, channels, *strides, dy.stride(0), dx.stride(1),
+        U=8, **sizes,
     )  # fmt: skip
     _sum_parameters[(triton.cdiv(channels, 32), taps + 1)](
         dparams, dweight, dbias, len(table), channels, W=taps, BN=64, BD=32

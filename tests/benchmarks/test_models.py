@@ -66,3 +66,29 @@ def test_the_norms_time_is_all_of_theirs_and_nothing_else(plain):
     else:
         assert total == pytest.approx(forward + backward / 1e3)
     assert profiles.gated_deltanet.rmsnorm_fn is gatednorm.rmsnorm_fn
+
+
+def test_kernels_by_kind(tmp_path, monkeypatch, capsys):
+    """Times and launches of a kind are added up, for each model and commit."""
+    rows = [
+        ("nvjet_sm90_tst_128x256", "2", "1.5"),
+        ("void cutlass::Kernel2", "1", "0.5"),
+        ("scan_backward_kernel", "8", "4.0"),
+        ("backward_kernel", "3", "0.25"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4>", "1", "3.0"),
+        ("void at::native::elementwise_kernel<128, 4>", "9", "0.125"),
+        ("Memset (Device)", "1", "0.125"),
+    ]
+    lines = [f'train,mamba2,ours,{calls},{ms},"{name}",abc' for name, calls, ms in rows]
+    lines += ["step,mamba2,ours,1,9.0,nvjet,abc", "train,mamba2,plain,1,9.0,nvjet,abc"]
+    path = tmp_path / "models_profile.csv"
+    path.write_text("\n".join(["part,model,norm,calls,ms,kernel,commit", *lines]))
+    monkeypatch.setattr(sys, "argv", ["profiles", str(path)])
+    profiles.main()
+    found = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    assert found["matrix products"] == "2.0 (3)"
+    assert found["scan"] == "4.0 (8)"
+    assert found["norms"] == "0.2 (3)"
+    assert found["loss"] == "3.0 (1)"
+    assert found["PyTorch's elementwise operators, sums, copies"] == "0.2 (10)"
+    assert found["convolution"] == found["SwiGLU"] == "0.0 (0)"

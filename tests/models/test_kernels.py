@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from models import chunks, kernels, short_conv, token_log_probs
+from models import chunks, kernels, rows, short_conv, token_log_probs
+from models import mixer as mixer_module
 from models.exact import CHUNK
 from models.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from models.ssd import chunk_ssd, recurrent_ssd
@@ -349,3 +350,61 @@ def test_compiled(mixer):
         loss = y.square().sum() + sum(t.square().sum() for t in state)
         results.append((y, *state, *torch.autograd.grad(loss, list(block.parameters()))))
     assert_close(*results, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "expected"),
+    [
+        ("mamba2", {}, [False]),
+        ("gated_deltanet", {}, [False, False]),
+        ("gated_deltanet", {"num_v_heads": 4}, [True, False, False]),  # q and k are sums
+    ],
+    ids=["mamba2", "gated_deltanet", "value_heads"],
+)
+def test_gradients_of_a_rows_parts_are_written_into_the_rows(mixer, options, expected, monkeypatch):
+    """The convolution's and the values' gradients; with the bits that copied ones have."""
+    block = small_model(mixer, head_dim=16, num_layers=1, **options).to(DEVICE).blocks[0]
+    x, found, moved = torch.randn(2, 9, 24, device=DEVICE, requires_grad=True), [], []
+    beside = rows.side_by_side
+
+    def recorded(parts):
+        whole, widths = beside(parts), [part.shape[-1] for part in parts]
+        starts = itertools.accumulate(widths[:-1], initial=0)
+        places = (whole.data_ptr() + start * whole.element_size() for start in starts)
+        moved.append(all(p.data_ptr() != at for p, at in zip(parts, places, strict=True)))
+        return whole
+
+    monkeypatch.setattr(mixer_module, "side_by_side", recorded)
+    for pad in (False, True):
+        monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x, pad=pad: pad)
+        y, _ = block(x, None, False, None)
+        found.append((y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])))
+    assert moved == expected
+    assert_close(*found, 1e-6 if not GPU else 1e-3)
+
+
+def test_grids_of_long_rows_fit_a_gpu(monkeypatch):
+    """More chunks and more sequences than the second dimension of a CUDA grid holds; no kernel
+    runs."""
+    from triton.runtime.jit import KernelInterface
+
+    grids, count = [], (1 << 16) + 1
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda _, grid: lambda *a, **k: grids.append(grid)
+    )
+    cu_seqlens = torch.arange(count + 1, dtype=torch.int32)
+    sizes = {"device": DEVICE, "requires_grad": True}
+    q, k, v = (torch.zeros(1, count, 1, 16, **sizes) for _ in range(3))
+    g, beta = (torch.zeros(1, count, 1, **sizes) for _ in range(2))
+    weight = torch.zeros(16, 4, **sizes)
+    state = torch.zeros(count, 3, 16, **sizes)
+    for y, _ in (
+        chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens),
+        chunk_ssd(q, g, g[0, 0], k, v, cu_seqlens=cu_seqlens),
+        short_conv.short_conv(q[:, :, 0], weight, None, state, cu_seqlens),
+    ):
+        y.sum().backward()
+    assert len(grids) > 10
+    for x, *others in grids:
+        assert x < 1 << 31
+        assert all(size < 1 << 16 for size in others)

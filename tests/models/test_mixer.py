@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models import mixer as mixer_module
+from models import rows
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
 from scan_checks import make_mixer
@@ -135,6 +136,27 @@ def test_a_split_has_its_gradient_in_one_piece(together, monkeypatch):
     assert torch.equal(dx, expected)
     assert (dx.data_ptr() == expected.data_ptr()) == together
     assert dx.stride(1) == (70 if together else 128)
+
+
+def test_a_gradient_with_room_beside_it_stays_where_it_is():
+    """The others and zeros for the padding are written around it, once; nothing is written beside a
+    part that only looks like it."""
+    whole = torch.randn(2, 5, 70)
+    left, part, right = whole.split([10, 40, 20], -1)
+    here = rows.gradient_like(part)
+    here._base.fill_(float("nan"))
+    here.copy_(part)
+    together = rows.side_by_side((left, here, right))
+    assert torch.equal(together, whole)
+    assert together.data_ptr() == here._base.data_ptr()
+    assert torch.equal(here._base[..., 70:], torch.zeros(2, 5, 58))
+    for other in (here, torch.zeros(2, 5, 128)[..., 10:50]):
+        before = other._base.clone()
+        copied = rows.side_by_side((left.neg(), other, right))
+        assert torch.equal(copied, torch.cat((left.neg(), other, right), -1))
+        assert torch.equal(other._base, before)
+    for alone in (torch.randn(2, 5, 8), torch.randn(1, 8).expand(2, 5, 8), whole.mT):
+        assert rows.gradient_like(alone).is_contiguous()
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
