@@ -114,6 +114,22 @@ def test_activation_checkpointing_computes_a_block_again(name):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["fla", "mamba2"])
+def test_projections_in_fp8_lose_nearly_the_same(name):
+    sizes = ["model.hidden_size=128", "model.head_dim=64", "model.num_layers=2"]
+    batch, losses = torch.randint(256, (2, 9)), []
+    for value in ("null", "fp8_emulated"):
+        config = compose(
+            "train", [f"model={name}", *sizes, f"trainer.norm_linear_precision={value}"]
+        )
+        torch.manual_seed(0)
+        model = LanguageModel(config.model)
+        prepare_blocks(model, config.trainer)
+        losses.append(LitLanguageModel(model, config.optim).loss(batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != losses[0]
+
+
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_blocks_are_compiled(checkpointing, monkeypatch):
     """Both blocks by the first one's code, also where they are computed again in the backward."""
