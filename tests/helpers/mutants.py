@@ -124,7 +124,7 @@ MUTANTS = {
     "fp8: blocks across groups in one kernel": ("forward_fp8", "call.group_size % BLOCKS[scaling] == 0", "True"),
     "fp8: a row of heads in one kernel": ("forward_fp8", "any_heads * call.n_groups == 1 and any_rest", "call.n_groups == 1 and any_rest"),
     "fp8 linear: no scales": ("_product", "any_values.float() * any_scales.repeat_interleave(128, 0).repeat_interleave(128, 1)", "any_values.float()"),
-    "fp8 linear: y along the rows of x alone": ("_gradients", "norm_columns(*any_others, ctx.options, ctx.heads)", "norm_columns(*any_others, ctx.options, False)"),
+    "fp8 linear: y without the gate": ("_gradients", "norm_columns(x, weight, bias, z, *any_rest)", "norm_columns(x, weight, bias, None, *any_rest)"),
     # launches
     "whole tiles only": ("forward", "-(-any_rows // tile.rows)", "max(1, any_rows // tile.rows)"),
     "no partial tiles": ("_tile_constants", "kind.group_size % any_block == 0", "True"),
