@@ -205,8 +205,14 @@ def check_norm_linear(model: LanguageModel, config: TrainerConfig) -> None:
             "give other bits; leave out one of them"
         )
     for block in model.blocks:
-        projection = block.mixer.out_proj
-        sizes = {"rows": projection.out_features, "columns": projection.in_features // ranks}
+        norm, projection = block.mixer.norm, block.mixer.out_proj
+        group, own = norm.group_size or norm.hidden_size, projection.in_features // ranks
+        if group > own:
+            raise ValueError(
+                f"a norm group must lie on one process, got {group} channels for {ranks} processes "
+                f"of {own}; use more groups, or leave it out"
+            )
+        sizes = {"rows": projection.out_features, "columns": own}
         for name, size in sizes.items():
             if size % 128:
                 raise ValueError(
