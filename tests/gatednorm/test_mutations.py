@@ -107,6 +107,7 @@ FIRST = {
     f"{BYTES}gate_after-silu-zero_centered-g129-M5-D129-fp32-strided-tensorwise-False]": (
         "fp8: given",
     ),
+    f"{FP8}test_pairs_of_four_bits_with_two_scales[kernels]": ("fp8: nvfp4",),
     f"{FP8}test_bytes_and_scales": ("fp8: ",),
     "test_linear_fp8.py::test_the_three_products_and_the_gradients"
     "[kernels-rms-gate_after-sigmoid-g64-M2x3x4-D64-fp32-strided]": ("fp8 linear",),

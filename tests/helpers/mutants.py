@@ -123,6 +123,11 @@ MUTANTS = {
     "fp8: tiles of swizzled scales": ("store_block_scales", "(any_token // 128).to(tl.int64) * TILES", "(any_token // 128).to(tl.int64) * (TILES - 1)"),
     "fp8: blocks across groups in one kernel": ("forward_fp8", "call.group_size % BLOCKS[scaling] == 0", "True"),
     "fp8: a row of heads in one kernel": ("forward_fp8", "any_heads * call.n_groups == 1 and any_rest", "call.n_groups == 1 and any_rest"),
+    "fp8: nvfp4 ties away from zero": ("to_fp4", "any_size > 0.25", "any_size >= 0.25"),
+    "fp8: nvfp4 halves of a byte": ("nvfp4_blocks", "any_low | any_high << 4", "any_high | any_low << 4"),
+    "fp8: nvfp4 infinity": ("nvfp4_blocks", "tl.where(any_finite, any_byte, 0x7F)", "any_byte"),
+    "fp8: nvfp4 least scale": ("nvfp4_blocks", "tl.maximum(any_scale, 0.015625)", "any_scale"),
+    "fp8: nvfp4 without the given scale": ("nvfp4_blocks", "any_scale.to(tl.float32, bitcast=True) * given", "any_scale.to(tl.float32, bitcast=True)"),
     "fp8 linear: no scales": ("_product", "any_values.float() * any_scales.repeat_interleave(128, 0).repeat_interleave(128, 1)", "any_values.float()"),
     "fp8 linear: y without the gate": ("_gradients", "norm_columns(x, weight, bias, z, *any_rest)", "norm_columns(x, weight, bias, None, *any_rest)"),
     # launches
