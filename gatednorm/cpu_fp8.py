@@ -21,20 +21,22 @@ def forward_fp8(
     scaling: str,
     scale: Tensor,
     heads: int,
+    given: Tensor | None,
 ) -> None:
     """As in kernels/launch_fp8.py."""
     wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     forward(call, x, weight, bias, z, wide, mean, rstd)
-    quantize_rows(wide.view(y.shape), y, scaling, scale)
+    quantize_rows(wide.view(len(y), -1), y, scaling, scale, given)
 
 
-def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
+def quantize_rows(
+    x: Tensor, y: Tensor, scaling: str, scale: Tensor, given: Tensor | None = None
+) -> None:
     """As in kernels/launch_fp8.py."""
-    given = scale if scaling == "tensorwise" else None
     values, scales = quantize_fp8_ref(x.float(), scaling, given)
-    y.copy_(values)
-    if given is None:
-        scale.copy_(scales.view(scale.dtype) if scaling == "mxfp8" else scales)
+    y.copy_(values.view(y.dtype))
+    if scale is not given:
+        scale.copy_(scales.view(scale.dtype))
 
 
 def quantize_tiles(

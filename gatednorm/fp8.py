@@ -14,7 +14,8 @@ from .call import DEVICES, check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
 from .options import BLOCKS, Options, make_options, one_of
 
-SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8")
+SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4")
+GIVEN = ("tensorwise", "nvfp4")  # with a given scale
 
 
 def rms_norm_gated_fp8(
@@ -41,8 +42,9 @@ def rms_norm_gated_fp8(
 
     Args:
         scaling: `1x128` one scale for each row and 128 columns, `rowwise` one a row, `tensorwise`
-            a given one; `mxfp8` a power of two for each row and 32 columns.
-        scale: one fp32 number on the device of `x`, for `tensorwise` alone.
+            a given one; `mxfp8` a power of two for each row and 32 columns; `nvfp4` values of four
+            bits, with a scale of eight for each row and 16 columns, and a given one for all.
+        scale: one fp32 number on the device of `x`, for `tensorwise` and `nvfp4` alone.
         heads: `x` is `[..., H, D]`, and a row of the product has all heads of a token: `K = H * D`
             columns. Otherwise `K = D`.
 
@@ -50,11 +52,14 @@ def rms_norm_gated_fp8(
         Values `[..., K]` in `float8_e4m3fn`, contiguous, and their scales in fp32: for `1x128`
         `[rows, K / 128]` with strides `[1, rows]`, for `rowwise` `[rows, 1]`, else the given one;
         for `mxfp8` in `float8_e8m0fnu`, swizzled. `values * scale` is the result; the bits are
-        those of :func:`quantize_fp8_ref` for the norm's result in fp32.
+        those of :func:`quantize_fp8_ref` for the norm's result in fp32. For `nvfp4` values
+        `[..., K / 2]` in `float4_e2m1fn_x2`, two a byte, and scales in `float8_e4m3fn`, swizzled;
+        `values * scales * scale` is the result.
 
     Raises:
         ValueError, TypeError: as :func:`rms_norm_gated`; also for a scale that does not fit, for
-            a `K` that is no multiple of 128 (`1x128`) or 32 (`mxfp8`), and on a GPU without FP8.
+            a `K` that is no multiple of 128 (`1x128`), 32 (`mxfp8`) or 16 (`nvfp4`), and on a GPU
+            without FP8.
         RuntimeError: as :func:`rms_norm_gated`.
     """
     refuse_transforms("rms_norm_gated_fp8", x, weight, bias, z)
@@ -91,7 +96,9 @@ def forward_fp8(
     y, scales, mean, rstd = autograd.ops.forward_fp8(
         *given, *options[:-2], scaling, heads, save_stats
     )
-    return y, scales if scale is None else scale, mean, rstd
+    if scale is not None and scaling == "tensorwise":
+        scales = scale  # an operator may not return what it was given
+    return y, scales, mean, rstd
 
 
 def _run_forward(
@@ -112,16 +119,33 @@ def _run_forward(
         stats = (x.numel() // call.width, call.n_groups)
         rstd = torch.empty(stats, dtype=call.compute_dtype, device=x.device)
         mean = None if options.is_rms_norm else torch.empty_like(rstd)
-    y = x.new_empty(_shape(x, heads), dtype=torch.float8_e4m3fn)
-    flat = y.view(math.prod(y.shape[:-1]), y.shape[-1])
-    scales = new_scales(flat, scaling) if scale is None else scale
+    y, scales = _new_forward(x, scaling, scale, heads)
     if x.numel():
         n_heads = x.shape[-2] if heads else 1
-        bits = scales.view(torch.uint8) if scaling == "mxfp8" else scales  # triton knows no e8m0
+        flat, bits = y.view(math.prod(y.shape[:-1]), y.shape[-1]), scales
+        if scaling == "nvfp4":
+            flat = flat.view(torch.uint8)
+        if scaling in ("mxfp8", "nvfp4"):
+            bits = scales.view(torch.uint8)  # triton knows neither e8m0 nor pairs of four bits
         backend(x.device.type).forward_fp8(
-            call, x, weight, bias, z, flat, mean, rstd, scaling, bits, n_heads
+            call, x, weight, bias, z, flat, mean, rstd, scaling, bits, n_heads, scale
         )
     return y, scales, mean, rstd
+
+
+def _new_forward(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the values and scales of a forward; a given scale for all is that itself."""
+    *outer, width = _shape(x, heads)
+    rows = 1
+    for size in outer:
+        rows = rows * size
+    if scaling == "nvfp4":
+        y = x.new_empty((*outer, width // 2), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    else:
+        y = x.new_empty((*outer, width), dtype=torch.float8_e4m3fn)
+    if scale is not None and scaling == "tensorwise":
+        return y, scale
+    return y, new_scales(x, rows, width, scaling)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -229,7 +253,7 @@ def _new_tiles(
     found = []
     for asked, shape in ((rows, (tokens, width)), (columns, (width, padded))):
         y = x.new_empty(shape if asked else (0, 0), dtype=torch.float8_e4m3fn)
-        found += [y, new_scales(y, "128x128" if square else "1x128")]
+        found += [y, new_scales(y, y.shape[0], y.shape[1], "128x128" if square else "1x128")]
     return tuple(found)
 
 
@@ -243,12 +267,12 @@ def _shape(x: Tensor, heads: bool) -> tuple[Any, ...]:
     return (*x.shape[:-2], x.shape[-2] * x.shape[-1]) if heads else tuple(x.shape)
 
 
-def new_scales(y: Tensor, scaling: str) -> Tensor:
-    """Memory for the scales of `y` `[rows, K]`."""
-    rows, width = y.shape
-    if scaling == "mxfp8":
-        shape = (rows + 127) // 128 * 128, (width // 32 + 3) // 4 * 4
-        return y.new_zeros(shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+def new_scales(y: Tensor, rows: int, width: int, scaling: str) -> Tensor:
+    """Memory beside `y` for the scales of `[rows, K]`."""
+    if scaling in ("mxfp8", "nvfp4"):
+        shape = (rows + 127) // 128 * 128, (width // BLOCKS[scaling] + 3) // 4 * 4
+        dtype = torch.float8_e8m0fnu if scaling == "mxfp8" else torch.float8_e4m3fn
+        return y.new_zeros(shape, dtype=torch.uint8).view(dtype)
     if scaling == "128x128":
         return y.new_empty((rows // 128, width // 128), dtype=torch.float32)
     blocks = width // 128 if scaling == "1x128" else 1
@@ -264,11 +288,11 @@ def _check_scaling(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> None:
         raise ValueError(
             f"x must be [..., H, D] with heads=True, got shape {tuple(x.shape)}; pass heads=False"
         )
-    if (scale is not None) != (scaling == "tensorwise"):
+    if (scale is not None) != (scaling in GIVEN):
         got = "None" if scale is None else f"one of shape {tuple(scale.shape)}"
         raise ValueError(
-            f"scale must be given with scaling='tensorwise' alone, got {got} and "
-            f"scaling={scaling!r}; pass one fp32 number with 'tensorwise', or scale=None"
+            f"scale must be given with scaling='tensorwise' or 'nvfp4' alone, got {got} and "
+            f"scaling={scaling!r}; pass one fp32 number with these, or scale=None"
         )
     if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
         raise ValueError(
@@ -339,7 +363,7 @@ def _forward_impl(
     options, scaling, heads, save_stats = _split(*values)
     given = (x, weight, bias, z, scale)
     y, scales, mean, rstd = _run_forward(*given, make_options(*options), scaling, heads, save_stats)
-    return none_to_empty(x, y, scales if scale is None else None, mean, rstd)
+    return none_to_empty(x, y, None if scales is scale else scales, mean, rstd)
 
 
 def _forward_fake(
@@ -348,20 +372,17 @@ def _forward_fake(
     options, scaling, heads, save_stats = _split(*values)
     options = Options(*options)
     check_shapes(x, weight, bias, z, None, options)
-    y = x.new_empty(_shape(x, heads), dtype=torch.float8_e4m3fn)
-    rows = 1
-    for size in y.shape[:-1]:
-        rows = rows * size
-    scales = mean = rstd = None
-    if scale is None:
-        scales = new_scales(y.view(rows, y.shape[-1]), scaling)
+    y, scales = _new_forward(x, scaling, scale, heads)
+    mean = rstd = None
     if save_stats:
         groups = x.shape[-1] // (options.group_size or x.shape[-1])
         stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm_rows = rows * x.shape[-2] if heads else rows
-        rstd = x.new_empty((norm_rows, groups), dtype=stats_dtype)
+        rows = 1
+        for size in x.shape[:-1]:
+            rows = rows * size
+        rstd = x.new_empty((rows, groups), dtype=stats_dtype)
         mean = None if options.is_rms_norm else torch.empty_like(rstd)
-    return none_to_empty(x, y, scales, mean, rstd)
+    return none_to_empty(x, y, None if scales is scale else scales, mean, rstd)
 
 
 def _quantize_fake(x: Tensor, *asked: bool) -> tuple[Tensor, ...]:

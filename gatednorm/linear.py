@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .autograd import gradients, save_forward
-from .distributed import name_of
+from .distributed import name_of, share
 from .functional import refuse_transforms
 from .linear_fp8 import PRECISIONS, GatedNormLinearFP8Fn, check_precision
 from .modules import LayerNorm, NotesHooks, RMSNorm
@@ -122,10 +122,13 @@ def gated_norm_linear(
     out: Tensor
     if precision is not None:
         if process_group is not None:
-            raise ValueError(
-                f"process_group must be None with precision, got precision={precision!r}; leave "
-                "out one of them"
-            )
+            ranks, options = share(options, x.shape[-1])
+            if ranks is not None:
+                raise ValueError(
+                    f"a norm group must lie on one rank with precision={precision!r}, got one over "
+                    f"{ranks.size}: the columns of FP8 are made from a rank's own statistics; use "
+                    "precision=None, or a group_size of at most a rank's channels"
+                )
         emulated = check_precision(precision, x, linear_weight)
         heads = linear_weight.shape[1] != x.shape[-1]
         out = GatedNormLinearFP8Fn.apply(

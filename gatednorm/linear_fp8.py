@@ -88,7 +88,8 @@ def _product(a: Pair, b: Pair, dtype: torch.dtype, emulated: bool) -> Tensor:
     if emulated:
         wide_a = a8.float() * scale_a.repeat_interleave(128, 1)
         wide_b = b8.float() * scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
-        return torch.mm(wide_a, wide_b.t()).to(dtype)
+        with torch.autocast(a8.device.type, enabled=False):  # which would round both
+            return torch.mm(wide_a, wide_b.t()).to(dtype)
     rows = len(a8)
     if rows % 4:  # cuBLAS reads four scales at a time
         a8 = F.pad(a8.view(torch.uint8), (0, 0, 0, -rows % 4)).view(a8.dtype)

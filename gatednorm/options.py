@@ -15,7 +15,7 @@ ROUNDING = {
     "qwen3_next": ("x", "wider"),
     "torchtitan": (None, "x"),
 }
-BLOCKS = {"1x128": 128, "mxfp8": 32}  # columns that share a scale of FP8
+BLOCKS = {"1x128": 128, "mxfp8": 32, "nvfp4": 16}  # columns that share a scale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

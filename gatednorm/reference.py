@@ -120,19 +120,28 @@ def quantize_fp8_ref(
     makes the scale infinite or NaN, and all that shares it NaN once it is multiplied. With a given
     scale what exceeds 448 becomes 448.
 
+    `nvfp4` has values of four bits (`e2m1`: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign), and for each 16
+    columns a scale `amax / 6` in units of the given one, rounded to `float8_e4m3fn`, 2^-6 at least;
+    `y = values * scale * given`. Values of four bits know no NaN: the scale is NaN instead.
+
     Args:
-        y: `[rows, K]` in fp32; `K` is a multiple of 128 for `1x128`, of 32 for `mxfp8`, and for
-            `128x128` rows are a multiple of 128 too.
-        scaling: `1x128`, `mxfp8`, `rowwise`, `tensorwise` with a given scale, or `128x128`, as a
-            product reads its weight.
-        scale: one fp32 number, of `tensorwise` alone.
+        y: `[rows, K]` in fp32; `K` is a multiple of 128 for `1x128`, of 32 for `mxfp8`, of 16 for
+            `nvfp4`, and for `128x128` rows are a multiple of 128 too.
+        scaling: `1x128`, `mxfp8`, `rowwise`, `tensorwise` or `nvfp4` with a given scale, or
+            `128x128`, as a product reads its weight.
+        scale: one fp32 number, of `tensorwise` and `nvfp4` alone.
 
     Returns:
         Values `[rows, K]` in `float8_e4m3fn`; scales in fp32, `[rows, K / 128]` with strides
         `[1, rows]`, `[rows, 1]`, the given one, or `[rows / 128, K / 128]`. For `mxfp8` in
         `float8_e8m0fnu`, padded with zeros to a multiple of 128 rows and of 4 blocks of 32 columns,
-        and swizzled as PyTorch's `SWIZZLE_32_4_4`.
+        and swizzled as PyTorch's `SWIZZLE_32_4_4`. For `nvfp4` values `[rows, K / 2]` in
+        `float4_e2m1fn_x2`, the first of two in the lower bits, and scales in `float8_e4m3fn`, as
+        those of `mxfp8` for 16 columns each.
     """
+    if scaling == "nvfp4":
+        assert scale is not None  # it is given
+        return _quantize_nvfp4(y, scale)
     if scaling == "tensorwise":
         assert scale is not None  # it is given
         return (y * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
@@ -151,6 +160,22 @@ def quantize_fp8_ref(
         scale = scale.t().contiguous().t()
     values = (parts * inverse[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     return rearrange(values, "m k rows columns -> (m rows) (k columns)"), scale
+
+
+def _quantize_nvfp4(y: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    parts = rearrange(y, "m (k columns) -> m k columns", columns=16)
+    amax = parts.abs().amax(-1)
+    wanted = (amax * (1 / 6) * (1 / given)).clamp(2**-6, 448).where(amax.isfinite(), float("nan"))
+    scale = wanted.to(torch.float8_e4m3fn)
+    v = parts * (1 / (scale.float() * given))[..., None]
+    size = v.nan_to_num(0).abs().clamp(max=6)
+    # To the nearest, ties to even: steps of 0.5 below 2, of 1 below 4, of 2 above.
+    code = torch.where(size < 2, (2 * size).round(), size.round() + 2)
+    code = torch.where(size < 4, code, (size / 2).round() + 4).to(torch.uint8)
+    code |= (v.signbit() & ~v.isnan()).to(torch.uint8) << 3
+    low, high = rearrange(code, "m k (pairs two) -> two m (k pairs)", two=2)
+    values = (low | high << 4).view(torch.float4_e2m1fn_x2)
+    return values, swizzled(scale.view(torch.uint8)).view(torch.float8_e4m3fn)
 
 
 def swizzled(scales: Tensor) -> Tensor:

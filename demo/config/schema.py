@@ -78,6 +78,7 @@ class TrainerConfig:
     compile: bool
     activation_checkpointing: bool
     fuse_norm_linear: bool = False
+    norm_linear_precision: str | None = one_of("fp8", "fp8_emulated", default=None)
     loggers: list[str] = field(metadata={"choices": LOGGERS})
     checkpoint_every: int = number(at_least=1)
     validate_every: int | None = number(None, at_least=0)

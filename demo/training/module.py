@@ -179,15 +179,43 @@ class LitLanguageModel(L.LightningModule):
 
 
 def prepare_blocks(model: LanguageModel, config: TrainerConfig) -> None:
-    """Have each block recompute its activations or its norm's output in the backward, and compile
-    it, as `config` says.
+    """Have each block recompute its activations or its norm's output in the backward, project in
+    FP8, and be compiled, as `config` says.
 
     The blocks are alike, so the first one's compiled code serves all. Names of parameters stay.
     """
     for block in model.blocks:
-        block.mixer.fuse_norm_linear = config.fuse_norm_linear
+        precision = block.mixer.norm_linear_precision = config.norm_linear_precision
+        block.mixer.fuse_norm_linear = config.fuse_norm_linear or precision is not None
         if config.activation_checkpointing:  # outside: the compiler would leave all of it alone
             forward = torch.compile(block.forward) if config.compile else block.forward
             block.forward = partial(checkpoint, forward, use_reentrant=False)
         elif config.compile:
             block.compile()
+
+
+def check_norm_linear(model: LanguageModel, config: TrainerConfig) -> None:
+    """Raises ValueError where the norm's projections have no FP8."""
+    precision, ranks = config.norm_linear_precision, config.tensor_parallel
+    if precision is None:
+        return
+    if model.exact:
+        raise ValueError(
+            f"it must be null with exact=true, got {precision}: infer.py, which has no FP8, would "
+            "give other bits; leave out one of them"
+        )
+    for block in model.blocks:
+        norm, projection = block.mixer.norm, block.mixer.out_proj
+        group, own = norm.group_size or norm.hidden_size, projection.in_features // ranks
+        if group > own:
+            raise ValueError(
+                f"a norm group must lie on one process, got {group} channels for {ranks} processes "
+                f"of {own}; use more groups, or leave it out"
+            )
+        sizes = {"rows": projection.out_features, "columns": own}
+        for name, size in sizes.items():
+            if size % 128:
+                raise ValueError(
+                    f"a process must have a multiple of 128 {name} of the projection after the "
+                    f"norm, got {size}; change the model's sizes, or leave it out"
+                )

@@ -105,6 +105,8 @@ def check_devices(config: TrainerConfig) -> None:
             "trainer.devices must be at most the number of CUDA devices of this host, "
             f"{torch.cuda.device_count()}, got {devices}; lower it, or use trainer=cpu"
         )
+    if config.norm_linear_precision == "fp8":
+        _check_fp8(gpu)
     for where, impossible, remedy in (
         ("on a CPU", not gpu, "trainer=gpu"),
         ("with trainer.strategy=fsdp", config.strategy == "fsdp", "trainer=ddp"),
@@ -115,6 +117,21 @@ def check_devices(config: TrainerConfig) -> None:
                 f"trainer.precision must be 32-true or bf16-mixed {where}, got 16-mixed; "
                 f"use one of them, or {remedy}"
             )
+
+
+def _check_fp8(gpu: bool) -> None:
+    """Raises ConfigError where no GPU multiplies blocks of FP8."""
+    found = "a CPU"
+    if gpu:
+        major, minor = torch.cuda.get_device_capability()
+        found = f"compute capability {major}.{minor}"
+        if major == 9 and hasattr(torch.nn.functional, "scaled_mm"):
+            return
+    raise ConfigError(
+        "trainer.norm_linear_precision=fp8 needs an H100 or H200 (compute capability 9.0) and "
+        f"PyTorch 2.10, got {found} and PyTorch {torch.__version__}; use fp8_emulated, which "
+        "multiplies the same values in fp32"
+    )
 
 
 def _refuse_slurm() -> None:

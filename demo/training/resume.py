@@ -28,7 +28,7 @@ FREE = {
     *("exact", "resume", "runs_dir", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
     "trainer.tensor_parallel",
     *("trainer.compile", "trainer.activation_checkpointing", "trainer.loggers"),
-    *("trainer.checkpoint_every", "trainer.fuse_norm_linear"),
+    *("trainer.checkpoint_every", "trainer.fuse_norm_linear", "trainer.norm_linear_precision"),
 }
 
 # What somebody chose who chose a file of a group.

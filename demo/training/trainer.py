@@ -15,6 +15,7 @@ from demo.config.errors import ConfigError, about, first_line
 from demo.config.schema import TrainConfig
 from demo.training.callbacks import Checkpoints, Progress, RandomState, Throughput
 from demo.training.loggers import loggers_of
+from demo.training.module import check_norm_linear
 from demo.training.processes import Processes, on_gpu
 from demo.training.run import Run
 from demo.training.schedule import steps_between_validations
@@ -38,6 +39,8 @@ def build_trainer(
     sharded, ranks = strategy == "fsdp", processes.tensor_parallel
     with about("trainer.tensor_parallel"):
         check_ranks(model, ranks)
+    with about("trainer.norm_linear_precision"):
+        check_norm_linear(model, config.trainer)
     if sharded or ranks > 1:
         strategy = (TensorParallelStrategy if ranks > 1 else ModelParallelStrategy)(
             data_parallel_size=processes.readers,

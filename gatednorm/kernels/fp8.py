@@ -27,6 +27,7 @@ from .rows import (
 EMULATED = tl.constexpr(INTERPRETED)
 COLUMNS = tl.constexpr(128)  # of a block
 INVERSE_LARGEST = tl.constexpr(1 / 448)
+INVERSE_SIX = tl.constexpr(1 / 6)
 LEAST = tl.constexpr(0x2B8CBCCC)  # the bits of 1e-12
 
 
@@ -97,11 +98,38 @@ def block_scales(v, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
+def to_fp4(v):
+    """The code of the nearest `e2m1`, ties to even, 6 at most; of NaN that of 0."""
+    size = tl.abs(v)
+    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
+    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
+    code += (size > 5.0).to(tl.int32)
+    return code | tl.where(v == v, (v.to(tl.int32, bitcast=True) >> 28) & 8, 0)
+
+
+@triton.jit
+def nvfp4_blocks(v, given, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The scales of each 16 columns in units of `given`, as bytes of e4m3 `[ROWS, BLOCK / 16]`, and
+    the values, two a byte `[ROWS, BLOCK / 2]`."""
+    v = tl.reshape(v, [ROWS, BLOCK // 16, 16])
+    largest = tl.max(magnitude(v), axis=2)
+    scale = largest.to(tl.float32, bitcast=True) * INVERSE_SIX * inverse_of(given)
+    scale = tl.minimum(tl.maximum(scale, 0.015625), 448.0)
+    byte = to_fp8(scale).to(tl.uint8, bitcast=True).to(tl.int32)
+    finite = largest < 0x7F800000
+    # Read again by hand: the scale is a normal number, or NaN.
+    bits = tl.where(finite, (byte << 20) + 0x3C000000, 0x7FC00000)
+    inverse = inverse_of(bits.to(tl.float32, bitcast=True) * given)
+    low, high = tl.split(tl.reshape(to_fp4(v * inverse[:, :, None]), [ROWS, BLOCK // 2, 2]))
+    return tl.where(finite, byte, 0x7F).to(tl.uint8), (low | high << 4).to(tl.uint8)
+
+
+@triton.jit
 def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, WIDTH: tl.constexpr,
                        HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
                        LONG: tl.constexpr):  # fmt: skip
     """`scale` `[ROWS, BLOCKS]` of the blocks from `first` to before `last` of a head. The scales of
-    128 columns `[tokens, blocks]` lie with strides `[1, tokens]`; those of 32 in tiles of 128
+    128 columns `[tokens, blocks]` lie with strides `[1, tokens]`; those of fewer in tiles of 128
     tokens and 4 blocks, in each by `token % 32`, `token // 32`, block. Rows have 64 bits if
     `LONG`."""
     if not LONG:
@@ -114,7 +142,7 @@ def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, WIDTH: tl
     if HEADS > 1:
         block = (row % HEADS * HEAD_BLOCKS)[:, None] + block
     token = (row // HEADS)[:, None]
-    if WIDTH == 32:
+    if WIDTH < 128:
         TILES: tl.constexpr = (HEADS * HEAD_BLOCKS + 3) // 4
         tile = (token // 128).to(tl.int64) * TILES + block // 4
         place = tile * 512 + (token % 32 * 16 + token % 128 // 32 * 4 + block % 4)
@@ -125,14 +153,14 @@ def store_block_scales(ptr, scale, row, row_mask, n_rows, first, last, WIDTH: tl
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_rows_kernel(
-    x_ptr, y_ptr, scale_ptr, n_rows: tl.int64, y_s0: tl.int64,
+    x_ptr, y_ptr, scale_ptr, given_ptr, n_rows: tl.int64, y_s0: tl.int64,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
     SCALING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128 or 32 columns. A
-    program has a chunk of a row, or several short rows; with one scale a row all of it, and what
-    follows the first chunk is read twice."""
-    WIDTH: tl.constexpr = 32 if SCALING == "mxfp8" else 128
+    """Contiguous rows `[n_rows, D]` with one scale a row (`rowwise`), or each 128, 32 or 16
+    columns. A program has a chunk of a row, or several short rows; with one scale a row all of it,
+    and what follows the first chunk is read twice."""
+    WIDTH: tl.constexpr = 32 if SCALING == "mxfp8" else 16 if SCALING == "nvfp4" else 128
     overlap_launches(PDL)
     pid = tl.program_id(0).to(tl.int64)
     FULL: tl.constexpr = D % BLOCK == 0
@@ -147,8 +175,13 @@ def quantize_rows_kernel(
     y_off = tl.multiple_of(row * y_s0, 8 if D % 8 == 0 else 1)
     v = to_fp32(load(x_ptr, offset, row_mask, start, D, BLOCK, FULL, ""))
     if SCALING != "rowwise":
-        scale, v = block_scales(v, ROWS, BLOCK, WIDTH)
-        store(y_ptr, y_off, row_mask, start, to_fp8(v), D, BLOCK, FULL)
+        if SCALING == "nvfp4":
+            given = tl.load(given_ptr + tl.arange(0, 1))[:, None]
+            scale, pairs = nvfp4_blocks(v, given, ROWS, BLOCK)
+            store(y_ptr, y_off, row_mask, start // 2, pairs, D // 2, BLOCK // 2, FULL)
+        else:
+            scale, v = block_scales(v, ROWS, BLOCK, WIDTH)
+            store(y_ptr, y_off, row_mask, start, to_fp8(v), D, BLOCK, FULL)
         store_block_scales(scale_ptr, scale, row, row_mask, n_rows, start // WIDTH, D // WIDTH,
                            WIDTH, 1, D // WIDTH, BLOCK // WIDTH, True)  # fmt: skip
     else:

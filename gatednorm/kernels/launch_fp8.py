@@ -27,20 +27,21 @@ def forward_fp8(
     scaling: str,
     scale: Tensor,
     heads: int,
+    given: Tensor | None,
 ) -> None:
-    """Write `y` `[rows, K]`, its scales unless one is given, and `mean`, `rstd` unless None; a row
-    has `heads` rows of the norm. `call` is that of a result in fp32."""
+    """Write `y` `[rows, K]`, its scales unless `scale` is the `given` one, and `mean`, `rstd`
+    unless None; a row has `heads` rows of the norm. `call` is that of a result in fp32."""
     alone = scaling == "tensorwise"
-    if scaling in BLOCKS:
+    if scaling in BLOCKS and scaling != "nvfp4":
         alone = call.group_size % BLOCKS[scaling] == 0
     elif scaling == "rowwise":
         alone = heads * call.n_groups == 1 and call.group_size <= WIDEST
     if alone:
         forward(call, x, weight, bias, z, y, mean, rstd, False, scaling, scale, heads)
     else:
-        wide = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+        wide = torch.empty(x.shape, dtype=torch.float32, device=y.device)
         forward(call, x, weight, bias, z, wide, mean, rstd)
-        quantize_rows(wide, y, scaling, scale)
+        quantize_rows(wide.view(len(y), heads * call.width), y, scaling, scale, given)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -57,11 +58,14 @@ def _rows_launcher(
     return rows, 1 if scaling == "rowwise" else chunks, launcher
 
 
-def quantize_rows(x: Tensor, y: Tensor, scaling: str, scale: Tensor) -> None:
+def quantize_rows(
+    x: Tensor, y: Tensor, scaling: str, scale: Tensor, given: Tensor | None = None
+) -> None:
     """Write the values `y` and scales of contiguous rows `x` `[rows, K]`."""
     n_rows, width = x.shape
     rows, chunks, launcher = _rows_launcher(width, x.dtype, scaling, x.device)
-    launcher(x.device, -(-n_rows // rows) * chunks, [x, y, scale], (n_rows, width))
+    tensors = [x, y, scale, given]
+    launcher(x.device, -(-n_rows // rows) * chunks, tensors, (n_rows, y.shape[1]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,6 +39,8 @@ CASES = [
     (Case((3,), 608, 1, False, bias=True, norm_before_gate=False), "mxfp8"),  # two pieces
     (Case((3,), 64, 2, numerics="qwen3_next", layouts=STRIDED), "mxfp8"),
     (Case((3,), 48, 2), "mxfp8"),  # blocks that span groups
+    (Case((130,), 80, 1, False, bias=True), "nvfp4"),  # padded rows and blocks
+    (Case((3,), 4112, 1, norm_before_gate=False), "nvfp4"),  # two chunks
     (Case((19,), 40), "rowwise"),  # tiles of many rows
     (Case((3,), 1000, 1, False, bias=True, norm_before_gate=False), "rowwise"),
     (Case((3,), 48, 3, numerics="qwen3_next"), "rowwise"),
@@ -52,6 +54,7 @@ HEADS = [
     (Case((2, 3, 4), 64), "1x128"),  # blocks that span heads
     (Case((2, 4), 32, 2, False, bias=True), "1x128"),
     (Case((5, 3), 32), "mxfp8"),
+    (Case((5, 4), 24), "nvfp4"),
     (Case((5, 3), 24), "rowwise"),
     (Case((5, 3), 24, layouts={"x": Layout(order=(1, 0), left=8)}), "tensorwise"),
 ]
@@ -62,7 +65,7 @@ def id_of(value):
 
 
 def scale_of(scaling, device):
-    return torch.tensor(0.01, device=device) if scaling == "tensorwise" else None
+    return torch.tensor(0.01, device=device) if scaling in fp8.GIVEN else None
 
 
 def both(case, scaling, heads, device):
@@ -75,9 +78,10 @@ def both(case, scaling, heads, device):
     assert i.unchanged_since(before)
     wide = gatednorm.rms_norm_gated(*given, **options, out_dtype=torch.float32)
     shape = (*case.outer[:-1], case.outer[-1] * case.width) if heads else case.shape
-    assert ours[0].shape == shape
+    stored = shape[-1] // 2 if scaling == "nvfp4" else shape[-1]
+    assert ours[0].shape == (*shape[:-1], stored)
     theirs = quantize_fp8_ref(wide.view(-1, shape[-1]), scaling, scale)
-    return (ours[0].view(-1, shape[-1]), ours[1]), theirs
+    return (ours[0].view(-1, stored), ours[1]), theirs
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,31 @@ def test_a_power_of_two_for_each_32_columns(path, value):
         assert y[129, 160:].float().isnan().all()
     first = flat.view(2, 2, 32, 4, 4)
     assert (first[0] == 127 + 2)[0].all()  # 1000 / 448 lies between 2 and 4
+
+
+def test_pairs_of_four_bits_with_two_scales(path):
+    """Every number of the format, what lies halfway and beyond, and blocks that are zero, small,
+    large or infinite: codes and scales written by hand."""
+    numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    ties = {0.25: 0, 0.75: 2, 1.25: 2, 1.75: 4, 2.5: 4, 3.5: 6, 5: 6, 5.001: 7}
+    row, codes = torch.zeros(96), torch.zeros(96, dtype=torch.int32)
+    row[:16], codes[:16] = torch.tensor([*numbers, *(-n for n in numbers)]), torch.arange(16)
+    row[16:32] = torch.tensor([*ties, *(-n for n in ties)])
+    codes[16:32] = torch.tensor([*ties.values(), *(8 + code for code in ties.values())])
+    row[31], codes[31] = -6, 15
+    row[33], codes[33] = -1e-7, 8
+    row[48], row[64], codes[64] = float("inf"), 6e4, 7
+    x, given = torch.ones(130, 96, device=path.device), torch.tensor(0.5, device=path.device)
+    w = row.to(path.device)  # the result of every row
+    y, scales = rms_norm_gated_fp8(x, w, scaling="nvfp4", scale=given, eps=0)
+    assert (y.shape, y.dtype) == ((130, 48), torch.float4_e2m1fn_x2)
+    assert (scales.shape, scales.dtype) == ((256, 8), E4M3)
+    pairs = (codes[::2] | codes[1::2] << 4).to(torch.uint8).to(path.device)
+    assert (y.view(torch.uint8) == pairs).all()
+    tiles = scales.view(torch.uint8).view(2, 2, 32, 4, 4)  # as of MXFP8
+    for tile, r, quarter in ((0, 0, 0), (0, 31, 3), (1, 1, 0)):  # rows 0, 127 and 129
+        found = tiles[tile, :, r, quarter].flatten().tolist()
+        assert found == [0x40, 0x40, 0x08, 0x7F, 0x7E, 0x08, 0, 0]
 
 
 @pytest.mark.parametrize("scaling", ["1x128", "rowwise"])
@@ -337,7 +366,7 @@ def test_the_operators(path):
 X = torch.ones(4, 2, 96)
 BAD = {
     "x": ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
-    "scaling": ({"scaling": "blockwise"}, ValueError, "1x128, rowwise, tensorwise, mxfp8, got"),
+    "scaling": ({"scaling": "blockwise"}, ValueError, "tensorwise, mxfp8, nvfp4, got"),
     "heads": ({"heads": 2}, TypeError, "heads must be True or False, got 2"),
     "no_heads": ({"x": X[0, 0], "z": None, "heads": True}, ValueError, "got shape (96,); pass"),
     "width": ({}, ValueError, "a multiple of 128 channels with scaling='1x128', got 96; pad"),
@@ -346,7 +375,7 @@ BAD = {
         "a multiple of 32 channels with scaling='mxfp8', got 40; pad",
     ),
     "heads_width": ({"heads": True}, ValueError, "with scaling='1x128', got 192; pad"),
-    "no_scale": ({"scaling": "tensorwise"}, ValueError, "'tensorwise' alone, got None and"),
+    "no_scale": ({"scaling": "tensorwise"}, ValueError, "or 'nvfp4' alone, got None and"),
     "a_scale": (
         {"scaling": "rowwise", "scale": torch.ones(())}, ValueError,
         "got one of shape () and scaling='rowwise'; pass",

@@ -112,20 +112,23 @@ def test_the_product_reads_what_is_written(scaling, rows):
 @HOPPER
 @pytest.mark.parametrize("heads", [1, 8])
 @pytest.mark.parametrize("norm_before_gate", ORDERS)
-def test_training_is_its_emulation(norm_before_gate, heads):
-    """Outputs and gradients: the same FP8 values, multiplied by the GPU and in fp32."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
+def test_training_is_its_emulation(norm_before_gate, heads, dtype):
+    """Outputs and gradients: the same FP8 values, multiplied by the GPU and in fp32; with weights
+    in bf16, and in fp32 under autocast, as train.py has them."""
     shape = (3, 301, heads, 128) if heads > 1 else (3, 301, 1024)
     x, z, w = randn(*shape), randn(*shape, seed=1), randn(shape[-1], dtype=torch.float32, seed=2)
-    linear, offset = randn(768, 1024, seed=3) / 32, randn(768, seed=4)
+    linear, offset = (randn(768, 1024, seed=3) / 32).to(dtype), randn(768, seed=4).to(dtype)
     dout = randn(3, 301, 768, seed=5)
     results = []
     for precision in ("fp8", "fp8_emulated"):
         leaves = [t.detach().requires_grad_() for t in (x, z, w, linear, offset)]
         x_, z_, w_, linear_, offset_ = leaves
-        out = gated_norm_linear(
-            x_, z_, w_, linear_, linear_bias=offset_, norm_before_gate=norm_before_gate,
-            precision=precision,
-        )  # fmt: skip
+        with torch.autocast("cuda", torch.bfloat16):
+            out = gated_norm_linear(
+                x_, z_, w_, linear_, linear_bias=offset_, norm_before_gate=norm_before_gate,
+                precision=precision,
+            )  # fmt: skip
         results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
     for ours, emulated in zip(*results, strict=True):
         assert ours.dtype == emulated.dtype

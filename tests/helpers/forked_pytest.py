@@ -18,6 +18,8 @@ def _main(folder: Path, arguments: list[str]) -> None:
         os.dup2(output.fileno(), 2)
     # Under the interpreter also beside a GPU: there a mutant may be in the branch not taken.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Hydra's, of no use here, takes a second.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     torch.set_num_threads(1)
     os.chdir(folder / "tests/gatednorm")
     sys.path.insert(0, str(folder))

@@ -319,6 +319,37 @@ def modules_and_projection() -> None:
         torch.testing.assert_close(mine, full[..., own], rtol=1e-5, atol=1e-5)
 
 
+def projection_in_fp8() -> None:
+    """Groups on one rank: blocks of 128 columns and squares of the weight lie on one too, so that
+    the shares add up to what one process has, and gradients are its columns."""
+    size = dist.get_world_size()
+    case = Case((6,), 128, size, norm_before_gate=False, dtype=torch.float32)
+    i, own = inputs_of(case), columns_of(case)
+    g = torch.Generator().manual_seed(1)
+    linear, dout = torch.randn(128, 128 * size, generator=g), torch.randn(6, 128, generator=g)
+    options = {"norm_before_gate": False, "precision": "fp8_emulated"}
+
+    def run(group_size, process_group, *tensors):
+        x, z, w, lw = leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out = gatednorm.gated_norm_linear(
+            x, z, w, lw, group_size=group_size, process_group=process_group, **options
+        )
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    x, w, _, z = parts_of(case, i)
+    part = run(128, dist.group.WORLD, x, z, w, linear[:, own])
+    total = part[0].clone()
+    dist.all_reduce(total)
+    whole = run(128, None, i.x, i.z, i.weight, linear)
+    torch.testing.assert_close(total, whole[0], rtol=0, atol=1e-4)  # in another order
+    for mine, full in zip(part[1:], whole[1:], strict=True):
+        torch.testing.assert_close(mine, full[..., own])
+    refused(
+        ValueError, "a norm group must lie on one rank with precision='fp8_emulated', got one over",
+        lambda: run(None, dist.group.WORLD, x, z, w, linear[:, own]),
+    )  # fmt: skip
+
+
 def compiled() -> None:
     """One graph, with the bits of an eager call; functions and modules; groups in a rank too."""
     case = Case((6,), 32, 1, False, True, bias=True)
@@ -356,7 +387,13 @@ def compiled() -> None:
 
 
 CHECKS = {
-    "quick": (2, [some_options, kernels, a_rank_that_differs, groups_that_do_not_fit]),
+    "quick": (
+        2,
+        [
+            *(some_options, kernels, a_rank_that_differs, groups_that_do_not_fit),
+            projection_in_fp8,
+        ],
+    ),
     "groups": (
         4,
         [

@@ -147,6 +147,9 @@ optim.decay_steps=5
 optim.schedule=constant optim.min_learning_rate=1e-4
 optim.schedule=wsd optim.decay_steps=9999
 trainer.precision=fp8
+trainer.norm_linear_precision=int8
+trainer.norm_linear_precision=fp8_emulated model.hidden_size=64
+trainer.norm_linear_precision=fp8_emulated exact=true
 trainer.compile=perhaps
 exact=true trainer.compile=true
 exact=true trainer=tp

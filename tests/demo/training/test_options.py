@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import train
 from demo.config.command import compose
-from demo.training.module import LitLanguageModel, prepare_blocks
+from demo.training.module import LitLanguageModel, check_norm_linear, prepare_blocks
 from models import token_log_probs
 from models.language_model import LanguageModel
 from small_runs import (
@@ -112,6 +113,31 @@ def test_activation_checkpointing_computes_a_block_again(name):
     assert len(calls) == 1
     loss.backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["fla", "mamba2"])
+def test_projections_in_fp8_lose_nearly_the_same(name):
+    sizes = ["model.hidden_size=128", "model.head_dim=64", "model.num_layers=2"]
+    batch, losses = torch.randint(256, (2, 9)), []
+    for value in ("null", "fp8_emulated"):
+        config = compose(
+            "train", [f"model={name}", *sizes, f"trainer.norm_linear_precision={value}"]
+        )
+        torch.manual_seed(0)
+        model = LanguageModel(config.model)
+        prepare_blocks(model, config.trainer)
+        losses.append(LitLanguageModel(model, config.optim).loss(batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize(("name", "says"), [("fla", None), ("mamba2", "got 256 channels for 2")])
+def test_a_norm_group_over_processes_has_no_fp8(name, says):
+    options = ["trainer=tp", "trainer.norm_linear_precision=fp8_emulated"]
+    config = compose("train", [f"model={name}", *options])
+    model = LanguageModel(config.model)
+    with nullcontext() if says is None else pytest.raises(ValueError, match=says):
+        check_norm_linear(model, config.trainer)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
