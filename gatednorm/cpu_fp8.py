@@ -33,7 +33,7 @@ def quantize_rows(
     x: Tensor, y: Tensor, scaling: str, scale: Tensor, given: Tensor | None = None
 ) -> None:
     """As in kernels/launch_fp8.py."""
-    values, scales = quantize_fp8_ref(x.float(), scaling, given)
+    values, scales = quantize_fp8_ref(x.float(), scaling, None if given is None else given.view(()))
     y.copy_(values.view(y.dtype))
     if scale is not given:
         scale.copy_(scales.view(scale.dtype))

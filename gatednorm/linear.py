@@ -51,17 +51,18 @@ class GatedNormLinearFn(torch.autograd.Function):
         dy = (dout @ linear_weight.to(ctx.dtype)).view(x.shape).to(options.out_dtype or x.dtype)
         *grads, y = gradients(ctx, dy, tuple(saved), with_output=True)
         assert y is not None  # it was asked for
-        dout = dout.flatten(0, -2)
-        y = _operand(y, linear_weight, ctx.dtype).flatten(0, -2)
-        dlinear = (dout.t() @ y).to(linear_weight.dtype)
-        dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
+        dout = dout.reshape(-1, dout.shape[-1])
+        y = _operand(y, linear_weight, ctx.dtype).reshape(-1, linear_weight.shape[1])
+        *_, needs_dlinear, needs_dbias, _ = ctx.needs_input_grad
+        dlinear = (dout.t() @ y).to(linear_weight.dtype) if needs_dlinear else None
+        dbias = dout.sum(0).to(ctx.bias_dtype) if needs_dbias else None
         return *grads, dlinear, dbias, None
 
 
 def _operand(y: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`y` as the product reads it, the heads of a token side by side."""
     y = y.to(dtype)
-    return y if y.shape[-1] == linear_weight.shape[1] else y.flatten(-2)
+    return y if y.shape[-1] == linear_weight.shape[1] else y.reshape(*y.shape[:-2], -1)
 
 
 def gated_norm_linear(
@@ -146,7 +147,7 @@ def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         if not isinstance(t, Tensor) and (t is not None or name != "linear_bias"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     columns = linear_weight.shape[1] if linear_weight.dim() == 2 else -1
-    of_heads = x.dim() > 2 and columns == x.shape[-2] * x.shape[-1]
+    of_heads = x.dim() > 1 and columns == x.shape[-2] * x.shape[-1]
     if not of_heads and columns != x.shape[-1]:
         raise ValueError(
             "linear_weight must be [N, D], or [N, H * D] where x is [..., H, D], got "
@@ -191,6 +192,7 @@ def norm_then_linear(
     Returns:
         `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
     """
+    y: Tensor
     if (
         isinstance(norm, LayerNorm)
         and norm.is_plain()
@@ -199,14 +201,15 @@ def norm_then_linear(
         and isinstance(linear, nn.Linear)
         and linear.is_plain()
     ):
-        return gated_norm_linear(
+        y = gated_norm_linear(
             x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
             group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,
             is_rms_norm=norm.is_rms_norm, activation=norm.activation,
             zero_centered=norm.zero_centered, numerics=norm.numerics, precision=precision,
             process_group=norm.process_group,
         )  # fmt: skip
-    y: Tensor = norm(x, z)
+        return y.squeeze(-2) if heads and y.dim() == x.dim() else y  # a single head
+    y = norm(x, z)
     y = linear(y.flatten(-2) if heads else y)
     return y
 

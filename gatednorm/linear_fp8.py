@@ -73,9 +73,12 @@ def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]
     (of_weight,) = quantize(linear_weight, columns=True, square=True)
     dy = _product(rows, of_weight, dout.dtype, ctx.emulated)
     grads = gradients(ctx, dy.view(x.shape), saved[:-1])[:4]
-    y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
-    dlinear = _product(columns, y, linear_weight.dtype, ctx.emulated)
-    dbias = None if ctx.bias_dtype is None else dout.sum(0).to(ctx.bias_dtype)
+    *_, needs_dlinear, needs_dbias, _, _, _ = ctx.needs_input_grad
+    dlinear = None
+    if needs_dlinear:
+        y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
+        dlinear = _product(columns, y, linear_weight.dtype, ctx.emulated)
+    dbias = dout.sum(0).to(ctx.bias_dtype) if needs_dbias else None
     return *grads, dlinear, dbias
 
 

@@ -92,7 +92,7 @@ def _run_padded(
     padded = [
         F.pad(piece, (0, size - len(piece))) for piece, size in zip(pieces, sizes, strict=True)
     ]
-    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device="cpu")
     logits, layers = run(torch.cat(padded)[None], layers, output_state, offsets)
     rows = logits[0].split(sizes)
     return [row[: len(piece)] for row, piece in zip(rows, pieces, strict=True)], layers
@@ -144,7 +144,7 @@ def _step(
     open chunk with the token in its place, and the state at its end where that fills it."""
     count = len(opened)
     opened = opened.scatter(1, filled[:, None], tokens)
-    offsets = CHUNK * torch.arange(count + 1, dtype=torch.int32)
+    offsets = CHUNK * torch.arange(count + 1, dtype=torch.int32, device="cpu")
     logits, ends = run(opened.view(1, -1), layers, True, offsets)
     rows = torch.arange(count, device=filled.device)
     logits = logits.unflatten(1, (count, CHUNK))[0, rows, filled]

@@ -198,7 +198,8 @@ def recurrent_gated_delta_rule(
     offsets, state = offsets_and_states(v, cu_seqlens, initial_state, state_shape)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     steps = functools.partial(_steps, scale)
-    o, state = each_sequence(steps, (q, k, v, g, beta), state, offsets)
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = each_sequence(steps, (q, k, v, g, beta), state, offsets)
     return o, state if output_final_state else None
 
 

@@ -150,7 +150,7 @@ def _pack(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     if not lengths or min(lengths) < 1:
         raise ValueError(f"every prompt must have at least one token, got lengths {lengths}")
     offsets = [0, *itertools.accumulate(lengths)]
-    return torch.cat(list(prompt))[None], torch.tensor(offsets, dtype=torch.int32)
+    return torch.cat(list(prompt))[None], torch.tensor(offsets, dtype=torch.int32, device="cpu")
 
 
 def _generator(device: torch.device, seed: int | None) -> torch.Generator:

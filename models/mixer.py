@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
-from models.products import Linear
+from models.products import Linear, Product
 from models.rows import ROW, side_by_side
 from models.short_conv import short_conv
 
@@ -32,7 +32,8 @@ class PaddedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rest = -self.out_features % ROW
-        if self.exact or rest == 0 or not pays_to_pad(x):
+        plain = type(self.weight) in (Tensor, nn.Parameter)  # not a quantised one, for example
+        if self.exact or rest == 0 or not plain or not pays_to_pad(x):
             return super().forward(x)
         weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling():
@@ -43,28 +44,16 @@ class PaddedLinear(Linear):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-        y = _PaddedProduct.apply(x.reshape(-1, self.in_features), weight, bias)
+        y = Product.apply(_padded_product, x.reshape(-1, self.in_features), weight, bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class _PaddedProduct(torch.autograd.Function):
-    """x [R, K] times weight [N, K], plus bias [N] or None: [R, N] in padded rows."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias, columns = bias is not None, len(weight)
-        y = x.new_empty(len(x), columns + -columns % ROW)[:, :columns]
-        with torch.autocast(x.device.type, enabled=False):
-            if bias is None:
-                return torch.mm(x, weight.T, out=y)
-            return torch.addmm(bias, x, weight.T, out=y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            return dy @ weight, dy.T @ x, dy.sum(0) if ctx.has_bias else None
+def _padded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In padded rows."""
+    y = x.new_empty(len(x), len(weight) + -len(weight) % ROW)[:, : len(weight)]
+    if bias is None:
+        return torch.mm(x, weight.T, out=y)
+    return torch.addmm(bias, x, weight.T, out=y)
 
 
 class _Split(torch.autograd.Function):
@@ -232,7 +221,6 @@ class Mixer(nn.Module, ABC):
                 self.norm, self.out_proj, y, z, heads=y.dim() == 4,
                 precision=self.norm_linear_precision,
             )  # fmt: skip
-            y = y.view(*x.shape)  # one head would keep its dimension
         else:
             y = self.out_proj(self.by_rows(self.norm, y, z).flatten(2))
         return y, (conv_state, scan_state) if output_state else None

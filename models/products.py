@@ -12,23 +12,33 @@ from models import kernels
 from models.exact import CHUNK
 
 
-class _Product(torch.autograd.Function):
-    """x [R, K] times weight [N, K], plus bias [N] or None, to [R, N]: summed in fp32 (fp64 for
-    fp64) and rounded once. The backward is PyTorch's products, as everywhere."""
+class Product(torch.autograd.Function):
+    """x [R, K] times weight [N, K], plus bias [N] or None, to [R, N] by `product(x, weight, bias)`.
+    The backward is PyTorch's products, of what needs a gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, product, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         with torch.autocast(x.device.type, enabled=False):
-            product = kernels.find("product", x)
-            return (_blocks if product is None else product.linear)(x, weight, bias)
+            return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
+        _, dx, dweight, dbias = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            return dy @ weight, dy.mT @ x, dy.sum(0) if ctx.has_bias else None
+            return (
+                None,
+                dy @ weight if dx else None,
+                dy.mT @ x if dweight else None,
+                dy.sum(0) if dbias else None,
+            )
+
+
+def _exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Summed in fp32 (fp64 for fp64) and rounded once."""
+    product = kernels.find("product", x)
+    return (_blocks if product is None else product.linear)(x, weight, bias)
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,6 +73,6 @@ class Linear(NotesHooks, nn.Linear):
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
         rows = x.reshape(-1, self.in_features).contiguous()
-        return _Product.apply(rows, weight, bias).view(*x.shape[:-1], self.out_features)
+        return Product.apply(_exact, rows, weight, bias).view(*x.shape[:-1], self.out_features)
 
     PLAIN_FORWARD = forward  # outside exact mode

@@ -123,9 +123,15 @@ def short_conv(
     Returns:
         y [B, T, D] in the dtype of x, and the state like ``state``, or None.
     Raises:
-        ValueError: for a state or offsets that do not fit.
+        ValueError: for a weight, bias, state or offsets that do not fit.
     """
-    before = weight.shape[1] - 1
+    channels, before = x.shape[2], weight.shape[-1] - 1
+    for name, t, shape in (("weight", weight, (channels, before + 1)), ("bias", bias, (channels,))):
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"the convolution's {name} must be {list(shape)} for x {list(x.shape)}, got "
+                f"{list(t.shape)}; pass one with a row for each channel"
+            )
     if state is not None:
         shape = (_sequences(x, cu_seqlens), before, x.shape[2])
         check_state(state, shape, x.dtype, x, "the convolution's state")

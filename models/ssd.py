@@ -276,7 +276,8 @@ def recurrent_ssd(
     state_shape = (*x.shape[2:], B.shape[3])
     offsets, state = offsets_and_states(x, cu_seqlens, initial_state, state_shape)
     dt = step_size(dt, dt_bias, dt_softplus, dt_limit, state.dtype)
-    y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
+    with torch.autocast(x.device.type, enabled=False):
+        y, state = each_sequence(functools.partial(_steps, A, D), (x, dt, B, C), state, offsets)
     return y, state if output_final_state else None
 
 

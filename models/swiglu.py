@@ -26,7 +26,13 @@ class _KernelSwiGLU(torch.autograd.Function):
 
 def swiglu(x: Tensor, exact: bool = False) -> Tensor:
     """x [..., 2 N], gate and value side by side, to [..., N]; ``exact``: see `models.exact`. What
-    torch.compile makes of plain PyTorch is one kernel too."""
+    torch.compile makes of plain PyTorch is one kernel too.
+
+    Raises:
+        ValueError: for an odd number of channels.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"swiglu takes gate and value of one width, got {x.shape[-1]} channels")
     if kernels.usable(x) and x.numel() and not torch.compiler.is_compiling():
         y = _KernelSwiGLU.apply(x.reshape(-1, x.shape[-1]).contiguous())
         return y.view(*x.shape[:-1], -1)

@@ -243,4 +243,5 @@ def test_a_training_loss_stands_after_its_step_where_the_validation_does(tiny_ru
 @pytest.mark.filterwarnings("error")
 def test_long_overrides_leave_room_for_the_curves(tiny_run, tmp_path):
     runs = {f"data.path={'long/' * 50}{n}": Run(tiny_run.run).read_metrics() for n in range(2)}
+    runs["none on the way"] = [(0, {"val_bpb": 8.0}), (3, {"val_bpb": 7.0})]
     plot_comparison(runs, tmp_path / "comparison.png")

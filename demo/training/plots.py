@@ -102,10 +102,11 @@ def plot_comparison(runs: dict[str, Rows], target: Path) -> None:
         steps, losses = losses_on_the_way(metrics, "train_bpb")
         _, val_losses = column(metrics, VAL)
         smoothed = smooth(losses, max(1.0, len(losses) / 40))
-        axes.plot(100 * steps / steps[-1], smoothed, color=colour, linewidth=1.5)
+        if len(steps):  # a run of few steps may have none on the way
+            axes.plot(100 * steps / steps[-1], smoothed, color=colour, linewidth=1.5)
         label = f"{shorten(name, 60)}: {val_losses[-1]:.3f}"
         axes.plot(100, val_losses[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
-        lows.append(min(losses.min(), val_losses.min()))
+        lows.append(min(*losses, *val_losses))
         highs.append(val_losses.max())
     axes.set(xlim=(0, 100), xlabel="per cent of the steps")
     title = "Lines: training, smoothed; dots: validation at the end"

@@ -294,6 +294,7 @@ def layer_norm_bwd(
     recompute_output: bool = False,
     dz: Tensor | None = None,
     out: Tensor | None = None,
+    activation: str = "swish",
 ) -> tuple[Tensor | None, ...]:
     """The backward alone, from what :func:`layer_norm_fwd` returned: `dx`, `dw`, `db`, `dz` (None
     where there is no such input), and with `recompute_output` the forward's output, written to
@@ -302,7 +303,10 @@ def layer_norm_bwd(
     rstd = rstd.view(groups, x.shape[0]).t().contiguous()
     mean = None if mean is None else mean.view(groups, x.shape[0]).t().contiguous()
     options = (eps, group_size, norm_before_gate, is_rms_norm)
-    grads = layernorm_backward(dy, x, weight, bias, z, mean, rstd, *options, dz=dz)
+    grads = layernorm_backward(
+        dy, x, weight, bias, z, mean, rstd, *options, dz=dz, activation=activation
+    )
     if not recompute_output:
         return grads
-    return *grads, layernorm_forward(x, weight, bias, z, *options, out=out)[0]
+    y, *_ = layernorm_forward(x, weight, bias, z, *options, activation=activation, out=out)
+    return *grads, y

@@ -25,7 +25,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 # Triton would compile another variant where a size is 1 or divisible by 16.
 UNSPECIALIZED = [
-    "n_rows", "heads", "size1", "size2", "n_workers", "x_s0", "x_s1", "x_s2", "z_s0", "z_s1",
+    "n_rows", "size1", "size2", "n_workers", "x_s0", "x_s1", "x_s2", "z_s0", "z_s1",
     "z_s2", "y_s0", "y_s1", "y_s2", "dy_s0", "dy_s1", "dy_s2", "dx_s0", "dx_s1", "dx_s2",
     "dz_s0", "dz_s1", "dz_s2",
 ]  # fmt: skip

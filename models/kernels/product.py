@@ -46,6 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [I, J] times weight [K, J], plus bias [K] or None: [I, K] in the dtype of x."""
     (rows, channels), columns = x.shape, len(weight)
     y = x.new_empty(rows, columns)
+    bias = None if bias is None else bias.contiguous()
     tile, options = TILES[x.element_size()]
     _product[(triton.cdiv(rows, tile["BI"]) * triton.cdiv(columns, tile["BK"]),)](
         x, weight.T, bias, y, rows, channels, columns, *x.stride(), *weight.T.stride(),

@@ -171,28 +171,29 @@ def _final_state(x, state, offsets, final, D, sxt, ssb, sst, W: tl.constexpr,
         tl.store(final + place, value.to(final.dtype.element_ty), mask=d < D)
 
 
-def _setup(x: Tensor, state: Tensor | None, weight: Tensor):
-    """x with all tokens in one row, state and weight as they are read, the strides of x and state,
-    and the sizes that all kernels need."""
+def _setup(x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | None):
+    """x with all tokens in one row, state, weight and bias as they are read, the strides of x
+    and state, and the sizes that all kernels need."""
     x = (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1)
     if state is not None and state.stride(-1) != 1:
         state = state.contiguous()
     strides = (x.stride(0), *((0, 0) if state is None else state.stride()[:2]))
     sizes = {"W": weight.shape[1], "BD": CHANNELS, "num_warps": 1}
-    return x, state, weight.contiguous(), strides, sizes
+    bias = None if bias is None else bias.contiguous()
+    return x, state, weight.contiguous(), bias, strides, sizes
 
 
 @on_its_device
 def forward(x, weight, bias, state, table, offsets, with_final):
     """silu of the causal convolution, and the states after the last token of each sequence.
 
-    x [B, T, D], weight [D, W], bias [D] contiguous, state [sequences, W - 1, D]; bias and state may
+    x [B, T, D], weight [D, W], bias [D], state [sequences, W - 1, D]; bias and state may
     be None; the table of the rows, the offsets of the sequences.
     Returns y and the state, in the dtype of x.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (_, _, channels), taps, sequences = x.shape, weight.shape[1], len(offsets) - 1
-    x, state, weight, strides, sizes = _setup(x, state, weight)
+    x, state, weight, bias, strides, sizes = _setup(x, state, weight, bias)
     blocks = triton.cdiv(channels, CHANNELS)
     _conv_forward[(len(table), blocks)](
         x, state, weight, bias, table, offsets, y, channels,
@@ -215,10 +216,10 @@ def backward(dy, dfinal, x, weight, bias, state, table, offsets, dx):
         if dfinal is not None:
             dstate.copy_(dfinal)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    dbias = None if bias is None else torch.empty_like(bias)
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
     shape = (len(table), taps + 1, channels)
     dparams = torch.empty(shape, dtype=torch.float32, device=x.device)
-    x, state, weight, strides, sizes = _setup(x, state, weight)
+    x, state, weight, bias, strides, sizes = _setup(x, state, weight, bias)
     dy = (dy if dy.stride(-1) == 1 else dy.contiguous()).flatten(0, 1)
     _conv_backward[(len(table), triton.cdiv(channels, CHANNELS))](
         x, state, weight, bias, dy,

@@ -313,6 +313,12 @@ def test_the_private_pair_of_mamba(is_rms_norm, groups, norm_before_gate):
         assert same_bits(got, want)
     assert len(mamba._layer_norm_bwd(dy, x, w, bias, 1e-5, mean, rstd, z, **options)) == 4
 
+    act = {"activation": "sigmoid", **options}
+    _, mean, rstd = mamba._layer_norm_fwd(x, w, bias, 1e-5, z, **act)
+    dx, *_ = mamba._layer_norm_bwd(dy, x, w, bias, 1e-5, mean, rstd, z, **act)
+    result = gatednorm.layernorm_fn(*leaves, eps=1e-5, **act)
+    assert same_bits(dx, torch.autograd.grad(result, leaves[0], dy)[0])
+
 
 def test_the_forward_of_vllm_writes_over_its_input():
     x, z, w = random(4, 8), random(4, 8, seed=1), random(8, seed=2)

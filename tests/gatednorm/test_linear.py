@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import gatednorm
-from gatednorm import GatedNormLinear, gated_norm_linear
+from gatednorm import GatedNormLinear, gated_norm_linear, norm_then_linear
 from norm_calls import ORDERS
 from norm_cases import Case, Layout, inputs_of, poisoned_memory, same_bits
 
@@ -104,6 +105,42 @@ def test_heads_of_a_token_are_one_row_of_the_product(path):
     dout = torch.randn_like(out)
     got, want = (torch.autograd.grad(o, x, dout)[0] for o in (out, F.linear(y.flatten(-2), linear)))
     assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("shape", [(32,), (4, 8), (2, 3, 1, 32)], ids=["row", "heads", "one_head"])
+@pytest.mark.parametrize("precision", [None, "fp8_emulated"])
+def test_few_dimensions(shape, precision):
+    """One row alone, the heads of one token, tokens of one head: as the two modules apart."""
+    features, columns = (128, 128) if precision else (6, 32)
+    shape = (*shape[:-1], shape[-1] * columns // 32)
+    heads = len(shape) % 2 == 0
+    norm = gatednorm.RMSNorm(shape[-1])
+    linear = GatedNormLinear(columns, features).linear
+    x = torch.randn(shape, requires_grad=True)
+    out = norm_then_linear(norm, linear, x, None, heads=heads, precision=precision)
+    apart = F.linear(norm(x).flatten(-2) if heads else norm(x), linear.weight)
+    assert out.shape == apart.shape
+    error = 0.05 if precision else 1e-5
+    dout = torch.randn_like(out)
+    leaves = (x, norm.weight, linear.weight)
+    for got, want in zip(
+        (out, *torch.autograd.grad(out, leaves, dout)),
+        (apart, *torch.autograd.grad(apart, leaves, dout)),
+        strict=True,
+    ):
+        assert (got - want).norm() <= error * want.norm()
+
+
+@pytest.mark.parametrize("precision", [None, "fp8_emulated"])
+def test_a_frozen_projection_costs_no_gradient(precision):
+    x, frozen = torch.randn(128, 128, requires_grad=True), torch.randn(128, 128)
+    flops = []
+    for weight in (frozen, frozen.clone().requires_grad_()):
+        out = gated_norm_linear(x, None, None, weight, precision=precision)
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] == 2 * flops[0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

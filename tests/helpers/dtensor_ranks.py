@@ -46,7 +46,6 @@ def dtensors() -> None:
         whole = [t if t is None else t.requires_grad_() for t in leaves_of(case)]
         options = {"is_rms_norm": case.is_rms_norm, **case.options}
         y = gatednorm.layernorm_fn(*whole, **options)
-        y.square().sum().backward()
         parts = [
             None if t is None else distribute_tensor(t.detach(), mesh, p).requires_grad_()
             for t, p in zip(whole, (rows, parameter, parameter, rows), strict=True)
@@ -57,17 +56,42 @@ def dtensors() -> None:
         with torch.no_grad():
             for function in (gatednorm.layernorm_fn, gatednorm.rms_norm_gated):
                 assert same_bits(function(*parts, **options).to_local(), ours.to_local())
-        ours.square().sum().backward()
-        for mine, one in zip(parts, whole, strict=True):
-            if mine is not None:
-                torch.testing.assert_close(mine.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-5)
+        given = [[t for t in leaves if t is not None] for leaves in (parts, whole)]
+        dy = y.detach().cos()
+        wanted = torch.autograd.grad(y, given[1], dy)
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):  # not always those of y
+            gradient = distribute_tensor(dy, mesh, [*rows[:-1], placement])
+            found = torch.autograd.grad(ours, given[0], gradient, retain_graph=True)
+            for mine, one in zip(found, wanted, strict=True):
+                torch.testing.assert_close(mine.full_tensor(), one, rtol=1e-5, atol=1e-5)
 
 
-DTENSORS = (
-    Case((4, 4), 32, 1, False, False, bias=True),
-    Case((4, 4), 32, 1, True, True),
-    Case((4, 4), 8, 4, True, False),
-    Case((4, 4), 16, 2, False, True, bias=True, weight=False),
+def compiled_before_any_other() -> None:
+    """The first DTensor that the operators meet, in a compiled program; its gradient's rows are
+    sharded otherwise than its own."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    x, w, _, z = leaves_of(DTENSORS[1])
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    placements = ([Shard(1)], [Replicate()])
+    parts = [
+        distribute_tensor(t.detach(), mesh, p).requires_grad_()
+        for t, p in zip(leaves, placements, strict=True)
+    ]
+
+    def loss(x, w, z):
+        return (gatednorm.layernorm_fn(x, w) * z).sum()
+
+    once = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    once(*parts, distribute_tensor(z, mesh, [Shard(0)])).full_tensor().backward()
+    for mine, one in zip(parts, torch.autograd.grad(loss(*leaves, z), leaves), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), one, rtol=1e-5, atol=1e-5)
+
+
+DTENSORS = (  # outer dimensions of two sizes, which no mix-up survives
+    Case((8, 4), 32, 1, False, False, bias=True),
+    Case((8, 4), 32, 1, True, True),
+    Case((8, 4), 8, 4, True, False),
+    Case((8, 4), 16, 2, False, True, bias=True, weight=False),
 )
 
 
@@ -160,5 +184,5 @@ def what_dtensors_refuse() -> None:
 
 if __name__ == "__main__":
     size = int(sys.argv[1])
-    checks = [dtensors, what_dtensors_refuse]
+    checks = [compiled_before_any_other, dtensors, what_dtensors_refuse]
     run_on_ranks(size, [*checks, a_parallel_plan] if size == 4 else checks)

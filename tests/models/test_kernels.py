@@ -41,9 +41,9 @@ def test_product(rows, inner, columns, bias):
     from models.kernels import product
 
     g = torch.Generator().manual_seed(0)
-    shapes = ((rows, inner), (columns, inner), (columns,))
+    shapes = ((rows, inner), (columns, inner), (columns, 2))
     x, weight, b = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
-    b = b if bias else None
+    b = b[:, 1] if bias else None
     y = product.linear(x, weight, b)
     truth = torch.nn.functional.linear(x.double(), weight.double(), b.double() if bias else None)
     torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
@@ -295,7 +295,8 @@ def test_conv_kernels(case, offsets):
     g = torch.Generator().manual_seed(0)
     packed = torch.randn(batch, ends[-1] // batch, 29, generator=g).to(DEVICE).requires_grad_()
     weight = torch.randn(19, taps, generator=g).to(DEVICE).requires_grad_()
-    bias = torch.randn(19, generator=g).to(DEVICE).requires_grad_() if with_bias else None
+    bias = torch.randn(19, 2, generator=g).to(DEVICE)[:, 1]
+    bias = bias.requires_grad_() if with_bias else None
     state = torch.randn(count, taps - 1, 19, generator=g).to(DEVICE).requires_grad_()
     given = state if with_state else None
     leaves = [x for x in (packed, weight, bias, given) if x is not None and x.numel()]
@@ -318,6 +319,11 @@ def test_conv_kernels(case, offsets):
     theirs = torch.autograd.grad((expected, last), leaves, cotangents)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_swiglu_of_an_odd_width():
+    with pytest.raises(ValueError, match="gate and value of one width, got 7 channels"):
+        swiglu(torch.ones(3, 7, device=DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 70), (2, 2, 2050)], ids=["part", "more_than_a_program"])

@@ -115,6 +115,15 @@ def test_16_bit_operands(scan, monkeypatch):
     assert_close(actual, expected, 3e-2)
 
 
+def test_autocast_leaves_the_state_in_fp32(scan):
+    inputs = [x.detach().float() for x in scan.make(1, 9, 1, 2, 8, 8)[:-1]]
+    for function in (scan.chunked, scan.recurrent):
+        expected = function(*inputs, output_final_state=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = function(*inputs, output_final_state=True)
+        assert all(map(torch.equal, actual, expected))
+
+
 def test_bf16_inputs_on_cpu_compute_in_fp32():
     scan = SCANS["delta"]  # SSD adds up its output's three terms in the dtype of x
     *inputs, _ = (x.detach().bfloat16() for x in scan.make(1, 40, 1, 1, 8, 8))

@@ -53,6 +53,21 @@ def test_packed_equals_separate(taps):
         torch.testing.assert_close(final[i : i + 1], last)
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        ((4, 3), None, r"weight must be \[5, 3\] for x \[1, 6, 5\], got \[4, 3\]"),
+        ((1, 3), None, r"weight must be \[5, 3\]"),
+        ((5, 3), (1,), r"bias must be \[5\]"),
+    ],
+    ids=["fewer_channels", "one_channel", "bias"],
+)
+def test_parameters_that_do_not_fit(weight, bias, message):
+    bias = None if bias is None else torch.ones(bias)
+    with pytest.raises(ValueError, match=message):
+        short_conv(torch.ones(1, 6, 5), torch.ones(weight), bias)
+
+
 def test_state_of_short_prompts_is_padded_with_zeros():
     x, weight, bias, _ = make(4, tokens=2)
     _, state = short_conv(x, weight, bias)
