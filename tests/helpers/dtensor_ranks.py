@@ -92,6 +92,7 @@ DTENSORS = (  # outer dimensions of two sizes, which no mix-up survives
     Case((8, 4), 32, 1, True, True),
     Case((8, 4), 8, 4, True, False),
     Case((8, 4), 16, 2, False, True, bias=True, weight=False),
+    Case((8, 4), 16, 1, False, gated=False),
 )
 
 
