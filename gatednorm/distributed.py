@@ -72,17 +72,18 @@ def process_group_of(name: str | None) -> "dist.ProcessGroup":
 
 
 def _find(name: str | None) -> _Known:
-    if name is not None and name not in _known and dist.is_available() and dist.is_initialized():
-        world = dist.group.WORLD
-        if world is not None and world.group_name == name:
-            _known[name] = _Known(world)
-    try:
-        return _known[name or ""]
-    except KeyError:
+    known = _known.get(name or "")
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if (world is not None and world.group_name == name) and (
+        known is None or known.process_group is not world  # a name may outlive a world
+    ):
+        known = _known[name] = _Known(world)
+    if known is None:
         raise RuntimeError(
             f"process_group {name!r} is not known in this process; before a compiled or loaded "
             "program uses it, call the norm once with it, or make an RMSNorm with it"
-        ) from None
+        )
+    return known
 
 
 def local_groups(options: Options, width: int) -> int:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.language_model import LanguageModel, State
 from models.log_probs import log_probs_of
@@ -225,15 +225,23 @@ def _prefill(model, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, 
 @contextlib.contextmanager
 def _inference(model: LanguageModel) -> Iterator[None]:
     """Inference mode for one step: a generator must not hold a global mode while it is away."""
-    training = model.training
-    with torch.inference_mode():
-        if training:  # a walk over all modules, which a decoding step would feel
-            model.eval()
-        try:
-            yield
-        finally:
-            if training:
-                model.train()
+    with torch.inference_mode(), in_mode(model, training=False):
+        yield
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; each module is left in the mode it came in."""
+    if model.training is training:  # else a walk over all modules, which a decoding step would feel
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _EagerDecoder:

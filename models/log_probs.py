@@ -46,6 +46,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return (logits32.gather(-1, tokens[..., None]) - norm)[..., 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         logits, tokens, norm = ctx.saved_tensors
         dout = dout[..., None]

@@ -46,6 +46,7 @@ class _TapSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal):
         x, taps = ctx.saved_tensors
         size = dtotal.shape[1]

@@ -15,7 +15,7 @@ from demo.checkpoints.checkpoint import Loaded
 from demo.config.schema import NORM_PATHS
 from demo.inference.text_generation import Result
 from models import token_log_probs
-from models.generation import generate
+from models.generation import generate, in_mode
 from models.language_model import LanguageModel
 
 
@@ -164,17 +164,16 @@ def count_exact(loaded: Loaded, prompts: Sequence[bytes], results: Sequence[Resu
 def training_log_probs(model: LanguageModel, prompt: Tensor, new: Tensor) -> Tensor:
     """The log-probabilities [N] fp32 of the tokens `new` [N] after `prompt` [T] as training
     computes them: one call without a state, norms on the training path, gradients on."""
-    path, training = model.norm_path, model.training
+    path = model.norm_path
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
         model.set_norm_path("training")
-        model.train().requires_grad_(True)
-        with torch.enable_grad():
+        model.requires_grad_(True)
+        with torch.enable_grad(), in_mode(model, training=True):
             logits, _ = model(torch.cat((prompt, new))[None, :-1])
             return token_log_probs(logits[0, len(prompt) - 1 :], new).detach()
     finally:
         model.set_norm_path(path)
-        model.train(training)
         for parameter in frozen:
             parameter.requires_grad_(False)
 
@@ -219,19 +218,16 @@ def time_run(model: LanguageModel, prompt: Tensor, count: int) -> tuple[float, f
 def _greedy(model: LanguageModel, prompt: Tensor, count: int) -> tuple[Tensor, Tensor, int | None]:
     """Logits [prompt + count - 1, V] and the `count` likeliest tokens, on the CPU, and the most
     bytes that it took on a GPU."""
-    training = model.training
-    model.eval()
     if prompt.is_cuda:
         torch.cuda.reset_peak_memory_stats(prompt.device)
         held = torch.cuda.memory_allocated(prompt.device)
     parts, tokens = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), in_mode(model, training=False):
         logits, state = model(prompt[None], output_state=True)
         for _ in range(count):
             parts.append(logits[0].cpu())
             tokens.append(logits[0, -1].argmax())
             if len(tokens) < count:
                 logits, state = model(tokens[-1][None, None], state, output_state=True)
-    model.train(training)
     peak = torch.cuda.max_memory_allocated(prompt.device) - held if prompt.is_cuda else None
     return torch.cat(parts), torch.stack(tokens).cpu(), peak

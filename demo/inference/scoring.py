@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from demo.checkpoints.checkpoint import Loaded
+from models.generation import in_mode
 from models.log_probs import log_probs_of
 
 PIECE = 1024  # tokens at a time: what a long prompt takes in memory does not grow with it
@@ -67,13 +68,12 @@ def _score(loaded: Loaded, prompt: str | bytes) -> Score:
     ids = torch.tensor(tokens, dtype=torch.int64, device=device)
     pieces = range(0, len(tokens) - 1, PIECE)
     hidden = len(pieces) == 1 or not console.is_terminal
-    training, state, found = model.training, None, []
-    model.eval()
-    for start in track(pieces, "Scoring", console=console, transient=True, disable=hidden):
-        piece = ids[start : start + PIECE + 1]
-        logits, state = model(piece[None, :-1], state, output_state=True)
-        found += log_probs_of(logits[0], piece[1:], model.exact).tolist()
-    model.train(training)
+    state, found = None, []
+    with in_mode(model, training=False):
+        for start in track(pieces, "Scoring", console=console, transient=True, disable=hidden):
+            piece = ids[start : start + PIECE + 1]
+            logits, state = model(piece[None, :-1], state, output_state=True)
+            found += log_probs_of(logits[0], piece[1:], model.exact).tolist()
     size = len(text) - _size(loaded.tokenizer.decode(tokens[:1]))
     total = math.fsum(found)
     bits = -total / math.log(2) / size if size else math.nan

@@ -59,3 +59,18 @@ def run(file: str, *arguments: str, **env: str) -> None:
 def test_what_is_no_process_group(make, first):
     with pytest.raises(TypeError, match=r"must be a torch\.distributed\.ProcessGroup .*, got str"):
         make(first, process_group="tp")
+
+
+def test_a_module_follows_the_world_of_its_day():
+    """One that was destroyed is not used again."""
+    norm = None
+    for _ in range(2):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            world = torch.distributed.group.WORLD
+            norm = norm or gatednorm.RMSNorm(4, process_group=world)
+            assert norm.process_group is world
+            norm(torch.ones(2, 4))
+        finally:
+            torch.distributed.destroy_process_group()

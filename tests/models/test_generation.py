@@ -25,6 +25,16 @@ def collect(*args, **options):
     return torch.stack(list(generate(*args, **options)), dim=1)
 
 
+def test_modules_are_left_in_the_mode_that_they_came_in(model):
+    """Also where they are of two kinds, and where the generator is left on the way."""
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    next(generate(model, torch.tensor([1, 2]), 5))
+    assert [module.training for module in model.modules()] == modes
+    assert set(modes) == {True, False}
+
+
 def test_greedy_equals_the_full_forward(model):
     """Each token is the most likely one of a forward over all tokens so far."""
     text = prompt(20)[None]
