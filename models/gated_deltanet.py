@@ -104,8 +104,13 @@ class GatedDeltaNet(Mixer):
         self.num_v_heads, self.v_head_dim = num_v_heads, v_head_dim
         self.allow_neg_eigval, self.use_gate = allow_neg_eigval, use_gate
         # rmsnorm(x) * K^-0.5 with eps / K is x / sqrt(sum(x^2) + eps)
-        self.register_buffer("l2_scale", torch.full((head_dim,), head_dim**-0.5), persistent=False)
+        self.register_buffer("l2_scale", torch.empty(head_dim), persistent=False)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Also after `to_empty`: no checkpoint holds the scale of the keys."""
+        super().reset_parameters()
+        self.l2_scale.fill_(self.head_dim**-0.5)
 
     def head_counts(self) -> dict[str, int]:
         return {"num_v_heads": self.num_v_heads, "num_heads": self.num_heads}

@@ -1,5 +1,6 @@
-"""All that imports Triton: modules for models/{short_conv,swiglu,delta_chunks,ssd_chunks}.py, which
-hold the same in plain PyTorch. Importing this package needs no Triton.
+"""All that imports Triton: the scans (gated_delta_rule.py, ssd.py), the short convolution, SwiGLU,
+log-probabilities and the exact mode's product. The modules of `models` that ask for them hold the
+same in plain PyTorch. Importing this package needs no Triton.
 """
 
 import functools

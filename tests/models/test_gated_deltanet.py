@@ -89,6 +89,16 @@ def test_state_equals_qwen3_next():
     assert_states_equal_to_transformers(layer, *transformers_layer(layer))
 
 
+def test_a_layer_made_without_memory():
+    """`to_empty`, `reset_parameters` and a state give the layer that the state is of."""
+    layer, x = make(), torch.randn(1, 5, 24)
+    with torch.device("meta"):
+        other = make()
+    other.to_empty(device="cpu").reset_parameters()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x)[0], layer(x)[0])
+
+
 def test_negative_eigenvalues_double_beta():
     """With beta = 2 a step reflects the state along k, which no beta below 1 can do."""
     plain, doubled = make(), make(allow_neg_eigval=True)
