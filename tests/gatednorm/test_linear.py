@@ -111,6 +111,7 @@ def test_heads_of_a_token_are_one_row_of_the_product(path):
 @pytest.mark.parametrize("precision", [None, "fp8_emulated"])
 def test_few_dimensions(shape, precision):
     """One row alone, the heads of one token, tokens of one head: as the two modules apart."""
+    torch.manual_seed(0)
     features, columns = (128, 128) if precision else (6, 32)
     shape = (*shape[:-1], shape[-1] * columns // 32)
     heads = len(shape) % 2 == 0
@@ -120,7 +121,7 @@ def test_few_dimensions(shape, precision):
     out = norm_then_linear(norm, linear, x, None, heads=heads, precision=precision)
     apart = F.linear(norm(x).flatten(-2) if heads else norm(x), linear.weight)
     assert out.shape == apart.shape
-    error = 0.05 if precision else 1e-5
+    error = 0.08 if precision else 1e-5  # e4m3 rounds by 2.5% on average, and two operands
     dout = torch.randn_like(out)
     leaves = (x, norm.weight, linear.weight)
     for got, want in zip(
