@@ -6,6 +6,7 @@ reads its columns once for their means, the means travel, and a second read, by 
 rows, uses those of the whole group. docs/many-gpus.md says what is promised.
 """
 
+import weakref
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,18 @@ from .options import Options
 
 
 class _Known:
-    """A process group that a call has named, and whether its ranks' calls were found alike."""
+    """A process group that a call has named, and whether its ranks' calls were found alike. One
+    that is destroyed must not live on in here: gloo's threads would end the process with an error.
+    """
 
-    __slots__ = ("alike", "process_group")
+    __slots__ = ("alike", "reference")
 
     def __init__(self, process_group: "dist.ProcessGroup"):
-        self.process_group, self.alike = process_group, False
+        self.reference, self.alike = weakref.ref(process_group), False
+
+    @property
+    def process_group(self) -> "dist.ProcessGroup | None":
+        return self.reference()
 
 
 # By name: operators, and modules that are copied or saved, can carry a string only.
@@ -68,22 +75,23 @@ def name_of(process_group: Any) -> str:
 
 def process_group_of(name: str | None) -> "dist.ProcessGroup":
     """The process group that :func:`name_of` has named."""
-    return _find(name).process_group
+    return _find(name)[1]
 
 
-def _find(name: str | None) -> _Known:
+def _find(name: str | None) -> tuple[_Known, "dist.ProcessGroup"]:
     known = _known.get(name or "")
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if (world is not None and world.group_name == name) and (
         known is None or known.process_group is not world  # a name may outlive a world
     ):
         known = _known[name] = _Known(world)
-    if known is None:
+    process_group = None if known is None else known.process_group
+    if known is None or process_group is None:
         raise RuntimeError(
             f"process_group {name!r} is not known in this process; before a compiled or loaded "
             "program uses it, call the norm once with it, or make an RMSNorm with it"
         )
-    return known
+    return known, process_group
 
 
 def local_groups(options: Options, width: int) -> int:
@@ -127,9 +135,9 @@ def enter(name: str, options: Options, **tensors: object) -> tuple[Ranks | None,
         ValueError: on every rank, where these differ; groups that do not fit the ranks.
         RuntimeError: where a CUDA graph captures it.
     """
-    known = _find(options.process_group)
+    known, process_group = _find(options.process_group)
     if not known.alike or dist.get_debug_level() == dist.DebugLevel.DETAIL:
-        _check_alike(known.process_group, name, options, tensors)
+        _check_alike(process_group, name, options, tensors)
         known.alike = True
     x = tensors["x"]
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
