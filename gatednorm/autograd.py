@@ -1,14 +1,12 @@
-"""LayerNormFn and the registered operators: one way to save, one backward, two ways in.
+"""A call of the norm, and LayerNormFn: one way to save, one backward, two ways in.
 
-`gatednorm::forward`, `gatednorm::backward` and `gatednorm::forward_out` are what everything that
-traces sees (torch.compile, torch.export, fake and meta tensors, tensor subclasses). Eager code with
-plain tensors calls what they call: an operator called from Python, and the autograd that PyTorch
-wraps around it, would make a forward plus backward take half as long again (benchmarks/NOTES.md).
+Everything that traces sees the operators of operators.py. Eager code with plain tensors calls what
+they call: an operator called from Python, and the autograd that PyTorch wraps around it, would make
+a forward plus backward take half as long again (benchmarks/NOTES.md).
 """
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,14 +17,13 @@ from torch.autograd.graph import increment_version  # autograd must know of what
 
 from . import distributed
 from .call import (
-    DEVICES,
     check_tensors,
     dense_strides,
     describe,
     describe_backward,
     rows_of,
 )
-from .options import DTYPES, Options, make_options
+from .options import Options, make_options
 
 Maybe = Tensor | None
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
@@ -159,6 +156,34 @@ def run_backward(
     return dx, dw, db, dz, y
 
 
+def by_rows(x: Tensor, mean: Maybe, rstd: Tensor) -> tuple[Maybe, Tensor]:
+    """The operator's statistics as the kernels read them, `[rows, groups]`."""
+    if rstd.dim() == 2:
+        return mean, rstd
+    rows = x.shape[:-1].numel()
+    if mean is not None:
+        mean = mean.reshape(rows, mean.shape[-1]).contiguous()
+    return mean, rstd.reshape(rows, rstd.shape[-1]).contiguous()
+
+
+def addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
+    """The gradient itself, or a copy where autograd hands in one that no kernel can address.
+
+    Nothing else is ever copied. The gradient of `sum()`, for example, is an expanded scalar without
+    unit stride; the user did not choose its strides and cannot be asked to change them.
+    """
+    if dy.is_contiguous():
+        return dy
+    if dy.shape == x.shape and 1 in (dy.stride(-1), dy.shape[-1]):
+        strides = (dy.stride(), x.stride(), None if z is None else z.stride())
+        try:
+            rows_of(dy.shape, *strides, dense_strides(dy.shape))
+            return dy
+        except ValueError:
+            pass
+    return dy.contiguous()
+
+
 # For the options and the operator's flag; PyTorch ignores those for what was not given.
 NO_GRADIENTS = (None,) * (len(Options()) + 1)
 SAVED = ("x", "weight", "bias", "z", "mean", "rstd")
@@ -184,7 +209,7 @@ class LayerNormFn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
-        return _backward(ctx, dy)
+        return backward_of(ctx, dy)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Maybe) -> Tensor:
@@ -226,14 +251,14 @@ def gradients(ctx: Any, dy: Tensor, saved: Saved, with_output: bool = False) -> 
     x, weight, bias, z, mean, rstd = saved
     try:
         return run_backward(
-            _addressable(dy, x, z), x, weight, bias, z, *_by_rows(x, mean, rstd), None, None,
+            addressable(dy, x, z), x, weight, bias, z, *by_rows(x, mean, rstd), None, None,
             ctx.options, with_output,
         )  # fmt: skip
     except (TypeError, ValueError) as error:  # the forward accepted all of it
         raise RuntimeError(f"{HOOKS}, but {error}") from error
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Maybe) -> tuple[Maybe, ...]:
+def backward_of(ctx: Any, dy: Tensor, *_: Maybe) -> tuple[Maybe, ...]:
     """The gradients of `x, weight, bias, z`, and None for each option."""
     return *gradients(ctx, dy, ctx.saved_tensors)[:4], *NO_GRADIENTS
 
@@ -279,186 +304,3 @@ class OnceDifferentiable(torch.autograd.Function):
             "the gated norm has no second derivative, which was asked for by way of "
             "create_graph=True; use gatednorm.gated_norm_ref, which PyTorch differentiates at will"
         )
-
-
-# ---- torch.library ----
-
-_INPUTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? z"
-_OPTIONS = (
-    "float eps, int? group_size, bool norm_before_gate, bool is_rms_norm, "
-    "str activation, bool zero_centered, str numerics, ScalarType? out_dtype"
-)
-# What torch.compile has kept on a disk calls these after an upgrade too, since PyTorch looks at the
-# graph it was given and not at what a backward has become: a new argument comes last and has a
-# default, a new result comes last.
-_library = torch.library.Library(NAMESPACE, "DEF")
-_GROUP = "str? process_group=None"
-_library.define(
-    # Statistics are [*outer, groups], as DTensors need them; [rows, groups] where it is False.
-    f"forward({_INPUTS}, {_OPTIONS}, {_GROUP}, bool outer_stats=False) -> "
-    "(Tensor y, Tensor mean, Tensor rstd)"
-)
-_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {_OPTIONS}, {_GROUP}) -> ()")
-_library.define(
-    f"backward(Tensor dy, {_INPUTS}, Tensor mean, Tensor rstd, {_OPTIONS}, "
-    f"bool with_output=False, {_GROUP}) -> (Tensor dx, Tensor dw, Tensor db, Tensor dz, Tensor y)"
-)
-
-
-def none_to_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """An operator returns tensors only: an absent one becomes a tensor of no elements."""
-    return tuple(like.new_empty(0) if t is None else t for t in tensors)
-
-
-def _forward_impl(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
-) -> tuple[Tensor, ...]:
-    options, outer_stats = _split(len(Options()), *values)
-    y, *stats = run_forward(x, weight, bias, z, None, make_options(*options), save_stats=True)
-    if outer_stats:
-        stats = [None if t is None else t.view(*x.shape[:-1], t.shape[-1]) for t in stats]
-    return none_to_empty(x, y, *stats)
-
-
-def _forward_out_impl(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
-) -> None:
-    run_forward(x, weight, bias, z, out, make_options(*options), save_stats=False)
-
-
-def _backward_impl(
-    dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
-    *values: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options, with_output = _split(len(Options()) - 1, *values)
-    dy = _addressable(dy, x, z)
-    results = run_backward(
-        dy, x, weight, bias, z, *_by_rows(x, mean, rstd), None, None, make_options(*options),
-        with_output,
-    )  # fmt: skip
-    return none_to_empty(x, *results)
-
-
-def _split(at: int, *values: Any) -> tuple[tuple[Any, ...], bool]:
-    """The options, and the flag that stands among them in that place; PyTorch leaves out at the end
-    what has its default."""
-    values += (None,) * (len(Options()) + 1 - len(values))
-    return values[:at] + values[at + 1 :], bool(values[at])
-
-
-def _by_rows(x: Tensor, mean: Maybe, rstd: Tensor) -> tuple[Maybe, Tensor]:
-    """The operator's statistics as the kernels read them, `[rows, groups]`."""
-    if rstd.dim() == 2:
-        return mean, rstd
-    rows = x.shape[:-1].numel()
-    if mean is not None:
-        mean = mean.reshape(rows, mean.shape[-1]).contiguous()
-    return mean, rstd.reshape(rows, rstd.shape[-1]).contiguous()
-
-
-def _addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
-    """The gradient itself, or a copy where autograd hands in one that no kernel can address.
-
-    Nothing else is ever copied. The gradient of `sum()`, for example, is an expanded scalar without
-    unit stride; the user did not choose its strides and cannot be asked to change them.
-    """
-    if dy.is_contiguous():
-        return dy
-    if dy.shape == x.shape and 1 in (dy.stride(-1), dy.shape[-1]):
-        strides = (dy.stride(), x.stride(), None if z is None else z.stride())
-        try:
-            rows_of(dy.shape, *strides, dense_strides(dy.shape))
-            return dy
-        except ValueError:
-            pass
-    return dy.contiguous()
-
-
-def check_shapes(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Maybe, options: Options
-) -> None:
-    """The rules of `describe` for devices, and for sizes that may be symbols. Whether groups fit a
-    process group is left to the call itself."""
-    torch._check(x.dim() > 0, lambda: "x must have at least one dimension")
-    width = x.shape[-1]
-    for name, t in (("z", z), ("out", out)):
-        if t is None:
-            continue
-        rule = f"{name} must have the shape of x, {tuple(x.shape)}"
-        torch._check(t.dim() == x.dim(), lambda rule=rule: rule)
-        for mine, theirs in zip(t.shape, x.shape, strict=True):
-            torch._check(mine == theirs, lambda rule=rule: rule)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            torch._check(t.dim() == 1, lambda name=name: f"{name} must be [D]")
-            torch._check(t.shape[0] == width, lambda name=name: f"{name} must be [{width}]")
-    torch._check(width > 0, lambda: "x must have at least one channel in its last dimension")
-    group_size = None if options.process_group else options.group_size
-    fits = group_size is None or (group_size > 0 and width % group_size == 0)
-    torch._check(fits, lambda: f"group_size must divide {width}, got {group_size}")
-    given = {"x": x, "z": z, "out": out, "weight": weight, "bias": bias}
-    for name, t in given.items():
-        if t is None:
-            continue
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(
-                f"{name} must be on the device of x, got {t.device} and {x.device}; "
-                f"move it with {name}.to('{x.device}')"
-            )
-
-
-def _forward_fake(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, *values: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    given, outer_stats = _split(len(Options()), *values)
-    options = Options(*given)
-    check_shapes(x, weight, bias, z, None, options)
-    outer, width = tuple(x.shape[:-1]), x.shape[-1]
-    stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if options.process_group is None:
-        groups = width // (options.group_size or width)
-    else:
-        groups = distributed.local_groups(options, width)
-    shape = (*outer, groups) if outer_stats else (math.prod(outer), groups)
-    rstd = x.new_empty(shape, dtype=stats_dtype)
-    mean = x.new_empty(0) if options.is_rms_norm else torch.empty_like(rstd)
-    return x.new_empty(x.shape, dtype=options.out_dtype or x.dtype), mean, rstd
-
-
-def _forward_out_fake(
-    x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, out: Tensor, *options: Any
-) -> None:
-    check_shapes(x, weight, bias, z, out, Options(*options))
-
-
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Maybe, bias: Maybe, z: Maybe, mean: Tensor, rstd: Tensor,
-    *values: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options, with_output = _split(len(Options()) - 1, *values)
-    dense = (None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, z))
-    dtype = Options(*options).out_dtype or x.dtype
-    return none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
-
-
-for _name, _impl, _fake in (
-    ("forward", _forward_impl, _forward_fake),
-    ("forward_out", _forward_out_impl, _forward_out_fake),
-    ("backward", _backward_impl, _backward_fake),
-):
-    for _device in DEVICES:
-        _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
-
-
-def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    options, _ = _split(len(Options()), *inputs[4:])
-    save_statistics(ctx, (*inputs[:4], *output[1:]), Options(*options))
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::forward", _backward, setup_context=_save_op, lib=_library
-)

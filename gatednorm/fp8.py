@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .autograd import NAMESPACE, Maybe, check_shapes, needs_operator, none_to_empty
+from .autograd import NAMESPACE, Maybe, needs_operator
 from .call import DEVICES, check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
+from .operators import check_shapes, none_to_empty
 from .options import BLOCKS, Options, make_options, one_of
 
 SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4")

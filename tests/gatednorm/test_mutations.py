@@ -22,7 +22,9 @@ TESTED = [
     "pyproject.toml", "tests/conftest.py",
     *(
         f"tests/helpers/{name}.py"
-        for name in ("dtensor_ranks", "many_ranks", "norm_calls", "norm_cases", "paths")
+        for name in (
+            "dtensor_ranks", "each_rank", "many_ranks", "norm_calls", "norm_cases", "paths",
+        )
     ),
     "tests/gatednorm/conftest.py",
     *(

@@ -2,7 +2,7 @@
 
     python tests/helpers/dtensor_ranks.py 2
 
-How the ranks are started: many_ranks.py.
+How the ranks are started: each_rank.py.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gatednorm
-from many_ranks import device, refused, run_on_ranks
+from each_rank import device, refused, run_on_ranks
 from norm_cases import Case, inputs_of, same_bits
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import dtensor_ranks
 import gatednorm
 import many_ranks
-from many_ranks import columns_of, device, options_of, parts_of, refused, run_on_ranks
+from each_rank import device, refused, run_on_ranks
+from many_ranks import columns_of, options_of, parts_of
 from norm_cases import Case, inputs_of, same_bits
 
 

@@ -3,7 +3,7 @@
     python tests/helpers/model_ranks.py 2
     python tests/helpers/model_ranks.py gpus    # two, over NCCL
 
-How the ranks are started: many_ranks.py.
+How the ranks are started: each_rank.py.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from many_ranks import device, refused, run_on_ranks
+from each_rank import device, refused, run_on_ranks
 from models.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from models.generation import generate
 from models.language_model import LanguageModel
