@@ -9,8 +9,10 @@ from paths import TRITON
 
 @pytest.fixture
 def small(path):
-    def make(is_rms_norm=True, norm_before_gate=True, gated=True, weight=True, **kwargs):
-        case = Case((6,), 8, 2, is_rms_norm, norm_before_gate, gated, weight=weight, **kwargs)
+    def make(
+        is_rms_norm=True, norm_before_gate=True, gated=True, weight=True, outer=(6,), **kwargs
+    ):
+        case = Case(outer, 8, 2, is_rms_norm, norm_before_gate, gated, weight=weight, **kwargs)
         return case, inputs_of(case, path.device)
 
     return make

@@ -27,19 +27,25 @@ def compiler(path):
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated", "weight"), GATES)
-@pytest.mark.parametrize("op", ["forward", "forward_out", "backward", "backward_with_output"])
+@pytest.mark.parametrize(
+    "op", ["forward", "forward_outer_stats", "forward_out", "backward", "backward_with_output"]
+)
 def test_opcheck(small, op, is_rms_norm, norm_before_gate, gated, weight):
-    _case, i = small(is_rms_norm, norm_before_gate, gated, weight, bias=not is_rms_norm)
+    kind = (is_rms_norm, norm_before_gate, gated, weight)
+    _case, i = small(*kind, outer=(2, 3), bias=not is_rms_norm)
     options = (1e-5, 8, norm_before_gate, is_rms_norm, "silu", False, "fp32", None)
     given = (i.x, i.weight, i.bias, i.z)
     if op == "forward":
         args = (*leaves_of(i), *options)
+    elif op == "forward_outer_stats":
+        args = (*leaves_of(i), *options, None, True)
     elif op == "forward_out":
         args = (*given, torch.empty_like(i.x), *options)
     else:
         _, mean, rstd = torch.ops.gatednorm.forward(*given, *options)
         args = (i.dy, *given, mean, rstd, *options, op == "backward_with_output")
-    operator = getattr(torch.ops.gatednorm, op.removesuffix("_with_output"))
+    name = op.removesuffix("_with_output").removesuffix("_outer_stats")
+    operator = getattr(torch.ops.gatednorm, name)
     torch.library.opcheck(operator.default, args)
 
 
@@ -48,11 +54,13 @@ def test_a_program_that_an_earlier_version_compiled(
     small, is_rms_norm, norm_before_gate, gated, weight
 ):
     """As torch.compile keeps it on a disk: arguments by position, `with_output` unheard of."""
-    _case, i = small(is_rms_norm, norm_before_gate, gated, weight, bias=not is_rms_norm)
+    kind = (is_rms_norm, norm_before_gate, gated, weight)
+    _case, i = small(*kind, outer=(2, 3), bias=not is_rms_norm)
     options = (1e-6, 8, norm_before_gate, is_rms_norm)
     given = (i.x, i.weight, i.bias, i.z)
     others = (*options, "silu", False, "fp32", None)
     y, mean, rstd = torch.ops.gatednorm.forward.default(*given, *others)
+    assert rstd.shape == (i.x[..., 0].numel(), i.x.shape[-1] // 8)
     dx, dw, db, dz, *_ = torch.ops.gatednorm.backward.default(i.dy, *given, mean, rstd, *others)
     wanted = gradients(lambda *leaves: gatednorm.layernorm_fn(*leaves, *options), i)
     got = [t for t in (y, dx, dw, db, dz) if t.numel()]
