@@ -20,10 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import report
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, loss_of
 from gatednorm.bench.timing import synchronize
 from models import generation, token_log_probs
 from models.language_model import LanguageModel
@@ -132,12 +131,7 @@ def times(model, tokens, prompts, steps, rounds) -> list[tuple[str, bool, float]
     def train(exact):
         model.exact = exact
         model.zero_grad(set_to_none=True)
-        logits, targets = model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten()
-        if exact:
-            loss = -token_log_probs(logits, targets).mean()
-        else:
-            loss = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets)
-        loss.backward()
+        loss_of(model, tokens[:, :-1], tokens[:, 1:].flatten()).backward()
 
     def decode(exact, step, token):
         model.exact = exact

@@ -15,7 +15,6 @@ import time
 import traceback
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.profiles import kernel_times, label_norms, norm_times, record
@@ -25,6 +24,7 @@ from models.config import GatedDeltaNetConfig, Mamba2Config
 from models.gated_delta_rule import chunk_gated_delta_rule
 from models.generation import generate
 from models.language_model import LanguageModel
+from models.log_probs import log_probs_of
 from models.ssd import chunk_ssd
 
 LARGE = {"hidden_size": 1024, "vocab_size": 32000, "tie_embeddings": False}
@@ -85,9 +85,9 @@ class Setup:
 
 
 def loss_of(model, tokens, targets) -> torch.Tensor:
-    """Mean cross entropy, in fp32 without an fp32 copy of the logits."""
-    logits = model(tokens)[0].flatten(0, 1)
-    return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets)
+    """Mean cross entropy in fp32, the loss that train.py takes."""
+    exact = getattr(model, "exact", False)  # a peer's model has no such mode
+    return -log_probs_of(model(tokens)[0].flatten(0, 1), targets, exact).mean()
 
 
 def check(setup: Setup, name: str) -> None:

@@ -56,9 +56,9 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor, exact: bool) -> Tensor:
-    """What a model in this mode reports: ``token_log_probs``, or the faster ``log_softmax``, which
-    makes no promise of bits; arguments and result as there."""
-    if exact:
+    """What a model in this mode reports: ``token_log_probs``, or on a CPU the faster
+    ``log_softmax``, which makes no promise of bits; arguments and result as there."""
+    if exact or kernels.usable(logits):
         return token_log_probs(logits, tokens)
     return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 

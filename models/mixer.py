@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
-from models.products import Linear, Product
-from models.rows import ROW, side_by_side
+from models.products import Linear, Product, rows_to
+from models.rows import PRODUCT, ROW, side_by_side
 from models.short_conv import short_conv
 
 # Heads, or groups of them, that lie side by side in one dimension: how many and how wide.
@@ -37,8 +37,7 @@ class PaddedLinear(Linear):
             return super().forward(x)
         weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling():
-            weight = F.pad(weight, (0, 0, 0, rest))
-            bias = None if bias is None else F.pad(bias, (0, rest))
+            weight, bias = (_aligned(t, ROW) for t in (weight, bias))
             return F.linear(x, weight, bias)[..., : self.out_features]
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -50,10 +49,19 @@ class PaddedLinear(Linear):
 
 def _padded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In padded rows."""
-    y = x.new_empty(len(x), len(weight) + -len(weight) % ROW)[:, : len(weight)]
+    columns = len(weight)
+    weight, bias = (_aligned(t, PRODUCT) for t in (weight, bias))
+    y = x.new_empty(len(x), columns + -columns % ROW)[:, : len(weight)]
     if bias is None:
-        return torch.mm(x, weight.T, out=y)
-    return torch.addmm(bias, x, weight.T, out=y)
+        torch.mm(x, weight.T, out=y)
+    else:
+        torch.addmm(bias, x, weight.T, out=y)
+    return y[:, :columns]
+
+
+def _aligned(x: Tensor | None, multiple: int) -> Tensor | None:
+    """x [N, ...] with rows of zeros up to the next multiple."""
+    return None if x is None else rows_to(len(x) + -len(x) % multiple, x)
 
 
 class _Split(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gatednorm import NotesHooks
 from models import kernels
 from models.exact import CHUNK
+from models.rows import with_zeros
 
 
 class Product(torch.autograd.Function):
@@ -26,13 +27,19 @@ class Product(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         _, dx, dweight, dbias = ctx.needs_input_grad
+        wide = with_zeros(dy)
         with torch.autocast(x.device.type, enabled=False):
             return (
                 None,
-                dy @ weight if dx else None,
-                dy.mT @ x if dweight else None,
+                wide @ rows_to(wide.shape[1], weight) if dx else None,
+                (wide.mT @ x)[: len(weight)] if dweight else None,
                 dy.sum(0) if dbias else None,
             )
+
+
+def rows_to(count: int, x: Tensor) -> Tensor:
+    """x [N, ...] with rows of zeros after it, so that there are so many."""
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, count - len(x))) if count > len(x) else x
 
 
 def _exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROW = 64  # channels, 128 bytes in 16 bits: Hopper's fast matrix kernels want rows to begin at those
+PRODUCT = 8  # 16 bytes: cuBLAS has its kernels for Hopper where rows and columns are a multiple
 
 
 def gradient_like(x: Tensor) -> Tensor:
@@ -41,5 +42,21 @@ def side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
             for others, place in beside:
                 if place.shape[-1]:
                     torch.cat(others, -1, out=place)
-            return room[..., : ends[-1]]
-    return torch.cat((*parts, rest), -1)[..., : ends[-1]]
+            break
+    else:
+        room = torch.cat((*parts, rest), -1)
+    room.has_zeros = True
+    return room[..., : ends[-1]]
+
+
+def with_zeros(x: Tensor) -> Tensor:
+    """x [R, D] with zeros up to the next multiple of PRODUCT, where it is what `side_by_side` made;
+    else x itself."""
+    room, width = x._base, x.shape[1] + -x.shape[1] % ROW
+    if (
+        getattr(room, "has_zeros", False)
+        and room.shape[-1] == width
+        and (x.storage_offset(), x.stride()) == (0, (width, 1))
+    ):
+        return room.view(-1, width)[: len(x), : x.shape[1] + -x.shape[1] % PRODUCT]
+    return x

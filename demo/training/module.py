@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +20,8 @@ from demo.config.schema import OptimConfig, TrainerConfig
 from demo.data.batches import Batch, Packed
 from demo.training.run import SAMPLE, VAL
 from demo.training.schedule import learning_rate_factor
-from models import token_log_probs
 from models.language_model import LanguageModel
+from models.log_probs import log_probs_of
 from models.tensor_parallel import TensorParallel
 
 
@@ -103,9 +102,8 @@ class LitLanguageModel(L.LightningModule):
             tokens = batch
             logits, _ = self.model(tokens[:, :-1])
         logits, targets = logits.flatten(0, 1), tokens[:, 1:].flatten()
-        if self.model.exact:  # the very numbers that generation reports
-            return -token_log_probs(logits, targets).mean()
-        return F.cross_entropy(logits.float(), targets)
+        # the very numbers that generation reports
+        return -log_probs_of(logits, targets, self.model.exact).mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.plan is not None:

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import mixer as mixer_module
-from models import rows
+from models import products, rows
 from models.gated_deltanet import GatedDeltaNet
 from models.mamba2 import Mamba2
 from scan_checks import make_mixer
@@ -121,6 +122,30 @@ def test_the_padded_product_is_the_same(bias, monkeypatch):
     assert results[0][0].stride() == (5 * 128, 128, 1)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_products_of_gradients_read_the_zeros_behind_the_rows(monkeypatch):
+    """So that their columns are a multiple of 16 bytes; nothing behind rows of someone else."""
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    widths, read = [], rows.with_zeros
+
+    def recorded(dy):
+        wide = read(dy)
+        widths.append(wide.shape[1])
+        return wide
+
+    monkeypatch.setattr(products, "with_zeros", recorded)
+    linear, x = mixer_module.PaddedLinear(12, 70), torch.randn(2, 5, 12, requires_grad=True)
+    results = []
+    for y in (linear(x), F.linear(x, linear.weight, linear.bias)):
+        parts = mixer_module.split(y, [40, 20, 10])
+        loss = sum(part.sin().sum() * (i + 1) for i, part in enumerate(parts))
+        results.append(torch.autograd.grad(loss, [x, *linear.parameters()]))
+    assert widths == [72]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    wider = torch.full((5, 128), float("nan"))[:, :70]
+    assert read(wider) is wider
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["side_by_side", "apart"])
