@@ -27,8 +27,11 @@ Fused = list[tuple[int, int]]
 
 class PaddedLinear(Linear):
     """`Linear` whose product on a GPU has rows padded to a multiple of 64 channels, for fast matrix
-    kernels and for vector loads from slices of the result. For a few tokens it is not worth it.
+    kernels and for vector loads from slices of the result. For a few tokens it is not worth it,
+    but in exact mode a row's place is the same for any number.
     """
+
+    MULTIPLE = ROW
 
     def forward(self, x: Tensor) -> Tensor:
         rest = -self.out_features % ROW

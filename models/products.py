@@ -3,6 +3,8 @@
 Shape letters: R rows, K input channels, N output channels.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,10 +44,12 @@ def rows_to(count: int, x: Tensor) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, count - len(x))) if count > len(x) else x
 
 
-def _exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _exact(multiple: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Summed in fp32 (fp64 for fp64) and rounded once."""
     product = kernels.find("product", x)
-    return (_blocks if product is None else product.linear)(x, weight, bias)
+    if product is None:
+        return _blocks(x, weight, bias)
+    return product.linear(x, weight, bias, multiple)
 
 
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,9 +71,11 @@ class Linear(NotesHooks, nn.Linear):
 
     Attributes:
         exact: whether it is on.
+        MULTIPLE: of how many columns a row of an exact product takes the place on a GPU.
     """
 
     exact = False
+    MULTIPLE = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.exact:
@@ -80,6 +86,7 @@ class Linear(NotesHooks, nn.Linear):
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
         rows = x.reshape(-1, self.in_features).contiguous()
-        return Product.apply(_exact, rows, weight, bias).view(*x.shape[:-1], self.out_features)
+        y = Product.apply(partial(_exact, self.MULTIPLE), rows, weight, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     PLAIN_FORWARD = forward  # outside exact mode

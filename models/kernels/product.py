@@ -12,7 +12,7 @@ from models.kernels import on_its_device
 
 
 @triton.jit
-def _product(a, b, bias, y, I, J, K, sai, saj, sbj, sbk, HAS_BIAS: tl.constexpr,
+def _product(a, b, bias, y, I, J, K, sai, saj, sbj, sbk, syi, HAS_BIAS: tl.constexpr,
              BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y = a b + bias, one tile, summed over J in order."""
     columns = tl.cdiv(K, BK)
@@ -30,7 +30,7 @@ def _product(a, b, bias, y, I, J, K, sai, saj, sbj, sbk, HAS_BIAS: tl.constexpr,
         cols += BJ * sbj
     if HAS_BIAS:
         total += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    place = i[:, None] * K + k[None, :]
+    place = i[:, None] * syi + k[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=(i < I)[:, None] & (k < K)[None, :])
 
 
@@ -42,14 +42,15 @@ TILES = {
 
 
 @on_its_device
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [I, J] times weight [K, J], plus bias [K] or None: [I, K] in the dtype of x."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, multiple: int) -> Tensor:
+    """x [I, J] times weight [K, J], plus bias [K] or None: [I, K] in the dtype of x, where a row
+    takes the place of a multiple of so many columns."""
     (rows, channels), columns = x.shape, len(weight)
-    y = x.new_empty(rows, columns)
+    y = x.new_empty(rows, columns + -columns % multiple)[:, :columns]
     bias = None if bias is None else bias.contiguous()
     tile, options = TILES[x.element_size()]
     _product[(triton.cdiv(rows, tile["BI"]) * triton.cdiv(columns, tile["BK"]),)](
         x, weight.T, bias, y, rows, channels, columns, *x.stride(), *weight.T.stride(),
-        HAS_BIAS=bias is not None, **tile, **options,
+        y.stride(0), HAS_BIAS=bias is not None, **tile, **options,
     )  # fmt: skip
     return y

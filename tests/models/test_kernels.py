@@ -44,13 +44,14 @@ def test_product(rows, inner, columns, bias):
     shapes = ((rows, inner), (columns, inner), (columns, 2))
     x, weight, b = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
     b = b[:, 1] if bias else None
-    y = product.linear(x, weight, b)
+    y = product.linear(x, weight, b, 64)
+    assert y.stride() == (columns + -columns % 64, 1)
     truth = torch.nn.functional.linear(x.double(), weight.double(), b.double() if bias else None)
     torch.testing.assert_close(y, truth.float(), rtol=1e-5, atol=1e-5)
     for row in range(0, rows, 43):  # at its place in a tile: numpy, which computes here, needs that
         start = row // 64 * 64
         others = torch.cat((torch.randn_like(x[start:row]), x[row : row + 1]))
-        assert torch.equal(product.linear(others, weight, b)[-1], y[row])
+        assert torch.equal(product.linear(others, weight, b, 64)[-1], y[row])
 
 
 @pytest.mark.parametrize("words", [5, 4096, 9001])
