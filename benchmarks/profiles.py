@@ -31,7 +31,7 @@ KINDS = {  # of kernels, by how a name begins
     "convolution": "_conv|_final_state|_sum_parameters",
     "norms": "(forward|backward|reduce)_kernel$",
     "SwiGLU": "_swiglu",
-    "loss": r".*(SoftMax|nll_loss)",
+    "loss": r".*(SoftMax|nll_loss)|_(forward|backward)$",
     "PyTorch's elementwise operators, sums, copies": "",
 }
 ANNOTATIONS = ("norm.", "Optimizer.", "ProfilerStep", "autograd::")
