@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 
 from benchmarks import report
@@ -34,6 +33,7 @@ from demo.training.schedule import learning_rate_factor
 from gatednorm.bench.timing import synchronize
 from models.config import ModelConfig
 from models.language_model import LanguageModel
+from models.log_probs import log_probs_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EACH, LAST = 10, 50  # steps of a row of the CSV, and of the table at the end
@@ -89,7 +89,7 @@ class Run:
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16):
             logits, _ = self.model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return -log_probs_of(logits, batch[:, 1:], False).mean()
 
     def steps(self, some: list[torch.Tensor]) -> tuple[float, float]:
         """Their mean loss in bits per byte, and milliseconds of a step."""
