@@ -138,10 +138,10 @@ class LanguageModel(nn.Module):
                 offsets that do not fit, or a state of the other mode, and in exact mode for a
                 linear layer that is not `models.products.Linear`.
         """
-        if tokens.dim() != 2 or tokens.shape[1] < 1:
+        if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(
                 f"tokens must be [B, T] with at least one token, got {list(tokens.shape)}; "
-                "add a batch dimension with tokens[None]"
+                "tokens[None] makes a single row a batch, and a batch of no rows needs no call"
             )
         if state is not None and len(state) != len(self.blocks) + self.exact:
             if len(state) == len(self.blocks) + (not self.exact):

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
-from models.products import Linear, Product, rows_to
+from models.products import PLAIN, Linear, Product, rows_to
 from models.rows import PRODUCT, ROW, side_by_side
 from models.short_conv import short_conv
 
@@ -35,7 +35,7 @@ class PaddedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rest = -self.out_features % ROW
-        plain = type(self.weight) in (Tensor, nn.Parameter)  # not a quantised one, for example
+        plain = type(self.weight) in PLAIN
         if self.exact or rest == 0 or not plain or not pays_to_pad(x):
             return super().forward(x)
         weight, bias = self.weight, self.bias

@@ -14,6 +14,8 @@ from models import kernels
 from models.exact import CHUNK
 from models.rows import with_zeros
 
+PLAIN = (Tensor, nn.Parameter)  # not a quantised weight, for example, which computes otherwise
+
 
 class Product(torch.autograd.Function):
     """x [R, K] times weight [N, K], plus bias [N] or None, to [R, N] by `product(x, weight, bias)`.
@@ -81,6 +83,11 @@ class Linear(NotesHooks, nn.Linear):
         if not self.exact:
             return super().forward(x)
         weight, bias = self.weight, self.bias
+        if type(weight) not in PLAIN:
+            raise ValueError(
+                "exact mode needs weights of a linear layer that are plain tensors, got "
+                f"{type(weight).__name__}; convert them, or leave the mode"
+            )
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

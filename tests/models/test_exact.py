@@ -189,6 +189,17 @@ def test_an_adapter_is_refused_by_its_name(model, name):
     model(random_tokens(1, 3))
 
 
+class Quantised(torch.Tensor):
+    """A weight of a class of its own, as torchao's are."""
+
+
+def test_a_quantised_weight_is_refused(model):
+    linear = model.blocks[1].mixer.out_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    with pytest.raises(ValueError, match="plain tensors, got Quantised; convert them"):
+        model(random_tokens(1, 3))
+
+
 def test_exact_is_an_attribute_and_no_weight(model):
     other = LanguageModel(model.config, exact=True)
     assert other.exact

@@ -162,6 +162,7 @@ def test_bad_inputs(mixer):
     for arguments, message in (
         ((tokens(2, 3)[0],), r"tokens must be \[B, T\]"),
         ((tokens(2, 0),), "at least one token"),
+        ((tokens(0, 3),), r"at least one token, got \[0, 3\]"),
         ((tokens(2, 3), state[:1]), "one entry per layer, got 1 for 2"),
         ((tokens(3, 3), state), "the convolution's state must have shape"),
         ((tokens(2, 6), None, False, torch.tensor([0, 6])), "got batch size 2"),
