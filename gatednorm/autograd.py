@@ -125,9 +125,11 @@ def run_backward(
     dz: Tensor | None,
     options: Options,
     with_output: bool = False,
+    parameters: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Check, allocate what is missing and launch; returns `dx`, `dw`, `db`, `dz` (None where there
-    is no such input), and with a new `dx` the forward's `y` again where asked for (else None)."""
+    is no such input, and for weight and bias without `parameters`), and with a new `dx` the
+    forward's `y` again where asked for (else None)."""
     if options.is_rms_norm:
         mean = None  # RMS norm uses none, but callers written for other copies pass one
     ranks = None
@@ -148,7 +150,7 @@ def run_backward(
         dw, db = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
     else:
         kernels = backend(x.device.type)
-        tensors = (call, dy, x, weight, bias, z, mean, rstd, dx, dz, y)
+        tensors = (call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, parameters)
         if ranks is None:
             dw, db = kernels.backward(*tensors)
         else:
@@ -252,7 +254,7 @@ def gradients(ctx: Any, dy: Tensor, saved: Saved, with_output: bool = False) -> 
     try:
         return run_backward(
             addressable(dy, x, z), x, weight, bias, z, *by_rows(x, mean, rstd), None, None,
-            ctx.options, with_output,
+            ctx.options, with_output, any(ctx.needs_input_grad[1:3]),
         )  # fmt: skip
     except (TypeError, ValueError) as error:  # the forward accepted all of it
         raise RuntimeError(f"{HOOKS}, but {error}") from error

@@ -274,15 +274,17 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
     y: Tensor | None,
+    parameters: bool,
     c1: Tensor | None = None,
     c2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
-    return `dw`, `db` `[D]` in the dtypes of weight and bias. `c1`, `c2` `[rows]`: the means of
-    :func:`backward_means`, where they are those of more than these columns."""
+    return `dw`, `db` `[D]` in the dtypes of weight and bias, unless `parameters` is false. `c1`,
+    `c2` `[rows]`: the means of :func:`backward_means`, where they are those of more than these
+    columns."""
     w, b = _parameters(call, weight, bias)
-    dw = None if w is None else torch.zeros_like(w)
-    db = None if b is None else torch.zeros_like(b)
+    dw = torch.zeros_like(w) if w is not None and parameters else None
+    db = torch.zeros_like(b) if b is not None and parameters else None
     buffers, options = _Buffers(call, x), call.options
     after_norm, after_weight = rounding(options.numerics, *call.kind.dtypes[:2])
     sizes, strides = call.rows

@@ -227,6 +227,7 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
     y: Tensor | None,
+    parameters: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward of `kernels` with the sums of the whole group; returns `dw`, `db`."""
     n_rows, rms = x.numel() // call.width, call.options.is_rms_norm
@@ -234,5 +235,7 @@ def backward(
     c1, c2 = own[0], None if rms else own[1]
     kernels.backward_means(call, dy, x, weight, z, mean, rstd, c1, c2)
     kernels.combine(_parts_of_group(ranks, own), c1, c2)
-    dw, db = kernels.backward(call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, c1, c2)
+    dw, db = kernels.backward(
+        call, dy, x, weight, bias, z, mean, rstd, dx, dz, y, parameters, c1, c2
+    )
     return dw, db

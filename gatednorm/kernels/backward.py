@@ -133,7 +133,8 @@ def backward_kernel(
     Gate before the norm: g = dy, dz = du * x * act'(z), dx = du * act(z).
     Both: dxhat = g * w; dw = sum of g * xhat, db = sum of g over the rows. Each of `n_workers`
     programs of a column tile walks over its share of the row tiles and leaves its sums in row
-    `worker` of `dw_ptr`, `db_ptr` `[n_workers, D]`; `reduce_kernel` adds them up in that order.
+    `worker` of `dw_ptr`, `db_ptr` `[n_workers, D]`, unless None; `reduce_kernel` adds them up in
+    that order.
     The forward's `y` is written again, with the strides of dx, where there is a `y_ptr`.
     SUMS_GIVEN: c1 and c2 come from memory, for groups in chunks and those of several processes.
     """
@@ -163,9 +164,11 @@ def backward_kernel(
         dz_ptr += group * N
     if w_ptr is not None:
         w_ptr += group * N
-        dw_ptr += worker.to(tl.int64) * D + group * N
     if b_ptr is not None:
         b_ptr += group * N
+    if dw_ptr is not None:
+        dw_ptr += worker.to(tl.int64) * D + group * N
+    if db_ptr is not None:
         db_ptr += worker.to(tl.int64) * D + group * N
 
     w_a, b_a, w_b, b_b = 0.0, 0.0, 0.0, 0.0
@@ -207,9 +210,9 @@ def backward_kernel(
             SIGMOID, ROUND_NORM, ROUND_WEIGHT, HOIST, KEEP, y_ptr, dx_off)  # fmt: skip
         if z_ptr is not None and NORM_BEFORE_GATE:
             store(dz_ptr, dz_off, row_mask, col_start, dz_a, N, BLOCK_A, FULL_A)
-        if w_ptr is not None:
+        if dw_ptr is not None:
             dw_a = tl.fma(g, rounded, dw_a)
-        if b_ptr is not None:
+        if db_ptr is not None:
             db_a += g
         if BLOCK_B > 0:
             xhat_b, rounded, g, dxhat_b, act_b, dz_b, s_b, dy_b, x_b, z_b = _read(
@@ -219,9 +222,9 @@ def backward_kernel(
                 y_ptr, dx_off)  # fmt: skip
             if z_ptr is not None and NORM_BEFORE_GATE:
                 store(dz_ptr, dz_off, row_mask, BLOCK_A, dz_b, N, BLOCK_B, FULL)
-            if w_ptr is not None:
+            if dw_ptr is not None:
                 dw_b = tl.fma(g, rounded, dw_b)
-            if b_ptr is not None:
+            if db_ptr is not None:
                 db_b += g
         c2 = rstd
         if SUMS_GIVEN:
@@ -268,11 +271,11 @@ def backward_kernel(
             _finish(xhat_b, dxhat_b, act_b, dz_b, rstd, c1, c2, dx_ptr, dx_off, dz_ptr, dz_off,
                     row_mask, BLOCK_A, N, BLOCK_B, FULL, IS_RMS, NORM_BEFORE_GATE)  # fmt: skip
 
-    if w_ptr is not None:
+    if dw_ptr is not None:
         _store_share(dw_ptr, dw_a, col_start, N, BLOCK_A)
         if BLOCK_B > 0:
             _store_share(dw_ptr, dw_b, BLOCK_A, N, BLOCK_B)
-    if b_ptr is not None:
+    if db_ptr is not None:
         _store_share(db_ptr, db_a, col_start, N, BLOCK_A)
         if BLOCK_B > 0:
             _store_share(db_ptr, db_b, BLOCK_A, N, BLOCK_B)

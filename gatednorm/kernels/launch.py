@@ -201,9 +201,10 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launchers(
-    kind: Kind, y_dtype: torch.dtype | None, sums_given: bool = False
+    kind: Kind, y_dtype: torch.dtype | None, parameters: bool = True, sums_given: bool = False
 ) -> tuple[Tile, Launcher, Launcher | None]:
-    """`y_dtype` tells apart what is compiled with and without the forward's output."""
+    """`y_dtype` tells apart what is compiled with and without the forward's output, `parameters`
+    with and without gradients of weight and bias."""
     bias = kind.dtypes[2] is not None
     tile = backward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
     tile = _fit(tile, kind)
@@ -290,13 +291,15 @@ def backward(
     dx: Tensor,
     dz: Tensor | None,
     y: Tensor | None,
+    parameters: bool,
     c1: Tensor | None = None,
     c2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write `dx`, `dz` `[..., D]`, and the forward's `y` with the strides of `dx`, unless None;
-    return `dw`, `db` `[D]` in the dtypes of weight and bias. `c1`, `c2`: where they are given."""
-    given = c1 is not None
-    tile, main, sums = _backward_launchers(call.kind, None if y is None else y.dtype, given)
+    return `dw`, `db` `[D]` in the dtypes of weight and bias, unless `parameters` is false. `c1`,
+    `c2`: where they are given."""
+    given, y_dtype = c1 is not None, None if y is None else y.dtype
+    tile, main, sums = _backward_launchers(call.kind, y_dtype, parameters, given)
     numbers, device, n_rows = call.numbers, call.device, x.numel() // call.width
     if sums is not None:
         c1 = torch.empty(n_rows, call.n_groups, dtype=torch.float32, device=device)
@@ -307,10 +310,10 @@ def backward(
     workers = -(-_multiprocessors(device) * tile.workers_per_sm // column_tiles)
     workers = max(1, min(workers, -(-n_rows // tile.rows)))
     dw = db = dw_part = db_part = None
-    if weight is not None:
+    if weight is not None and parameters:
         dw = torch.empty_like(weight)
         dw_part = torch.empty(workers, call.width, dtype=torch.float32, device=device)
-    if bias is not None:
+    if bias is not None and parameters:
         db = torch.empty_like(bias)
         db_part = torch.empty(workers, call.width, dtype=torch.float32, device=device)
     tensors = [dy, x, weight, bias, z, mean, rstd, c1, c2, dx, dw_part, db_part, dz, y]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gatednorm
+from gatednorm import autograd
 from norm_calls import GATES, gradients, leaves_of
 from norm_cases import Case, Layout, inputs_of, same_bits, through_autograd
 
@@ -225,6 +226,34 @@ def test_one_gradient_alone(small, wanted):
     y = gatednorm.layernorm_fn(*given.values(), **case.options)
     (grad,) = torch.autograd.grad(y, given[wanted], i.dy)
     assert same_bits(grad, everything[f"d{wanted}"])
+
+
+@pytest.mark.parametrize("group_size", [32, 640], ids=["one_piece", "two_pieces"])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["after", "before"])
+def test_gradients_of_frozen_parameters_are_not_computed(
+    path, norm_before_gate, group_size, monkeypatch
+):
+    """The inputs' have the bits that they have beside them."""
+    case = Case((5,), group_size, 2, False, norm_before_gate, bias=True)
+    i, found = inputs_of(case, path.device), []
+    run = autograd.run_backward
+
+    def recorded(*arguments):
+        found.append(run(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(autograd, "run_backward", recorded)
+    for frozen in (True, False):
+        x, weight, bias, z = (t.detach().requires_grad_() for t in leaves_of(i))
+        weight.requires_grad_(not frozen)
+        bias.requires_grad_(not frozen)
+        y = gatednorm.layernorm_fn(x, weight, bias, z, is_rms_norm=False, **case.options)
+        y.backward(i.dy)
+    (dx, dw, db, dz, _), (*expected, _) = found
+    assert (dw, db) == (None, None)
+    assert same_bits(dx, expected[0])
+    assert same_bits(dz, expected[3])
+    assert all(t is not None for t in expected)
 
 
 @pytest.mark.parametrize(("is_rms_norm", "norm_before_gate", "gated", "weight"), GATES)
