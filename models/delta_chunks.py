@@ -40,7 +40,7 @@ from models.chunks import (
 def unit_lower_inverse(a: Tensor) -> Tensor:
     """``(I + a)^-1`` for strictly lower triangular ``a`` [X, C, C], row by row from the first:
     accurate on correlated keys, where powers of ``a`` overflow."""
-    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
 
 

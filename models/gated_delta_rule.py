@@ -227,6 +227,11 @@ def _check(q, k, v, g, beta):
             "q and k must be [B, T, H, K] and v [B, T, HV, V] with the same B and T, got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}; reshape them"
         )
+    if len({t.dtype == torch.float64 for t in (q, k, v)}) > 1:
+        raise ValueError(
+            f"q, k and v must all be float64 or none of them, got {q.dtype}, {k.dtype} and "
+            f"{v.dtype}; convert them"
+        )
     heads = q.shape[2]
     if v.shape[2] % heads:
         raise ValueError(

@@ -189,7 +189,8 @@ class _Chooser:
         seen = torch.zeros_like(logits, dtype=torch.bool)
         if self.cu_seqlens is None:
             return seen.scatter_(1, self.tokens, True)
-        rows = torch.repeat_interleave(torch.arange(len(logits)), self.cu_seqlens.diff().long())
+        rows = torch.arange(len(logits), device="cpu")
+        rows = rows.repeat_interleave(self.cu_seqlens.diff().long())
         seen[rows.to(logits.device), self.tokens[0]] = True
         return seen
 

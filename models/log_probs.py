@@ -56,9 +56,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor, exact: bool) -> Tensor:
-    """What a model in this mode reports: ``token_log_probs``, or on a CPU the faster
-    ``log_softmax``, which makes no promise of bits; arguments and result as there."""
-    if exact or kernels.usable(logits):
+    """What a model in this mode reports: ``token_log_probs``, or where no kernel is the faster
+    ``log_softmax``, which makes no promise of bits; arguments, result and errors as there."""
+    _check(logits, tokens)
+    if exact or (kernels.usable(logits) and not torch.compiler.is_compiling()):
         return token_log_probs(logits, tokens)
     return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
@@ -72,19 +73,23 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         logits: [..., V], any floating dtype; the sum is one of fp32.
-        tokens: [...] int64, below V.
+        tokens: [...] int64, below V; there is no index that is ignored.
     Returns:
         [...] fp32.
     Raises:
         ValueError: for shapes that do not fit.
     """
-    if logits.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"tokens must have the shape of logits without the last dimension, got "
-            f"{list(tokens.shape)} and {list(logits.shape)}; give one token for each row"
-        )
+    _check(logits, tokens)
     if kernels.usable(logits) and tokens.numel():
         rows = logits.reshape(-1, logits.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         return _KernelLogProbs.apply(rows, tokens.reshape(-1).contiguous()).view(tokens.shape)
     return _TokenLogProbs.apply(logits, tokens)
+
+
+def _check(logits: Tensor, tokens: Tensor) -> None:
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens must have the shape of logits without the last dimension, got "
+            f"{list(tokens.shape)} and {list(logits.shape)}; give one token for each row"
+        )

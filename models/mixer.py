@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gatednorm import RMSNorm, norm_then_linear
 from models.exact import CHUNK, by_chunks
-from models.products import PLAIN, Linear, Product, rows_to
+from models.products import PLAIN, Linear, multiply, rows_to
 from models.rows import PRODUCT, ROW, side_by_side
 from models.short_conv import short_conv
 
@@ -38,33 +38,22 @@ class PaddedLinear(Linear):
         plain = type(self.weight) in PLAIN
         if self.exact or rest == 0 or not plain or not pays_to_pad(x):
             return super().forward(x)
-        weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling():
-            weight, bias = (_aligned(t, ROW) for t in (weight, bias))
-            return F.linear(x, weight, bias)[..., : self.out_features]
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-        y = Product.apply(_padded_product, x.reshape(-1, self.in_features), weight, bias)
-        return y.view(*x.shape[:-1], self.out_features)
+            y = F.linear(x, rows_to(ROW, self.weight), rows_to(ROW, self.bias))
+            return y[..., : self.out_features]
+        return multiply(_padded_product, x, self.weight, self.bias)
 
 
 def _padded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In padded rows."""
     columns = len(weight)
-    weight, bias = (_aligned(t, PRODUCT) for t in (weight, bias))
+    weight, bias = rows_to(PRODUCT, weight), rows_to(PRODUCT, bias)
     y = x.new_empty(len(x), columns + -columns % ROW)[:, : len(weight)]
     if bias is None:
         torch.mm(x, weight.T, out=y)
     else:
         torch.addmm(bias, x, weight.T, out=y)
     return y[:, :columns]
-
-
-def _aligned(x: Tensor | None, multiple: int) -> Tensor | None:
-    """x [N, ...] with rows of zeros up to the next multiple."""
-    return None if x is None else rows_to(len(x) + -len(x) % multiple, x)
 
 
 class _Split(torch.autograd.Function):
@@ -82,7 +71,7 @@ class _Split(torch.autograd.Function):
         columns, first = sum(ctx.widths), grads[0]
         starts = itertools.accumulate(ctx.widths, initial=first.storage_offset())
         memory = first.untyped_storage().data_ptr()
-        whole = all(
+        whole = first.stride(-1) == 1 and all(
             (part.untyped_storage().data_ptr(), part.storage_offset(), part.stride())
             == (memory, start, first.stride())
             for part, start in zip(grads, starts, strict=False)

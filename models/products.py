@@ -3,6 +3,7 @@
 Shape letters: R rows, K input channels, N output channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gatednorm import NotesHooks
 from models import kernels
 from models.exact import CHUNK
-from models.rows import with_zeros
+from models.rows import PRODUCT, with_zeros
 
 PLAIN = (Tensor, nn.Parameter)  # not a quantised weight, for example, which computes otherwise
 
@@ -23,32 +24,45 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, product, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        _, dx, dweight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if dweight else None, weight if dx else None)
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, weight, bias)
+            return product(x, weight, bias).detach()  # no view, which could not change in place
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        _, dx, dweight, dbias = ctx.needs_input_grad
         wide = with_zeros(dy)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(dy.device.type, enabled=False):
+            if weight is not None:
+                weight = wide @ (weight if wide is dy else rows_to(PRODUCT, weight))
             return (
                 None,
-                wide @ rows_to(wide.shape[1], weight) if dx else None,
-                (wide.mT @ x)[: len(weight)] if dweight else None,
-                dy.sum(0) if dbias else None,
+                weight,
+                None if x is None else (wide.mT @ x)[: dy.shape[1]],
+                dy.sum(0) if ctx.needs_input_grad[3] else None,
             )
 
 
-def rows_to(count: int, x: Tensor) -> Tensor:
-    """x [N, ...] with rows of zeros after it, so that there are so many."""
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, count - len(x))) if count > len(x) else x
+def multiply(product: Callable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`Product` of the rows of x [..., K], in autocast's dtype where that is on: [..., N]."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    y = Product.apply(product, x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def rows_to(multiple: int, x: Tensor | None) -> Tensor | None:
+    """x [N, ...] with rows of zeros up to the next multiple."""
+    rest = 0 if x is None else -len(x) % multiple
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rest)) if rest else x
 
 
 def _exact(multiple: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Summed in fp32 (fp64 for fp64) and rounded once."""
-    product = kernels.find("product", x)
+    x, product = x.contiguous(), kernels.find("product", x)
     if product is None:
         return _blocks(x, weight, bias)
     return product.linear(x, weight, bias, multiple)
@@ -82,18 +96,11 @@ class Linear(NotesHooks, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.exact:
             return super().forward(x)
-        weight, bias = self.weight, self.bias
-        if type(weight) not in PLAIN:
+        if type(self.weight) not in PLAIN:
             raise ValueError(
                 "exact mode needs weights of a linear layer that are plain tensors, got "
-                f"{type(weight).__name__}; convert them, or leave the mode"
+                f"{type(self.weight).__name__}; convert them, or leave the mode"
             )
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-        rows = x.reshape(-1, self.in_features).contiguous()
-        y = Product.apply(partial(_exact, self.MULTIPLE), rows, weight, bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return multiply(partial(_exact, self.MULTIPLE), x, self.weight, self.bias)
 
     PLAIN_FORWARD = forward  # outside exact mode

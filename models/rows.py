@@ -17,7 +17,8 @@ def gradient_like(x: Tensor) -> Tensor:
     padded to a multiple of ROW, with room for the gradients of what is beside x."""
     width = x.stride(1)
     start = x.storage_offset() % max(1, width)
-    if x.stride(2) != 1 or start + x.shape[2] > width or width == x.shape[2]:
+    apart = len(x) > 1 and x.stride(0) != x.shape[1] * width  # by tokens first, for example
+    if apart or x.stride(2) != 1 or start + x.shape[2] > width or width == x.shape[2]:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     room = x.new_empty(*x.shape[:2], width + -width % ROW)
     room.has_room = True  # nobody else knows of it
@@ -45,18 +46,17 @@ def side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
             break
     else:
         room = torch.cat((*parts, rest), -1)
-    room.has_zeros = True
+    room.zeros_from = ends[-1]
     return room[..., : ends[-1]]
 
 
 def with_zeros(x: Tensor) -> Tensor:
     """x [R, D] with zeros up to the next multiple of PRODUCT, where it is what `side_by_side` made;
     else x itself."""
-    room, width = x._base, x.shape[1] + -x.shape[1] % ROW
-    if (
-        getattr(room, "has_zeros", False)
-        and room.shape[-1] == width
-        and (x.storage_offset(), x.stride()) == (0, (width, 1))
+    room, width = x._base, x.shape[1]
+    if getattr(room, "zeros_from", None) == width and (x.storage_offset(), x.stride()) == (
+        0,
+        (room.shape[-1], 1),
     ):
-        return room.view(-1, width)[: len(x), : x.shape[1] + -x.shape[1] % PRODUCT]
+        return room.flatten(0, -2)[: len(x), : width + -width % PRODUCT]
     return x

@@ -102,7 +102,7 @@ class LitLanguageModel(L.LightningModule):
             tokens = batch
             logits, _ = self.model(tokens[:, :-1])
         logits, targets = logits.flatten(0, 1), tokens[:, 1:].flatten()
-        # the very numbers that generation reports
+        # In exact mode the very numbers that generation reports.
         return -log_probs_of(logits, targets, self.model.exact).mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -114,5 +114,7 @@ def test_bad_shapes(name):
         function(q, k, v[:, :, :3], g[..., :3], beta[..., :3])
     with pytest.raises(ValueError, match=r"g and beta must be \[B, T, HV\]"):
         function(q, k, v, g[..., :2], beta)
+    with pytest.raises(ValueError, match="float64 or none of them"):
+        function(q.float(), k, v.double(), g, beta)
     with pytest.raises(ValueError, match="got batch size 2"):
         function(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 8]))

@@ -146,6 +146,9 @@ def test_products_of_gradients_read_the_zeros_behind_the_rows(monkeypatch):
         torch.testing.assert_close(ours, theirs)
     wider = torch.full((5, 128), float("nan"))[:, :70]
     assert read(wider) is wider
+    room = rows.side_by_side((torch.ones(2, 5, 70), torch.ones(2, 5, 4))).flatten(0, 1)
+    assert read(room).shape[1] == 80
+    assert read(room[:, :70]).shape[1] == 70  # others' gradients lie behind these
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["side_by_side", "apart"])
@@ -161,6 +164,40 @@ def test_a_split_has_its_gradient_in_one_piece(together, monkeypatch):
     assert torch.equal(dx, expected)
     assert (dx.data_ptr() == expected.data_ptr()) == together
     assert dx.stride(1) == (70 if together else 128)
+
+
+def test_gradients_that_only_look_like_one_row(monkeypatch):
+    """Sums of parts: expanded numbers, which happen to lie one after the other."""
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    x, found = torch.randn(2, 3, 4, requires_grad=True), []
+    for parts in (mixer_module.split(x, [1, 3]), x.split([1, 3], -1)):
+        sums = torch.stack([part.sum() for part in parts])
+        found.append(torch.autograd.grad(sums @ torch.tensor([2.0, 3.0]), x)[0])
+    assert torch.equal(*found)
+
+
+def test_room_for_tokens_first():
+    """A row is not as wide as a batch."""
+    x = torch.randn(3, 16, 8).transpose(0, 1)
+    assert rows.gradient_like(x).untyped_storage().nbytes() == x.numel() * 4
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "padded"])
+def test_a_products_result_is_an_ordinary_tensor(exact, monkeypatch):
+    """It may change in place; float64 stays so under autocast; frozen weights keep no inputs."""
+    monkeypatch.setattr(mixer_module, "pays_to_pad", lambda x: True)
+    linear, x = mixer_module.PaddedLinear(12, 70), torch.randn(2, 5, 12, requires_grad=True)
+    linear.exact = exact
+    y = linear(x)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand_as(x))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        linear.requires_grad_(False)(x)
+    assert kept == [(70, 12)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.double()(x.double()).dtype == torch.float64
 
 
 def test_a_gradient_with_room_beside_it_stays_where_it_is():
