@@ -1,11 +1,12 @@
-"""FP8 on the CPU: the norm's result in fp32, then the reference, which has the kernels' bits."""
+"""FP8 in plain PyTorch, for a CPU and for GPUs whose kernels cannot convert: the norm's result in
+fp32, then the reference, which has the kernels' bits."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import backend
 from .call import Call
-from .cpu import forward
 from .reference import quantize_fp8_ref
 
 
@@ -25,7 +26,7 @@ def forward_fp8(
 ) -> None:
     """As in kernels/launch_fp8.py."""
     wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    forward(call, x, weight, bias, z, wide, mean, rstd)
+    backend(x.device.type).forward(call, x, weight, bias, z, wide, mean, rstd)
     quantize_rows(wide.view(len(y), -1), y, scaling, scale, given)
 
 
@@ -56,7 +57,7 @@ def quantize_tiles(
     wide = x
     if rstd is not None:
         wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        forward(call, x, weight, bias, z, wide, None, None)
+        backend(x.device.type).forward(call, x, weight, bias, z, wide, None, None)
     wide = wide.reshape(-1, call.width * heads)
     scaling = "128x128" if square else "1x128"
     if rows is not None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.experimental import local_map, register_sharding
+from torch.distributed.tensor.experimental import register_sharding
 
-from .options import Options
+from .call import dense_strides
+from .options import Options, channels_in_group
 
 Placements = list[Any]  # of a tensor, None for what is none
 
@@ -84,7 +85,17 @@ def by_columns(
         ValueError: placements that leave no way to run the norm.
         TypeError: a plain tensor beside the DTensor.
     """
+    given = {}
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("z", z)):
+        if isinstance(t, DTensor):
+            given[name] = t
+        elif t is not None:
+            raise TypeError(
+                f"{name} must be a DTensor as x is, got {type(t).__name__}; use "
+                "torch.distributed.tensor.distribute_tensor"
+            )
     last, mesh, width = x.ndim - 1, x.device_mesh, x.shape[-1]
+    channels_in_group(options.group_size, width, "the channels of x", "D")
     rows = [Replicate() if p.is_partial() else p for p in x.placements]
     columns = [i for i, p in enumerate(rows) if p.is_shard(last)]
     if not columns:
@@ -94,7 +105,7 @@ def by_columns(
     if width % ranks:
         raise ValueError(
             f"the sharded columns of x must be equally wide, got {width} channels on {ranks} "
-            "ranks; pad them, or redistribute x to Replicate()"
+            "ranks; redistribute x to Replicate()"
         )
     if options.group_size is None or width // ranks % options.group_size:
         if len(columns) > 1 or any(type(p) not in (Shard, Replicate) for p in rows):
@@ -108,26 +119,12 @@ def by_columns(
         own if own.is_shard() or not p.is_shard() else Partial()
         for own, p in zip(parameter, rows, strict=True)
     ]
-    given = {"x": x, "weight": weight, "bias": bias, "z": z}
-    given = {name: t for name, t in given.items() if t is not None}
+    local = {}
     for name, t in given.items():
-        if not isinstance(t, DTensor):
-            raise TypeError(
-                f"{name} must be a DTensor as x is, got {type(t).__name__}; use "
-                "torch.distributed.tensor.distribute_tensor"
-            )
-
-    def local(*tensors: Tensor) -> Tensor:
-        named = dict(zip(given, tensors, strict=True))
-        return function(**named, **options._asdict() | {"process_group": group})
-
-    of_rows = {name: name in ("x", "z") for name in given}
-    y: Tensor = local_map(
-        local,
-        out_placements=(rows,),
-        in_placements=tuple(rows if of_row else parameter for of_row in of_rows.values()),
-        in_grad_placements=tuple(rows if of_row else gradient for of_row in of_rows.values()),
-        device_mesh=mesh,
-        redistribute_inputs=True,
-    )(*given.values())
-    return y
+        placed, of_gradient = (rows, rows) if name in ("x", "z") else (parameter, gradient)
+        local[name] = t.redistribute(mesh, placed).to_local(grad_placements=of_gradient)
+    y = function(**local, **options._asdict() | {"process_group": group})
+    # Ranks may have different numbers of rows.
+    return DTensor.from_local(
+        y, mesh, rows, run_check=False, shape=x.shape, stride=dense_strides(tuple(x.shape))
+    )

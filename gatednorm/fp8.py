@@ -69,7 +69,12 @@ def rms_norm_gated_fp8(
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
         torch.float32, None,
     )  # fmt: skip
-    options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)
+    if torch.compiler.is_compiling():
+        options = Options(*values)
+    else:
+        options = make_options(*values)
+        check_tensors(x=x)
+        check_device(x.device)
     y, scales, _, _ = forward_fp8(x, weight, bias, z, options, scaling, scale, heads, False)
     return y, scales
 
@@ -114,7 +119,6 @@ def _run_forward(
     save_stats: bool,
 ) -> tuple[Tensor, Tensor, Maybe, Maybe]:
     call = describe(x, weight, bias, z, None, options)
-    check_device(x.device)
     mean = rstd = None
     if save_stats:
         stats = (x.numel() // call.width, call.n_groups)
@@ -128,7 +132,7 @@ def _run_forward(
             flat = flat.view(torch.uint8)
         if scaling in ("mxfp8", "nvfp4"):
             bits = scales.view(torch.uint8)  # triton knows neither e8m0 nor pairs of four bits
-        backend(x.device.type).forward_fp8(
+        backend(x.device).forward_fp8(
             call, x, weight, bias, z, flat, mean, rstd, scaling, bits, n_heads, scale
         )
     return y, scales, mean, rstd
@@ -137,9 +141,7 @@ def _run_forward(
 def _new_forward(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> tuple[Tensor, Tensor]:
     """Memory for the values and scales of a forward; a given scale for all is that itself."""
     *outer, width = _shape(x, heads)
-    rows = 1
-    for size in outer:
-        rows = rows * size
+    rows = math.prod(outer)
     if scaling == "nvfp4":
         y = x.new_empty((*outer, width // 2), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     else:
@@ -163,8 +165,14 @@ def quantize(
 
     Raises:
         ValueError: squares along both, which no product needs, and which on an H200 differed from
-            the reference.
+            the reference; sizes that are no multiple of 128 along a sum.
     """
+    sizes = (x.shape[1], x.shape[0] if rows and square else 0)
+    if any(size % 128 for size in sizes):
+        raise ValueError(
+            f"columns, and rows of squares, must be a multiple of 128, got {list(x.shape)}; pad "
+            "them with zeros"
+        )
     if square and rows and columns:
         raise ValueError(
             "squares must be along rows or along columns, got both; ask for one at a time"
@@ -235,7 +243,7 @@ def _run_tiles(
 ) -> None:
     rows, columns, square = asked
     call = describe(x, weight, bias, z, None, options._replace(out_dtype=torch.float32))
-    backend(x.device.type).quantize_tiles(
+    backend(x.device).quantize_tiles(
         call, x, weight, bias, z, mean, rstd, found[:2] if rows else None,
         found[2:] if columns else None, square, heads,
     )  # fmt: skip
@@ -247,9 +255,7 @@ def _new_tiles(
     """Memory for values and scales along rows, and along columns; of no elements for what is not
     asked for."""
     *outer, width = _shape(x, heads)
-    tokens = 1
-    for size in outer:
-        tokens = tokens * size
+    tokens = math.prod(outer)
     padded = (tokens + 127) // 128 * 128
     found = []
     for asked, shape in ((rows, (tokens, width)), (columns, (width, padded))):
@@ -258,9 +264,11 @@ def _new_tiles(
     return tuple(found)
 
 
-def backend(device_type: str) -> ModuleType:
-    """The module beside that of the norm whose functions write FP8."""
-    return importlib.import_module(f"{autograd.backend(device_type).__name__}_fp8")
+def backend(device: torch.device) -> ModuleType:
+    """The module beside that of the norm whose functions write FP8, or plain PyTorch's where its
+    kernels cannot."""
+    name = f"{autograd.backend(device.type).__name__}_fp8"
+    return importlib.import_module(name if _lacks_fp8(device) is None else f"{__package__}.cpu_fp8")
 
 
 def _shape(x: Tensor, heads: bool) -> tuple[Any, ...]:
@@ -309,24 +317,28 @@ def _check_scaling(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> None:
     if width % block:
         raise ValueError(
             f"a row must be a multiple of {block} channels with scaling={scaling!r}, got {width}; "
-            "pad x, z and weight, or use scaling='rowwise'"
+            "use scaling='rowwise', or add whole groups or heads of zeros"
         )
 
 
 def check_device(device: torch.device) -> None:
     """Raises ValueError for a device whose kernels cannot write `float8_e4m3fn`."""
-    if device.type == "cpu":
-        return
-    found = device.type
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) >= (8, 9):
-            return
-        found = f"compute capability {major}.{minor}"
-    raise ValueError(
-        "float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or above, or a CPU, got "
-        f"{found}; use rms_norm_gated, whose result is in the dtype of x"
-    )
+    found = _lacks_fp8(device)
+    if found is not None:
+        raise ValueError(
+            "float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or above, or a CPU, got "
+            f"{found}; use rms_norm_gated, whose result is in the dtype of x"
+        )
+
+
+def _lacks_fp8(device: torch.device) -> str | None:
+    """What a device is whose kernels cannot write `float8_e4m3fn`; None for one that can."""
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) >= (8, 9) else f"compute capability {major}.{minor}"
 
 
 # ---- torch.library ----
@@ -378,10 +390,7 @@ def _forward_fake(
     if save_stats:
         groups = x.shape[-1] // (options.group_size or x.shape[-1])
         stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = 1
-        for size in x.shape[:-1]:
-            rows = rows * size
-        rstd = x.new_empty((rows, groups), dtype=stats_dtype)
+        rstd = x.new_empty((math.prod(x.shape[:-1]), groups), dtype=stats_dtype)
         mean = None if options.is_rms_norm else torch.empty_like(rstd)
     return none_to_empty(x, y, None if scales is scale else scales, mean, rstd)
 

@@ -19,7 +19,7 @@ from .autograd import (
 )
 from .call import check_tensors
 from .distributed import name_of
-from .options import Options, make_options
+from .options import make_options
 
 NORM_PATHS = ("training", "inference")
 
@@ -74,7 +74,7 @@ def _of_dtensors(
             "process_group goes with local tensors, and x is a DTensor, whose mesh says what is "
             "shared; pass x.to_local(), or process_group=None"
         )
-    y: Maybe = rules.by_columns(layernorm_fn, x, weight, bias, z, Options(*options))
+    y: Maybe = rules.by_columns(layernorm_fn, x, weight, bias, z, make_options(*options))
     if y is None and torch.is_grad_enabled():
         y = LayerNormFn.apply(x, weight, bias, z, *options)
     elif y is None:
@@ -229,6 +229,8 @@ def rms_norm_gated(
         if not torch.compiler.is_compiling():  # the operator's own errors name no remedy
             options = make_options(*options)
             check_tensors(x=x, weight=weight, bias=bias, z=z, out=out)
+            if out is not None and dtensors(type(x)) is not None:
+                raise TypeError("out= takes local tensors, and x is a DTensor; leave it out")
             if out is None and (y := _of_dtensors(x, weight, bias, z, options)) is not None:
                 return y
         if out is not None and out_dtype not in (None, out.dtype):

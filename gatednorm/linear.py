@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .autograd import gradients, save_forward
-from .distributed import name_of, share
+from .distributed import enter, name_of, share
 from .functional import refuse_transforms
 from .linear_fp8 import PRECISIONS, GatedNormLinearFP8Fn, check_precision
 from .modules import LayerNorm, NotesHooks, RMSNorm
-from .options import Options, make_options, one_of
+from .options import DTYPES, Options, make_options, one_of, product_dtype
 
 
 class GatedNormLinearFn(torch.autograd.Function):
@@ -35,9 +35,7 @@ class GatedNormLinearFn(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         y = save_forward(ctx, x, weight, bias, z, options, linear_weight)
-        ctx.dtype = y.dtype
-        if torch.is_autocast_enabled(y.device.type):
-            ctx.dtype = torch.get_autocast_dtype(y.device.type)
+        ctx.dtype = product_dtype(y)
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
         linear_bias = None if linear_bias is None else linear_bias.to(ctx.dtype)
         return F.linear(
@@ -49,12 +47,12 @@ class GatedNormLinearFn(torch.autograd.Function):
         *saved, linear_weight = ctx.saved_tensors
         x, options = saved[0], ctx.options
         dy = (dout @ linear_weight.to(ctx.dtype)).view(x.shape).to(options.out_dtype or x.dtype)
-        *grads, y = gradients(ctx, dy, tuple(saved), with_output=True)
-        assert y is not None  # it was asked for
-        dout = dout.reshape(-1, dout.shape[-1])
-        y = _operand(y, linear_weight, ctx.dtype).reshape(-1, linear_weight.shape[1])
         *_, needs_dlinear, needs_dbias, _ = ctx.needs_input_grad
-        dlinear = (dout.t() @ y).to(linear_weight.dtype) if needs_dlinear else None
+        *grads, y = gradients(ctx, dy, tuple(saved), with_output=needs_dlinear)
+        dout, dlinear = dout.flatten(0, -2) if dout.dim() > 1 else dout[None], None
+        if y is not None:
+            y = _operand(y, linear_weight, ctx.dtype).reshape(len(dout), linear_weight.shape[1])
+            dlinear = (dout.t() @ y).to(linear_weight.dtype)
         dbias = dout.sum(0).to(ctx.bias_dtype) if needs_dbias else None
         return *grads, dlinear, dbias, None
 
@@ -62,7 +60,7 @@ class GatedNormLinearFn(torch.autograd.Function):
 def _operand(y: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`y` as the product reads it, the heads of a token side by side."""
     y = y.to(dtype)
-    return y if y.shape[-1] == linear_weight.shape[1] else y.reshape(*y.shape[:-2], -1)
+    return y if y.shape[-1] == linear_weight.shape[1] else y.flatten(-2)
 
 
 def gated_norm_linear(
@@ -93,12 +91,13 @@ def gated_norm_linear(
         weight, bias: `[D]` or None, of the norm.
         linear_weight, linear_bias: of the projection, the latter `[N]` or None.
 
-    Options as in :func:`gatednorm.layernorm_fn`. With a `process_group` the rows of `linear_weight`
-    are for this rank's channels, and the result is its share of a sum over the ranks, which is left
-    to the caller, like its gradient: `torch.distributed.all_reduce`, or a row-parallel layer.
+    Options as in :func:`gatednorm.layernorm_fn`. With a `process_group` the columns of
+    `linear_weight` are for this rank's channels, and the result is its share of a sum over the
+    ranks, which is left to the caller, like its gradient: `torch.distributed.all_reduce`, or a
+    row-parallel layer; so is a bias of the projection, which every rank would add.
 
     `precision` `fp8` multiplies in FP8, forward and backward, on a Hopper GPU; `fp8_emulated` does
-    the same with the same FP8 values in fp32, anywhere. docs/fp8.md has the recipe.
+    the same with the same FP8 values in fp32, on any device. docs/fp8.md has the recipe.
 
     Returns:
         `[..., N]` in the dtype of `x`, or under autocast in its dtype; the product's operands are
@@ -112,7 +111,7 @@ def gated_norm_linear(
     Source: flash-linear-attention's `rms_norm_swish_gate_linear` computes the output again in the
     backward; here the backward's kernel writes it beside `dx` and `dz`.
     """
-    refuse_transforms("gated_norm_linear")
+    refuse_transforms("gated_norm_linear", x, weight, bias, z, linear_weight, linear_bias)
     values = (
         eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None,
         None if process_group is None else name_of(process_group),
@@ -120,10 +119,19 @@ def gated_norm_linear(
     # A trace cannot look into the memory of checked options; the operator checks them again.
     options = Options(*values) if torch.compiler.is_compiling() else make_options(*values)
     check_projection(x, linear_weight, linear_bias)
+    if process_group is not None and linear_bias is not None and process_group.size() > 1:
+        raise ValueError(
+            "linear_bias must be None with a process_group of several ranks, got one of shape "
+            f"{list(linear_bias.shape)}, which each rank would add; add it to the sum over the "
+            "ranks"
+        )
     out: Tensor
     if precision is not None:
         if process_group is not None:
-            ranks, options = share(options, x.shape[-1])
+            if torch.compiler.is_compiling():  # ranks compare what they have in eager code
+                ranks, options = share(options, x.shape[-1])
+            else:
+                ranks, options = enter("FP8", options, x=x, weight=weight, bias=bias, z=z)
             if ranks is not None:
                 raise ValueError(
                     f"a norm group must lie on one rank with precision={precision!r}, got one over "
@@ -131,7 +139,7 @@ def gated_norm_linear(
                     "precision=None, or a group_size of at most a rank's channels"
                 )
         emulated = check_precision(precision, x, linear_weight)
-        heads = linear_weight.shape[1] != x.shape[-1]
+        heads = bool(linear_weight.shape[1] != x.shape[-1])  # a tensor in TorchScript's trace
         out = GatedNormLinearFP8Fn.apply(
             x, weight, bias, z, linear_weight, linear_bias,
             options._replace(out_dtype=torch.float32), heads, emulated,
@@ -146,6 +154,8 @@ def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     for name, t in (("x", x), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(t, Tensor) and (t is not None or name != "linear_bias"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a number; pass x[None]")
     columns = linear_weight.shape[1] if linear_weight.dim() == 2 else -1
     of_heads = x.dim() > 1 and columns == x.shape[-2] * x.shape[-1]
     if not of_heads and columns != x.shape[-1]:
@@ -160,6 +170,11 @@ def check_projection(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"{linear_weight.shape[0]}; pass one of that size, or linear_bias=None"
         )
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}; convert it "
+                f"with {name}.to(x.dtype), a quantised one by its scales"
+            )
         if t is not None and t.device != x.device:
             raise ValueError(
                 f"{name} must be on the device of x, got {t.device} and {x.device}; "
@@ -193,6 +208,12 @@ def norm_then_linear(
         `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
     """
     y: Tensor
+    columns = x.shape[-2:].numel() if heads else x.shape[-1]
+    if isinstance(linear, nn.Linear) and linear.in_features != columns:
+        raise ValueError(
+            f"linear must have a column for each of {columns} channels of x {list(x.shape)} with "
+            f"heads={heads}, got {linear.in_features}; pass another, or heads={not heads}"
+        )
     if (
         isinstance(norm, LayerNorm)
         and norm.is_plain()
@@ -255,7 +276,9 @@ class GatedNormLinear(nn.Module):
             one_of("precision", precision, PRECISIONS)
         self.precision = precision
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
+            raise ValueError(
+                f"num_heads must be an int of at least 1, got {num_heads!r}; use 1 for no heads"
+            )
         self.num_heads = num_heads
         self.norm = (RMSNorm if is_rms_norm else LayerNorm)(
             hidden_size, eps, group_size, norm_before_gate, device, dtype, activation=activation,

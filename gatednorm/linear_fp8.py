@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autograd import OnceDifferentiable, gradients, save_statistics
 from .fp8 import Pair, forward_fp8, norm_columns, quantize
-from .options import Options, one_of
+from .options import Options, one_of, product_dtype
 
 PRECISIONS = ("fp8", "fp8_emulated")
 
@@ -45,13 +45,11 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
         )
         assert rstd is not None  # it was asked for
         save_statistics(ctx, (x, weight, bias, z, mean, rstd), options, linear_weight)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = product_dtype(x)
         ctx.heads, ctx.emulated = heads, emulated
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
         rows = y.flatten(0, -2) if y.dim() > 1 else y[None]
-        (columns,) = quantize(linear_weight, rows=True, square=True)
+        (columns,) = quantize(linear_weight.contiguous(), rows=True, square=True)
         out = _product((rows, scales), columns, dtype, emulated)
         if linear_bias is not None:
             out = out + linear_bias.to(dtype)
@@ -69,15 +67,15 @@ def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]
     """Of `x, weight, bias, z, linear_weight, linear_bias`."""
     x, weight, bias, z, mean, rstd, linear_weight = saved
     dout = (dout.flatten(0, -2) if dout.dim() > 1 else dout[None]).contiguous()
-    rows, columns = quantize(dout, rows=True, columns=True)
-    (of_weight,) = quantize(linear_weight, columns=True, square=True)
+    *_, needs_dlinear, needs_dbias, _, _, _ = ctx.needs_input_grad
+    rows, *others = quantize(dout, rows=True, columns=needs_dlinear)
+    (of_weight,) = quantize(linear_weight.contiguous(), columns=True, square=True)
     dy = _product(rows, of_weight, dout.dtype, ctx.emulated)
     grads = gradients(ctx, dy.view(x.shape), saved[:-1])[:4]
-    *_, needs_dlinear, needs_dbias, _, _, _ = ctx.needs_input_grad
     dlinear = None
     if needs_dlinear:
         y = norm_columns(x, weight, bias, z, mean, rstd, ctx.options, ctx.heads)
-        dlinear = _product(columns, y, linear_weight.dtype, ctx.emulated)
+        dlinear = _product(others[0], y, linear_weight.dtype, ctx.emulated)
     dbias = dout.sum(0).to(ctx.bias_dtype) if needs_dbias else None
     return *grads, dlinear, dbias
 
@@ -118,7 +116,7 @@ def check_precision(precision: str, x: Tensor, linear_weight: Tensor) -> bool:
         if size % 128:
             raise ValueError(
                 f"linear_weight must have a multiple of 128 {name} with precision={precision!r}, "
-                f"got {list(linear_weight.shape)}; pad it, or use precision=None"
+                f"got {list(linear_weight.shape)}; use precision=None"
             )
     if precision == "fp8_emulated":
         return True

@@ -97,6 +97,15 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which a product of `x` computes: autocast's where that is on, but for fp64."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)  # not for the meta device
+    if x.dtype == torch.float64 or not (known and torch.is_autocast_enabled(kind)):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def channels_in_group(group_size: int | None, width: int, what: str, name: str) -> int:
     """The channels in a group of `width`, which an error calls `what` and `name`.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .options import channels_in_group, check_options
+from .options import BLOCKS, channels_in_group, check_options, one_of
 
 # What a family of models rounds to besides the store, after the norm and after the weight. See
 # `numerics` in functional.py.
@@ -138,7 +138,25 @@ def quantize_fp8_ref(
         and swizzled as PyTorch's `SWIZZLE_32_4_4`. For `nvfp4` values `[rows, K / 2]` in
         `float4_e2m1fn_x2`, the first of two in the lower bits, and scales in `float8_e4m3fn`, as
         those of `mxfp8` for 16 columns each.
+
+    Raises:
+        ValueError: a scaling that is not there, a scale where none belongs or none where one does,
+            values that are not `[rows, K]` in fp32 of whole blocks.
     """
+    one_of("scaling", scaling, ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4", "128x128"))
+    if (scale is not None) != (scaling in ("tensorwise", "nvfp4")):
+        raise ValueError(
+            f"scale must be given with scaling='tensorwise' or 'nvfp4' alone, got {scale} with "
+            f"scaling={scaling!r}; pass one fp32 number with these, or scale=None"
+        )
+    blocks = (128, 128) if scaling == "128x128" else (1, BLOCKS.get(scaling, 1))
+    fits = y.dim() == 2 and y.dtype == torch.float32
+    if not fits or any(n % block for n, block in zip(y.shape, blocks, strict=True)):
+        raise ValueError(
+            f"y must be [rows, K] in float32, of blocks of {list(blocks)} with "
+            f"scaling={scaling!r}, got {list(y.shape)} in {y.dtype}; flatten and convert it, or "
+            "use another scaling"
+        )
     if scaling == "nvfp4":
         assert scale is not None  # it is given
         return _quantize_nvfp4(y, scale)

@@ -229,6 +229,8 @@ def fused_gated_norm_linear(
     total, rounded = _add_residual(x, residual, residual_in_fp32)
     total, gate = in_one_shape(total, g)
     options = Options(eps, is_rms_norm=is_rms_norm, out_dtype=x.dtype)
+    if not torch.compiler.is_compiling():
+        options = make_options(*options)
     out = GatedNormLinearFn.apply(
         total, addressable(weight), addressable(bias), gate, linear_weight, linear_bias, options
     )

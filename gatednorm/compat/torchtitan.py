@@ -9,8 +9,6 @@ Written for torchtitan 0.3.0 (github.com/pytorch/torchtitan, `torchtitan/config/
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
-from torch.distributed.tensor.experimental import local_map
 from torchtitan.config import derive, override
 from torchtitan.models.qwen3_5.model import RMSNormGated
 
@@ -28,22 +26,7 @@ class GatedNorm(RMSNormGated):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """`x`, `gate` `[..., D]`, plain or DTensors that are sharded in any dimension but the last,
         to `[..., D]` with the dtype and placements of `x`."""
-
-        def norm(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-            return rmsnorm_fn(x, weight, None, gate, self.eps, numerics="torchtitan")
-
-        if not isinstance(x, DTensor):
-            return norm(x, self.weight, gate)
-        rows, whole = x.placements, self.weight.placements
-        # Each rank has the weight's gradient from its own rows alone.
-        sums = [Partial() if r.is_shard() else w for r, w in zip(rows, whole, strict=True)]
-        return local_map(
-            norm,
-            out_placements=(rows,),
-            in_placements=(rows, whole, rows),
-            in_grad_placements=(rows, tuple(sums), rows),
-            device_mesh=x.device_mesh,
-        )(x, self.weight, gate)
+        return rmsnorm_fn(x, self.weight, None, gate, self.eps, numerics="torchtitan")
 
 
 @override(target=RMSNormGated.Config, exact=True, description="gated RMS norm in one kernel")

@@ -371,12 +371,12 @@ BAD = {
     "scaling": ({"scaling": "blockwise"}, ValueError, "tensorwise, mxfp8, nvfp4, got"),
     "heads": ({"heads": 2}, TypeError, "heads must be True or False, got 2"),
     "no_heads": ({"x": X[0, 0], "z": None, "heads": True}, ValueError, "got shape (96,); pass"),
-    "width": ({}, ValueError, "a multiple of 128 channels with scaling='1x128', got 96; pad"),
+    "width": ({}, ValueError, "a multiple of 128 channels with scaling='1x128', got 96; use"),
     "mx_width": (
         {"scaling": "mxfp8", "x": X[..., :40], "z": None}, ValueError,
-        "a multiple of 32 channels with scaling='mxfp8', got 40; pad",
+        "a multiple of 32 channels with scaling='mxfp8', got 40; use",
     ),
-    "heads_width": ({"heads": True}, ValueError, "with scaling='1x128', got 192; pad"),
+    "heads_width": ({"heads": True}, ValueError, "with scaling='1x128', got 192; use"),
     "no_scale": ({"scaling": "tensorwise"}, ValueError, "or 'nvfp4' alone, got None and"),
     "a_scale": (
         {"scaling": "rowwise", "scale": torch.ones(())}, ValueError,
@@ -423,6 +423,38 @@ def test_a_gpu_without_fp8(monkeypatch, device, capability, hip, found):
     monkeypatch.setattr(torch.version, "hip", hip)
     with pytest.raises(ValueError, match=rf"8\.9 or above, or a CPU, got {found}; use rms_norm"):
         fp8.check_device(torch.device(device, 0))
+
+
+def test_emulation_on_a_gpu_that_cannot_convert(path, monkeypatch):
+    """By the norm's own kernels in fp32, and plain PyTorch: the same values."""
+    i = inputs_of(Case((3,), 128, 2, False, bias=True), path.device)
+    linear, results = torch.randn(128, 256, device=path.device).requires_grad_(), []
+    for lacks in (None, "compute capability 8.0"):
+        monkeypatch.setattr(fp8, "_lacks_fp8", lambda device, lacks=lacks: lacks)
+        x = i.x.detach().requires_grad_()
+        options = {"is_rms_norm": False, "group_size": 128, "precision": "fp8_emulated"}
+        y = gatednorm.gated_norm_linear(x, i.z, i.weight, linear, bias=i.bias, **options)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, linear))))
+    for converted, plain in zip(*results, strict=True):
+        torch.testing.assert_close(converted, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("y", "arguments", "rule"),
+    [
+        (torch.ones(2, 128), {"scaling": "row-wise"}, "scaling must be one of 1x128"),
+        (torch.ones(2, 128), {"scale": torch.ones(())}, "scale must be given with"),
+        (torch.ones(2, 128), {"scaling": "tensorwise"}, "scale must be given with"),
+        (torch.ones(2, 100), {}, "of blocks of [1, 128] with scaling='1x128', got [2, 100]"),
+        (torch.ones(2, 128), {"scaling": "128x128"}, "of blocks of [128, 128]"),
+        (torch.ones(1, 2, 128), {}, "y must be [rows, K] in float32"),
+        (torch.ones(2, 128).bfloat16(), {}, "in torch.bfloat16; flatten and convert it"),
+    ],
+    ids=["name", "a_scale", "no_scale", "columns", "rows", "dimensions", "dtype"],
+)
+def test_the_reference_refuses_what_it_would_get_wrong(y, arguments, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        quantize_fp8_ref(y, **arguments)
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatednorm
-from gatednorm import GatedNormLinear, gated_norm_linear, norm_then_linear
+from gatednorm import GatedNormLinear, autograd, gated_norm_linear, norm_then_linear
 from norm_calls import ORDERS
 from norm_cases import Case, Layout, inputs_of, poisoned_memory, same_bits
 
@@ -205,6 +205,64 @@ def test_a_projection_that_is_not_plain_is_called(change):
         bias = torch.linalg.lstsq(linear.weight.detach(), torch.ones(6, 1)).solution[:, 0]
         module.norm.register_forward_hook(lambda m, i, out: out + bias)
     torch.testing.assert_close(module(x, x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 4, 8)], ids=["rows", "tokens"])
+def test_no_tokens_of_heads(path, shape):
+    x = torch.ones(shape, device=path.device, requires_grad=True)
+    linear = torch.ones(6, 32, device=path.device, requires_grad=True)
+    out = gated_norm_linear(x, x, None, linear)
+    assert out.shape == (*shape[:-2], 6)
+    out.sum().backward()
+    assert torch.equal(linear.grad, torch.zeros_like(linear))
+
+
+def test_frozen_projection_writes_no_output_again(path, monkeypatch):
+    asked, run = [], autograd.run_backward
+    monkeypatch.setattr(
+        autograd, "run_backward", lambda *given: asked.append(given[-2]) or run(*given)
+    )
+    x = torch.randn(4, 8, device=path.device, requires_grad=True)
+    linear, found = torch.randn(6, 8, device=path.device), []
+    for weight in (linear, linear.clone().requires_grad_()):
+        (dx,) = torch.autograd.grad(gated_norm_linear(x, x, None, weight).sin().sum(), x)
+        found.append(dx)
+    assert asked == [False, True]
+    assert same_bits(*found)
+
+
+def test_on_the_meta_device():
+    module = GatedNormLinear(8, 6, num_heads=2, device="meta")
+    assert module(torch.empty(3, 2, 8, device="meta")).shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "rule"),
+    [
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension"),
+        ({"linear_weight": torch.ones(6, 8).int()}, TypeError, "linear_weight must be float32"),
+        ({"linear_bias": torch.ones(6).int()}, TypeError, "linear_bias must be float32"),
+    ],
+    ids=["number", "weight", "bias"],
+)
+def test_projections_of_other_kinds_are_refused(arguments, error, rule):
+    given = {"x": torch.ones(4, 8), "z": None, "weight": None, "linear_weight": torch.ones(6, 8)}
+    with pytest.raises(error, match=rule):
+        gated_norm_linear(**given | arguments)
+
+
+@pytest.mark.parametrize(("heads", "columns"), [(True, 8), (False, 32)])
+def test_heads_are_not_guessed(heads, columns):
+    linear, x = torch.nn.Linear(columns, 6), torch.ones(5, 4, 8)
+    with pytest.raises(ValueError, match=rf"heads={heads}, got {columns}; pass another"):
+        norm_then_linear(gatednorm.RMSNorm(8), linear, x, None, heads=heads)
+
+
+def test_forward_mode_of_the_projection_is_refused():
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(4, 8), torch.ones(4, 8))
+        with pytest.raises(RuntimeError, match="gated_norm_linear has no forward-mode"):
+            gated_norm_linear(x, None, None, torch.ones(6, 8))
 
 
 class AddOne(torch.nn.Module):

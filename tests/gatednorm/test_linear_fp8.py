@@ -179,12 +179,13 @@ MISTAKES = {
     "name": ({"precision": "bf16"}, ValueError, "precision must be one of fp8, fp8_emulated, got"),
     "columns": (
         {"x": X[:, :96], "z": None, "linear_weight": LINEAR[:, :96]}, ValueError,
-        "multiple of 128 columns with precision='fp8_emulated', got [128, 96]; pad it",
+        "multiple of 128 columns with precision='fp8_emulated', got [128, 96]; use precision=None",
     ),
     "rows": ({"linear_weight": LINEAR[:100]}, ValueError, "multiple of 128 rows"),
     "device": (
         {"precision": "fp8"}, ValueError, "needs an NVIDIA GPU of compute capability 9.0",
     ),
+    "quantised": ({"linear_weight": LINEAR.to(torch.float8_e4m3fn)}, TypeError, "by its scales"),
     "weight": ({"linear_weight": LINEAR[0]}, ValueError, "linear_weight must be [N, D]"),
 }  # fmt: skip
 
@@ -198,6 +199,15 @@ def test_bad_input_is_one_clear_error(arguments, error, rule):
     with pytest.raises(error, match=re.escape(rule)) as caught:
         gated_norm_linear(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_weight_with_strides(path):
+    x, linear = torch.randn(4, 128, device=path.device), torch.randn(128, N, device=path.device).t()
+    strided, dense = (
+        gated_norm_linear(x, x, None, weight, precision="fp8_emulated")
+        for weight in (linear, linear.contiguous())
+    )
+    assert torch.equal(strided, dense)
 
 
 def test_a_module_refuses_a_precision_that_is_not_there():

@@ -66,6 +66,23 @@ def dtensors() -> None:
                 torch.testing.assert_close(mine.full_tensor(), one, rtol=1e-5, atol=1e-5)
 
 
+def unequal_rows() -> None:
+    """Ranks with different numbers of rows, and columns over the others."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh(device().type, (ranks // 2, 2) if ranks > 2 else (2, 1))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(device())
+    parts = distribute_tensor(x, mesh, [Shard(0), Shard(1)]).requires_grad_()
+    x.requires_grad_()
+    for group_size in (None, 8):
+        y = gatednorm.rmsnorm_fn(x, group_size=group_size)
+        ours = gatednorm.rmsnorm_fn(parts, group_size=group_size)
+        assert ours.shape == y.shape
+        torch.testing.assert_close(ours.full_tensor(), y, rtol=1e-5, atol=1e-5)
+        (dx,) = torch.autograd.grad(ours.full_tensor().sin().sum(), parts)
+        (wanted,) = torch.autograd.grad(y.sin().sum(), x)
+        torch.testing.assert_close(dx.full_tensor(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def compiled_before_any_other() -> None:
     """The first DTensor that the operators meet, in a compiled program; its gradient's rows are
     sharded otherwise than its own."""
@@ -173,6 +190,16 @@ def what_dtensors_refuse() -> None:
         "weight must be a DTensor as x is, got Tensor",
         lambda: gatednorm.rmsnorm_fn(columns, torch.ones(32, device=device())),
     )
+    refused(
+        ValueError,
+        "group_size must divide the channels of x, got group_size=12",
+        lambda: gatednorm.rmsnorm_fn(columns, group_size=12),
+    )
+    refused(
+        TypeError,
+        "out= takes local tensors, and x is a DTensor",
+        lambda: gatednorm.rms_norm_gated(columns, out=columns),
+    )
     uneven = distribute_tensor(torch.ones(4, 33, device=device()), mesh, [Shard(1)])
     refused(ValueError, "must be equally wide, got 33", lambda: gatednorm.rmsnorm_fn(uneven))
     if mesh.size() == 4:
@@ -185,5 +212,5 @@ def what_dtensors_refuse() -> None:
 
 if __name__ == "__main__":
     size = int(sys.argv[1])
-    checks = [compiled_before_any_other, dtensors, what_dtensors_refuse]
+    checks = [compiled_before_any_other, dtensors, unequal_rows, what_dtensors_refuse]
     run_on_ranks(size, [*checks, a_parallel_plan] if size == 4 else checks)

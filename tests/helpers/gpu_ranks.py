@@ -105,6 +105,7 @@ CHECKS = [
     captured_in_the_default_mode,
     many_ranks.modules_and_projection,
     dtensor_ranks.dtensors,
+    dtensor_ranks.unequal_rows,
     dtensor_ranks.what_dtensors_refuse,
     dtensor_ranks.a_parallel_plan,
     many_ranks.compiled,

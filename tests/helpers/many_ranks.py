@@ -275,6 +275,14 @@ def modules_and_projection() -> None:
         assert same_bits(module(x, z).detach(), y)
         assert module.process_group is dist.group.WORLD
     linear = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).to(device())
+    refused(
+        ValueError,
+        "linear_bias must be None with a process_group of several ranks",
+        lambda: gatednorm.gated_norm_linear(
+            x, None, None, linear[:, : x.shape[-1]], linear_bias=linear[:, 0],
+            process_group=dist.group.WORLD,
+        ),
+    )  # fmt: skip
 
     def leaves(*tensors):
         return [t.detach().clone().requires_grad_() for t in tensors]
