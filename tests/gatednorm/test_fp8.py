@@ -425,38 +425,6 @@ def test_a_gpu_without_fp8(monkeypatch, device, capability, hip, found):
         fp8.check_device(torch.device(device, 0))
 
 
-def test_emulation_on_a_gpu_that_cannot_convert(path, monkeypatch):
-    """By the norm's own kernels in fp32, and plain PyTorch: the same values."""
-    i = inputs_of(Case((3,), 128, 2, False, bias=True), path.device)
-    linear, results = torch.randn(128, 256, device=path.device).requires_grad_(), []
-    for lacks in (None, "compute capability 8.0"):
-        monkeypatch.setattr(fp8, "_lacks_fp8", lambda device, lacks=lacks: lacks)
-        x = i.x.detach().requires_grad_()
-        options = {"is_rms_norm": False, "group_size": 128, "precision": "fp8_emulated"}
-        y = gatednorm.gated_norm_linear(x, i.z, i.weight, linear, bias=i.bias, **options)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, linear))))
-    for converted, plain in zip(*results, strict=True):
-        torch.testing.assert_close(converted, plain, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("y", "arguments", "rule"),
-    [
-        (torch.ones(2, 128), {"scaling": "row-wise"}, "scaling must be one of 1x128"),
-        (torch.ones(2, 128), {"scale": torch.ones(())}, "scale must be given with"),
-        (torch.ones(2, 128), {"scaling": "tensorwise"}, "scale must be given with"),
-        (torch.ones(2, 100), {}, "of blocks of [1, 128] with scaling='1x128', got [2, 100]"),
-        (torch.ones(2, 128), {"scaling": "128x128"}, "of blocks of [128, 128]"),
-        (torch.ones(1, 2, 128), {}, "y must be [rows, K] in float32"),
-        (torch.ones(2, 128).bfloat16(), {}, "in torch.bfloat16; flatten and convert it"),
-    ],
-    ids=["name", "a_scale", "no_scale", "columns", "rows", "dimensions", "dtype"],
-)
-def test_the_reference_refuses_what_it_would_get_wrong(y, arguments, rule):
-    with pytest.raises(ValueError, match=re.escape(rule)):
-        quantize_fp8_ref(y, **arguments)
-
-
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
 def test_a_gpu_with_fp8(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

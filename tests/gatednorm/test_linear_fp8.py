@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gatednorm
-from gatednorm import GatedNormLinear, gated_norm_linear, linear_fp8, quantize_fp8_ref
+from gatednorm import GatedNormLinear, fp8, gated_norm_linear, linear_fp8, quantize_fp8_ref
 from norm_cases import Case, Layout, inputs_of, poisoned_memory
 
 N = 128
@@ -199,6 +199,20 @@ def test_bad_input_is_one_clear_error(arguments, error, rule):
     with pytest.raises(error, match=re.escape(rule)) as caught:
         gated_norm_linear(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_emulation_on_a_gpu_that_cannot_convert(path, monkeypatch):
+    """By the norm's own kernels in fp32, and plain PyTorch: the same values."""
+    i = inputs_of(Case((3,), 128, 2, False, bias=True), path.device)
+    linear, results = torch.randn(128, 256, device=path.device).requires_grad_(), []
+    for lacks in (None, "compute capability 8.0"):
+        monkeypatch.setattr(fp8, "_lacks_fp8", lambda device, lacks=lacks: lacks)
+        x = i.x.detach().requires_grad_()
+        options = {"is_rms_norm": False, "group_size": 128, "precision": "fp8_emulated"}
+        y = gatednorm.gated_norm_linear(x, i.z, i.weight, linear, bias=i.bias, **options)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, linear))))
+    for converted, plain in zip(*results, strict=True):
+        torch.testing.assert_close(converted, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_with_strides(path):

@@ -1,10 +1,13 @@
 """What the functions refuse, before any launch: value, rule and remedy in one error."""
 # ruff: noqa: E501 (one line for each bad input)
 
+import re
+
 import pytest
 import torch
 
 import gatednorm
+from gatednorm import quantize_fp8_ref
 from norm_calls import x_of
 from norm_cases import Case, inputs_of, same_bits
 
@@ -196,3 +199,21 @@ def test_inference_refuses_to_cut_a_graph(launched, path, name):
     with torch.inference_mode():
         gatednorm.rms_norm_gated(**tensors)
     assert launched == ["forward", "forward"]
+
+
+@pytest.mark.parametrize(
+    ("y", "arguments", "rule"),
+    [
+        (torch.ones(2, 128), {"scaling": "row-wise"}, "scaling must be one of 1x128"),
+        (torch.ones(2, 128), {"scale": torch.ones(())}, "scale must be given with"),
+        (torch.ones(2, 128), {"scaling": "tensorwise"}, "scale must be given with"),
+        (torch.ones(2, 100), {}, "of blocks of [1, 128] with scaling='1x128', got [2, 100]"),
+        (torch.ones(2, 128), {"scaling": "128x128"}, "of blocks of [128, 128]"),
+        (torch.ones(1, 2, 128), {}, "y must be [rows, K] in float32"),
+        (torch.ones(2, 128).bfloat16(), {}, "in torch.bfloat16; flatten and convert it"),
+    ],
+    ids=["name", "a_scale", "no_scale", "columns", "rows", "dimensions", "dtype"],
+)
+def test_the_reference_refuses_what_it_would_get_wrong(y, arguments, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        quantize_fp8_ref(y, **arguments)
