@@ -155,6 +155,8 @@ def main() -> None:
             entry = column.setdefault(kind_of(row["kernel"]), [0.0, 0.0])
             entry[0] += float(row["ms"])
             entry[1] += float(row["calls"])
+    if not columns:
+        sys.exit("give models_profile.csv files of benchmarks/models.py, before and after")
     print("| ms (launches) |", " | ".join(columns), "|")
     print("|---|", "--:|" * len(columns), sep="")
     for kind in KINDS:

@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,20 @@ from gatednorm.bench import sheet
 RESULTS = Path(__file__).parent / "results"
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses a run on a GPU where there is none."""
+
+    def parse_args(self, *given):
+        args = super().parse_args(*given)
+        runs = not getattr(args, "draw", None)
+        if runs and getattr(args, "device", "") == "cuda" and not torch.cuda.is_available():
+            self.error("no CUDA GPU here; --device cpu runs the same code")
+        return args
+
+
 def parser(doc: str, out: str = "") -> argparse.ArgumentParser:
     """Described by the first line of `doc`; its `--out` is by default `out` under results/."""
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made = Parser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, default=RESULTS / out, help="by default %(default)s")
     return made
 

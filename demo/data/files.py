@@ -105,6 +105,11 @@ def find_files(config: DataConfig, found: Files | None = None) -> tuple[Path, li
             found.skipped["binary"] += 1
         else:
             names.append(name)
+    if not names and (others := found.skipped["not included"]):
+        raise ConfigError(
+            f"data.include must match a file in data.path, got {config.include!r}, which matches "
+            f"none of {others}; give other patterns, or leave it out"
+        )
     if not names:
         ends = ".py" if stdlib else f"{', '.join((*TEXTS, *TABLES))}, or are sources or man pages"
         why = "none there" if Path(config.path or folder).expanduser().exists() else "no such path"

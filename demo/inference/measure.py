@@ -104,7 +104,7 @@ class Comparison:
             table.add_row(label, f"{one:.2f}", f"{other:.2f}", change)
         table.add_section()
         table.add_row("logits differ by", "", "", f"{self.difference:g}")
-        table.add_row("differ in a bit", "", "", f"{self.other_bits:,} of {self.logits:,}")
+        table.add_row("logits differ in a bit", "", "", f"{self.other_bits:,} of {self.logits:,}")
         same = self.equal_tokens == count
         words = f"0 of {count:,}" if same else f"after {self.equal_tokens:,}"
         table.add_row("tokens differ", "", "", words)

@@ -74,6 +74,8 @@ def test_several_paths_are_searched_and_no_file_is_read_twice(tmp_path, monkeypa
     assert names(chosen("data.path=d, e")) == ["f.txt"]
     with pytest.raises(ConfigError, match=r"got 'none' \(no such path\)"):
         find_all(chosen("data.path=[a,none]"))
+    with pytest.raises(ConfigError, match=r"data\.include must match .* none of 2; give other"):
+        find_all(chosen("data.path=a", "data.include=*.rst"))
 
 
 def test_what_is_named_like_a_man_page_or_source_must_hold_text(tmp_path):
