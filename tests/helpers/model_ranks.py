@@ -254,7 +254,7 @@ CHECKS = {
     "4": (4, [models, parts_and_wholes, what_does_not_fit, mean_over_copies]),
     "gpus": (
         2,
-        [models, parts_and_wholes, other_calls, mean_over_copies, decoding_in_a_graph],
+        [parts_and_wholes, decoding_in_a_graph, mean_over_copies, other_calls, models],
         "nccl",
     ),
 }
