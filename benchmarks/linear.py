@@ -89,7 +89,10 @@ def measure(tokens: int, heads: int, width: int, columns: int, norm_before_gate:
 
 
 def main() -> None:
-    args = report.parser(__doc__, "linear.csv").parse_args()
+    parser = report.parser(__doc__, "linear.csv")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU here, and this benchmark has no other way to run")
     rows = [measure(*case) for case in CASES]
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "") for name in names} for row in rows]

@@ -85,6 +85,12 @@ def by_columns(
         ValueError: placements that leave no way to run the norm.
         TypeError: a plain tensor beside the DTensor.
     """
+    last, mesh, width = x.ndim - 1, x.device_mesh, x.shape[-1]
+    channels_in_group(options.group_size, width, "the channels of x", "D")
+    rows = [Replicate() if p.is_partial() else p for p in x.placements]
+    columns = [i for i, p in enumerate(rows) if p.is_shard(last)]
+    if not columns:
+        return None
     given = {}
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("z", z)):
         if isinstance(t, DTensor):
@@ -94,12 +100,6 @@ def by_columns(
                 f"{name} must be a DTensor as x is, got {type(t).__name__}; use "
                 "torch.distributed.tensor.distribute_tensor"
             )
-    last, mesh, width = x.ndim - 1, x.device_mesh, x.shape[-1]
-    channels_in_group(options.group_size, width, "the channels of x", "D")
-    rows = [Replicate() if p.is_partial() else p for p in x.placements]
-    columns = [i for i, p in enumerate(rows) if p.is_shard(last)]
-    if not columns:
-        return None
     ranks = math.prod(mesh.size(i) for i in columns)
     group = None
     if width % ranks:

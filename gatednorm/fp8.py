@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import autograd
 from .autograd import NAMESPACE, Maybe, needs_operator
-from .call import DEVICES, check_tensors, describe
+from .call import check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
-from .operators import check_shapes, none_to_empty
+from .operators import check_shapes, implement, none_to_empty
 from .options import BLOCKS, Options, make_options, one_of
 
 SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4")
@@ -411,11 +411,9 @@ def _columns_fake(x: Tensor, *values: Any) -> tuple[Tensor, ...]:
     return _new_tiles(x, values[-1], False, True, True)[2:]
 
 
-for _name, _impl, _fake in (
+implement(
+    _library,
     ("forward_fp8", _forward_impl, _forward_fake),
     ("quantize", _run_quantize, _quantize_fake),
     ("norm_columns", _columns_impl, _columns_fake),
-):
-    for _device in DEVICES:
-        _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+)

@@ -208,12 +208,6 @@ def norm_then_linear(
         `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
     """
     y: Tensor
-    columns = x.shape[-2:].numel() if heads else x.shape[-1]
-    if isinstance(linear, nn.Linear) and linear.in_features != columns:
-        raise ValueError(
-            f"linear must have a column for each of {columns} channels of x {list(x.shape)} with "
-            f"heads={heads}, got {linear.in_features}; pass another, or heads={not heads}"
-        )
     if (
         isinstance(norm, LayerNorm)
         and norm.is_plain()
@@ -222,6 +216,12 @@ def norm_then_linear(
         and isinstance(linear, nn.Linear)
         and linear.is_plain()
     ):
+        columns = x.shape[-2:].numel() if heads else x.shape[-1]
+        if linear.in_features != columns:
+            raise ValueError(
+                f"linear must have a column for each of {columns} channels of x {list(x.shape)} "
+                f"with heads={heads}, got {linear.in_features}; pass another, or heads={not heads}"
+            )
         y = gated_norm_linear(
             x, z, norm.weight, linear.weight, bias=norm.bias, linear_bias=linear.bias, eps=norm.eps,
             group_size=norm.group_size, norm_before_gate=norm.norm_before_gate,

@@ -3,6 +3,7 @@ everything that traces sees: torch.compile, torch.export, fake and meta tensors,
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,14 +155,22 @@ def _backward_fake(
     return none_to_empty(x, *dense, x.new_empty(x.shape, dtype=dtype) if with_output else None)
 
 
-for _name, _impl, _fake in (
+def implement(
+    library: torch.library.Library, *operators: tuple[str, Callable[..., Any], Callable[..., Any]]
+) -> None:
+    """Give operators of a library, by name, what they run and what they run on fake tensors."""
+    for name, run, fake in operators:
+        for device in DEVICES:
+            library.impl(name, run, device.upper())
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+implement(
+    _library,
     ("forward", _forward_impl, _forward_fake),
     ("forward_out", _forward_out_impl, _forward_out_fake),
     ("backward", _backward_impl, _backward_fake),
-):
-    for _device in DEVICES:
-        _library.impl(_name, _impl, _device.upper())
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+)
 
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -54,9 +54,8 @@ def with_zeros(x: Tensor) -> Tensor:
     """x [R, D] with zeros up to the next multiple of PRODUCT, where it is what `side_by_side` made;
     else x itself."""
     room, width = x._base, x.shape[1]
-    if getattr(room, "zeros_from", None) == width and (x.storage_offset(), x.stride()) == (
-        0,
-        (room.shape[-1], 1),
-    ):
-        return room.flatten(0, -2)[: len(x), : width + -width % PRODUCT]
-    return x
+    if getattr(room, "zeros_from", None) != width or x.storage_offset():
+        return x
+    if x.stride() != (room.shape[-1], 1):
+        return x
+    return room.flatten(0, -2)[: len(x), : width + -width % PRODUCT]

@@ -253,7 +253,7 @@ def test_projections_of_other_kinds_are_refused(arguments, error, rule):
 
 @pytest.mark.parametrize(("heads", "columns"), [(True, 8), (False, 32)])
 def test_heads_are_not_guessed(heads, columns):
-    linear, x = torch.nn.Linear(columns, 6), torch.ones(5, 4, 8)
+    linear, x = GatedNormLinear(columns, 6).linear, torch.ones(5, 4, 8)
     with pytest.raises(ValueError, match=rf"heads={heads}, got {columns}; pass another"):
         norm_then_linear(gatednorm.RMSNorm(8), linear, x, None, heads=heads)
 

@@ -207,6 +207,8 @@ def test_emulation_on_a_gpu_that_cannot_convert(path, monkeypatch):
     linear, results = torch.randn(128, 256, device=path.device).requires_grad_(), []
     for lacks in (None, "compute capability 8.0"):
         monkeypatch.setattr(fp8, "_lacks_fp8", lambda device, lacks=lacks: lacks)
+        by_pytorch = fp8.backend(i.x.device).__name__ == "gatednorm.cpu_fp8"
+        assert by_pytorch == (lacks is not None or not path.kernels)
         x = i.x.detach().requires_grad_()
         options = {"is_rms_norm": False, "group_size": 128, "precision": "fp8_emulated"}
         y = gatednorm.gated_norm_linear(x, i.z, i.weight, linear, bias=i.bias, **options)
