@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from models.kernels.delta_forward import lower_decays, place_of, span_of, token_rows
+from models.kernels.precision import PRECISION
 
 
 @triton.jit
 def scan_backward_kernel(q, k, w, attn, total, do, dfinal, table, bounds, dends, dv_new, dinitial,
                          scale, H, HV, RATIO, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh,
                          C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                         BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                         BV: tl.constexpr):  # fmt: skip
     """dVn = e^(G_C - G) k dS + attn^T do; dS = e^G_C dS + q^T scale e^G do - w^T dVn, from the last
     chunk to the first."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -59,7 +60,7 @@ def scan_backward_kernel(q, k, w, attn, total, do, dfinal, table, bounds, dends,
 def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, dk_part, dt_part, dv,
                            dbeta, H, HV, RATIO, skb, skt, skh, svb, svt, svh, sbb, sbt, sbh, tokens,
                            sgv, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                           BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                           BV: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, through the triangular system, with du = dVn, dw = -dVn S^T and
     P = e^(G_i - G_j) for i >= j::
 
@@ -132,8 +133,7 @@ def system_backward_kernel(k, v, beta, total, solve, w, states, dv_new, table, d
 def read_backward_kernel(q, k, total, attn, v_new, states, do, dends, table, dk_part, dt_part, dq,
                          dk, dg, scale, H, HV, RATIO, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh,
                          tokens, sgk, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                         BK: tl.constexpr, BV: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+                         BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """Of one chunk and value head, with P = e^(G_i - G_j) for i >= j::
 
         dattn = do Vn^T * P * scale,            dq = scale e^G do S^T + dattn k

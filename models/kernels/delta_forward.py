@@ -7,6 +7,8 @@ V the head's dimensions, C chunk size, N chunks of a row of the batch, X = N * B
 import triton
 import triton.language as tl
 
+from models.kernels.precision import PRECISION
+
 
 @triton.jit
 def place_of(rows):
@@ -24,7 +26,7 @@ def token_rows(x, stride_b, stride_t, stride_h, start, b, h, i, ok, j, D: tl.con
 
 
 @triton.jit
-def inverse_of(a, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def inverse_of(a, C: tl.constexpr, LEVELS: tl.constexpr):
     """(I + a)^-1 for a strictly lower triangular a [C, C], by merging diagonal blocks:
     [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -49,8 +51,7 @@ def lower_decays(row, column, OFFSET: tl.constexpr, C: tl.constexpr):
 def prepare_kernel(q, k, v, g, beta, table, total, solve, attn, w, u, scale, H, HV, RATIO, sqb, sqt,
                    sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh, sbb, sbt, sbh,
                    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                   BV: tl.constexpr, LEVELS: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+                   BV: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
     """G = running sum of g, solve = (I + tril(beta k k^T e^(G_i - G_j), -1))^-1,
     attn = tril(scale q k^T e^(G_i - G_j)), w = solve beta e^G k, u = solve beta v; a chunk in two
     halves, since half of what lies off the diagonal is zero."""
@@ -91,8 +92,8 @@ def prepare_kernel(q, k, v, g, beta, table, total, solve, attn, w, u, scale, H, 
     a11 = tl.dot(k1, tl.trans(k1), input_precision=PRECISION) * d11 * b1[:, None]
     a22 = tl.dot(k2, tl.trans(k2), input_precision=PRECISION) * d22 * b2[:, None]
     a21 = tl.dot(k2, tl.trans(k1), input_precision=PRECISION) * d21 * b2[:, None]
-    s11 = inverse_of(tl.where(below, a11, 0.0), half, LEVELS, PRECISION)
-    s22 = inverse_of(tl.where(below, a22, 0.0), half, LEVELS, PRECISION)
+    s11 = inverse_of(tl.where(below, a11, 0.0), half, LEVELS)
+    s22 = inverse_of(tl.where(below, a22, 0.0), half, LEVELS)
     s21 = -tl.dot(a21, s11, input_precision=PRECISION)
     s21 = tl.dot(s22, s21, input_precision=PRECISION)
     s11, s22, s21 = s11.to(dtype), s22.to(dtype), s21.to(dtype)
@@ -148,7 +149,7 @@ def span_of(sequence, table, bounds):
 def scan_kernel(q, k, w, u, attn, total, initial, table, bounds, states, final, o, scale, H, HV,
                 RATIO, sqb, sqt, sqh, skb, skt, skh, sob, sot, soh, KEEP: tl.constexpr,
                 C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                BV: tl.constexpr):  # fmt: skip
     """Vn = u - w S, which takes the place of u; o = scale e^G q S + attn Vn;
     S = e^G_C S + k^T e^(G_C - G) Vn: over the chunks of one sequence, for one head and BV columns
     of the state."""

@@ -24,10 +24,6 @@ from models.kernels.delta_backward import (
 from models.kernels.delta_forward import prepare_kernel, scan_kernel
 from models.rows import gradient_like
 
-# Of the triangular systems, which are fp32, where what is made of them has 16 bits: three products
-# of what NVIDIA's tensor cores take. fp32 operands are multiplied as they are.
-PRECISION = {2: "ieee" if torch.version.hip else "tf32x3", 4: "ieee"}
-
 # For operands of 2 and 4 bytes: columns of a state that a program has, and how it is compiled.
 TILES = {
     2: {
@@ -94,8 +90,7 @@ class _Call:
             programs = self.rows * triton.cdiv(self.dim_v, columns) * self.sequences
         kernel[(programs,)](
             *arguments, **constants, C=self.size, K=self.dim_k, V=self.dim_v,
-            BK=max(16, keys), BV=columns,
-            PRECISION=PRECISION[self.bytes], **options,
+            BK=max(16, keys), BV=columns, **options,
         )  # fmt: skip
 
 

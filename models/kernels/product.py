@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels import on_its_device
+from models.kernels.precision import PRECISION
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def _product(a, b, bias, y, I, J, K, sai, saj, sbj, sbk, syi, HAS_BIAS: tl.const
     for start in range(0, J, BJ):
         left = tl.load(rows, mask=(i < I)[:, None] & (j < J - start)[None, :], other=0.0)
         right = tl.load(cols, mask=(j < J - start)[:, None] & (k < K)[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = tl.dot(left, right, total, input_precision=PRECISION)
         rows += BJ * saj
         cols += BJ * sbj
     if HAS_BIAS:
