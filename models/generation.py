@@ -101,7 +101,7 @@ def generate(
             ``model.exact`` they are the bits of ``token_log_probs`` after one call of the model
             over the prompt and the tokens, in training too.
         cuda_graph: on a GPU, capture a step once and replay it; the tokens are the same without.
-            Not for a model that several ranks share.
+            Ranks that share a model then need NCCL between them.
     Raises:
         ValueError: at once for an empty prompt and for options out of range.
     """
@@ -196,9 +196,7 @@ class _Chooser:
 
 
 def _tokens(model, tokens, cu_seqlens, max_new_tokens, choose, cuda_graph) -> Iterator[Tensor]:
-    # A graph of several ranks would hold their exchanges, which was not tried on GPUs.
-    graph = cuda_graph and tokens.is_cuda and model.ranks == 1
-    decoder = _GraphDecoder if graph else _EagerDecoder
+    decoder = _GraphDecoder if cuda_graph and tokens.is_cuda else _EagerDecoder
     step = token = None
     for _ in range(max_new_tokens):
         with _inference(model):

@@ -1,7 +1,7 @@
 """Whole models over several processes, against one process in float64.
 
     python tests/helpers/model_ranks.py 2
-    python tests/helpers/model_ranks.py gpus    # two, over NCCL
+    python tests/helpers/model_ranks.py gpus [CHECK]    # two, over NCCL
 
 How the ranks are started: each_rank.py.
 """
@@ -187,9 +187,9 @@ def other_calls() -> None:
         refused(ValueError, "seed must be a number where", partial(generate, model, tokens, 1))
 
 
-def text_of(model: LanguageModel, tokens: torch.Tensor, path: str) -> torch.Tensor:
+def text_of(model: LanguageModel, tokens: torch.Tensor, path: str, **options) -> torch.Tensor:
     model.set_norm_path(path)
-    made = generate(model, tokens[:, :9], 12, temperature=0.9, seed=3)
+    made = generate(model, tokens[:, :9], 12, temperature=0.9, seed=3, **options)
     return torch.stack(list(made))
 
 
@@ -199,9 +199,8 @@ def decoding_in_a_graph() -> None:
         model = model_of(config, torch.float32).to(device())
         TensorParallel(model, dist.group.WORLD)
         tokens = tokens_of(config).to(device())
-        eager = text_of(model, tokens, "inference")
-        model.ranks = 1  # what decides on a graph
-        assert torch.equal(eager, text_of(model, tokens, "inference"))
+        eager, graph = (text_of(model, tokens, "inference", cuda_graph=on) for on in (False, True))
+        assert torch.equal(eager, graph)
 
 
 def prepare_blocks(model: LanguageModel, compiled: bool, again: bool) -> None:
@@ -260,4 +259,6 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    run_on_ranks(*CHECKS[sys.argv[1]])
+    size, checks, *backend = CHECKS[sys.argv[1]]
+    asked = sys.argv[2:]
+    run_on_ranks(size, [c for c in checks if not asked or c.__name__ in asked], *backend)
