@@ -2,7 +2,7 @@
 
     python -m benchmarks.exactness                   # on a GPU: results/exactness.csv
     python -m benchmarks.exactness --device cpu      # the shipped models: results/exactness_cpu.csv
-    python -m benchmarks.exactness --draw benchmarks/results/exactness_ratios_cpu.csv  # a PNG
+    python -m benchmarks.exactness --draw benchmarks/results/exactness_ratios.csv  # a PNG
 
 "gap": prompts are read in two pieces, and tokens drawn one by one, on a GPU through the CUDA graph;
 then one training forward over all of it. Every logit and every log-probability is compared by its
@@ -106,7 +106,7 @@ def draw(table: Path) -> None:
             panel.plot(ratios, ".", markersize=3, label=mode)
         panel.set(title=f"{name}, {rows[0]['dtype']}", xlabel="token")
     panels[0][0].set_ylabel("importance ratio")
-    panels[0][0].legend()
+    panels[0][-1].legend()
     figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 

@@ -137,7 +137,7 @@ def main() -> None:
     if args.draw:
         draw(args.draw)
         return
-    run, begin = report.about(args.device, "flash-linear-attention"), time.perf_counter()
+    run, begin = report.about(args.device, *linear.PEERS), time.perf_counter()
     rows = [pair(*case) for case in linear.CASES]
     for case in CASES:
         peers = case in PEERS and time.perf_counter() - begin < args.seconds

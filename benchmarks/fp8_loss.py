@@ -173,6 +173,7 @@ def summary(rows: list[dict]) -> list[dict]:
 def draw(table: Path) -> None:
     """The curves in a CSV as a PNG beside it, a panel for each model."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["text"] == "training"]
@@ -187,7 +188,9 @@ def draw(table: Path) -> None:
             ]
             panel.plot(*zip(*points, strict=True), style, label=precision)
         panel.set(title=MODELS[name], xlabel="step", yscale="log")
-    panels[0][0].set_ylabel("bits per byte")
+    panels[0][0].set(ylabel="bits per byte", yticks=(1, 1.5, 2, 3, 4, 5))
+    panels[0][0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0][0].yaxis.set_minor_formatter(NullFormatter())
     panels[0][0].legend()
     figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
 

@@ -27,6 +27,8 @@ CASES = (
     (4096, 1, 8192, 4096, False),
 )
 
+PEERS = ("flash-linear-attention",) if importlib.util.find_spec("fla") else ()
+
 
 def functions(heads: int, norm_before_gate: bool) -> dict:
     options = {"norm_before_gate": norm_before_gate}
@@ -43,7 +45,7 @@ def functions(heads: int, norm_before_gate: bool) -> dict:
         found["FP8"] = lambda x, z, w, linear: gated_norm_linear(
             x, z, w, linear, precision="fp8", **options
         )
-    if norm_before_gate and heads == 1 and importlib.util.find_spec("fla"):
+    if norm_before_gate and heads == 1 and PEERS:
         from fla.modules.fused_norm_gate import rms_norm_swish_gate_linear
 
         found["FLA"] = lambda x, z, w, linear: rms_norm_swish_gate_linear(
@@ -97,7 +99,7 @@ def main() -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "") for name in names} for row in rows]
     report.show(rows)
-    report.write(args.out, rows, report.about("cuda", "flash-linear-attention"))
+    report.write(args.out, rows, report.about("cuda", *PEERS))
 
 
 if __name__ == "__main__":

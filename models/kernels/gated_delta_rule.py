@@ -46,7 +46,7 @@ SHARED = 160 * 1024  # bytes of a multiprocessor's memory that two stages of the
 
 def supports(q: Tensor, v: Tensor, size: int) -> bool:
     """Whether the kernels take chunks of a size, of q [B, T, H, K] and v [B, T, HV, V]: whether the
-    keys of a chunk fit into registers, where fp32 is multiplied without tensor cores."""
+    keys of a chunk fit into registers."""
     wide = q.shape[3] * q.element_size()
     fit = wide <= 512 if size == 32 else size == 64 and wide <= 256 and q.element_size() == 2
     return fit and q.numel() > 0 and v.numel() > 0
