@@ -19,14 +19,15 @@ from .options import Options
 
 
 class _Known:
-    """A process group that a call has named, and whether its ranks' calls were found alike. One
+    """A process group that a call has named, and the kinds of calls that its ranks found alike. One
     that is destroyed must not live on in here: gloo's threads would end the process with an error.
     """
 
     __slots__ = ("alike", "reference")
 
     def __init__(self, process_group: "dist.ProcessGroup"):
-        self.reference, self.alike = weakref.ref(process_group), False
+        self.reference = weakref.ref(process_group)
+        self.alike: set[tuple[Any, ...]] = set()
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
@@ -128,21 +129,28 @@ def share(options: Options, width: int) -> tuple[Ranks | None, Options]:
 
 
 def enter(name: str, options: Options, **tensors: object) -> tuple[Ranks | None, Options]:
-    """:func:`share` of a checked call. At a process group's first call, and at each under
-    `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the ranks tell each other what they were called with.
+    """:func:`share` of a checked call. At a process group's first call with these options, dtypes
+    and widths, and at each under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the ranks tell each other what
+    they were called with.
 
     Raises:
         ValueError: on every rank, where these differ; groups that do not fit the ranks.
         RuntimeError: where a CUDA graph captures it.
     """
     known, process_group = _find(options.process_group)
-    if not known.alike or dist.get_debug_level() == dist.DebugLevel.DETAIL:
+    kind = (name, options, *map(_kind, tensors.values()))
+    if kind not in known.alike or dist.get_debug_level() == dist.DebugLevel.DETAIL:
         _check_alike(process_group, name, options, tensors)
-        known.alike = True
+        known.alike.add(kind)
     x = tensors["x"]
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
         return None, options._replace(process_group=None)  # which is refused
     return share(options, x.shape[-1])
+
+
+def _kind(t: object) -> tuple[Any, ...] | None:
+    """What a tensor has in common with those of other batches: dtype and width."""
+    return (t.dtype, t.shape[-1:]) if isinstance(t, Tensor) else None
 
 
 def _check_alike(
@@ -160,7 +168,7 @@ def _check_alike(
         if found.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "process_group: the call at which ranks compare their shapes and options must not "
-                "be captured in a CUDA graph, got a group's first one, or "
+                "be captured in a CUDA graph, got the first one with these options, or "
                 "TORCH_DISTRIBUTED_DEBUG=DETAIL; call the norm once before the capture"
             )
         dist.all_gather_object(everyone, mine, group=process_group)

@@ -100,6 +100,16 @@ def by_columns(
                 f"{name} must be a DTensor as x is, got {type(t).__name__}; use "
                 "torch.distributed.tensor.distribute_tensor"
             )
+    if z is not None and z.shape != x.shape:
+        raise ValueError(
+            f"z must have the shape of x, got {tuple(z.shape)} and {tuple(x.shape)}; pass one gate "
+            "for each element"
+        )
+    if any(type(p) is not Shard and getattr(p, "dim", None) == last for p in rows):
+        raise ValueError(
+            "the columns of x must be sharded by Shard() alone, got placements "
+            f"{tuple(x.placements)}; redistribute x"
+        )
     ranks = math.prod(mesh.size(i) for i in columns)
     group = None
     if width % ranks:

@@ -126,23 +126,26 @@ def gated_norm_linear(
             "ranks"
         )
     out: Tensor
+    ranks, local = None, options
+    if process_group is not None and not torch.compiler.is_compiling():
+        name = "gated_norm_linear" + ("" if precision is None else f" in {precision}")
+        ranks, local = enter(
+            name, options, x=x, weight=weight, bias=bias, z=z, linear_weight=linear_weight
+        )
+    elif process_group is not None and precision is not None:
+        ranks, local = share(options, x.shape[-1])
     if precision is not None:
-        if process_group is not None:
-            if torch.compiler.is_compiling():  # ranks compare what they have in eager code
-                ranks, options = share(options, x.shape[-1])
-            else:
-                ranks, options = enter("FP8", options, x=x, weight=weight, bias=bias, z=z)
-            if ranks is not None:
-                raise ValueError(
-                    f"a norm group must lie on one rank with precision={precision!r}, got one over "
-                    f"{ranks.size}: the columns of FP8 are made from a rank's own statistics; use "
-                    "precision=None, or a group_size of at most a rank's channels"
-                )
+        if ranks is not None:
+            raise ValueError(
+                f"a norm group must lie on one rank with precision={precision!r}, got one over "
+                f"{ranks.size}: the columns of FP8 are made from a rank's own statistics; use "
+                "precision=None, or a group_size of at most a rank's channels"
+            )
         emulated = check_precision(precision, x, linear_weight)
         heads = bool(linear_weight.shape[1] != x.shape[-1])  # a tensor in TorchScript's trace
         out = GatedNormLinearFP8Fn.apply(
             x, weight, bias, z, linear_weight, linear_bias,
-            options._replace(out_dtype=torch.float32), heads, emulated,
+            local._replace(out_dtype=torch.float32), heads, emulated,
         )  # fmt: skip
         return out
     out = GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)

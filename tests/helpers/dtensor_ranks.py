@@ -200,6 +200,11 @@ def what_dtensors_refuse() -> None:
         "out= takes local tensors, and x is a DTensor",
         lambda: gatednorm.rms_norm_gated(columns, out=columns),
     )
+    wider = distribute_tensor(torch.ones(4, 64, device=device()), mesh, [Shard(1)])
+    refused(
+        ValueError, "z must have the shape of x, got (4, 64) and (4, 32)",
+        lambda: gatednorm.rmsnorm_fn(columns, z=wider),
+    )  # fmt: skip
     uneven = distribute_tensor(torch.ones(4, 33, device=device()), mesh, [Shard(1)])
     refused(ValueError, "must be equally wide, got 33", lambda: gatednorm.rmsnorm_fn(uneven))
     if mesh.size() == 4:
@@ -208,6 +213,9 @@ def what_dtensors_refuse() -> None:
         text = "must be sharded by one Shard() over one dimension of the mesh"
         refused(ValueError, text, lambda: gatednorm.rmsnorm_fn(twice))
         gatednorm.rmsnorm_fn(twice, group_size=8)
+        parts = distribute_tensor(torch.ones(4, 2, 16, device=device()), both, [Shard(2), Shard(1)])
+        text = "the columns of x must be sharded by Shard() alone, got placements"
+        refused(ValueError, text, lambda: gatednorm.rmsnorm_fn(parts.flatten(1), group_size=8))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,8 @@ def bits_of_other_splits() -> None:
 
 
 def a_rank_that_differs() -> None:
-    """An error on every rank, at the first call of each group, which may then go on."""
+    """An error on every rank, at the first call of each group, which may then go on, and at its
+    first call with other options."""
     rank, size = dist.get_rank(), dist.get_world_size()
     x = torch.randn(3, 8, device=device())
     odd = rank == size - 1
@@ -225,7 +226,16 @@ def a_rank_that_differs() -> None:
         given = {"x": x, "process_group": group} | change
         refused(ValueError, text, lambda given=given: gatednorm.rmsnorm_fn(**given))
         gatednorm.rmsnorm_fn(x, process_group=group)
-    # The group is known; from now on every call is looked at.
+    later = {"eps": 1e-2 if odd else 1e-3, "process_group": group}
+    refused(ValueError, "eps must be the same", lambda: gatednorm.rmsnorm_fn(x, **later))
+    later = {"group_size": 4 if odd else 2, "process_group": group}
+    refused(ValueError, "group_size must be the same", lambda: gatednorm.rmsnorm_fn(x, **later))
+    linear = torch.randn(6 if odd else 5, 8, device=device())
+    refused(
+        ValueError, "linear_weight must be the same on every rank, got [5, 8] in torch.float32",
+        lambda: gatednorm.gated_norm_linear(x, None, None, linear, process_group=group),
+    )  # fmt: skip
+    # From now on every call is looked at.
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     try:
         given |= differences.popitem()[1]
