@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: for tokens that are not [B, T] of at least one token, for a state or
                 offsets that do not fit, or a state of the other mode, and in exact mode for a
-                linear layer that is not `models.products.Linear`.
+                linear layer that is not a plain `models.products.Linear`.
         """
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(
@@ -195,8 +195,9 @@ class LanguageModel(nn.Module):
                 module.path = path
 
     def _check_exact(self) -> None:
-        """Raises ValueError for what exact mode cannot promise: a linear layer that is not ours,
-        such as an adapter around it, a GPU whose products it cannot compute, several ranks."""
+        """Raises ValueError for what exact mode cannot promise: a linear layer that is not ours or
+        does more, by an adapter or a hook, a GPU whose products it cannot compute, several ranks.
+        """
         if self.ranks > 1:
             raise ValueError(
                 f"exact mode needs a single rank, got {self.ranks}: sums over ranks round "
@@ -209,12 +210,14 @@ class LanguageModel(nn.Module):
                 "use the CPU, or another dtype"
             )
         for name, module in self.named_modules():
-            ours = isinstance(module, Linear) and module.exact
-            if name.rpartition(".")[2] in ("in_proj", "out_proj", "head") and not ours:
+            named = name.rpartition(".")[2] in ("in_proj", "out_proj", "head")
+            ours = isinstance(module, Linear) and module.exact and module.is_plain()
+            if (named or isinstance(module, nn.Linear)) and not ours:
+                hooked = " with a hook" if getattr(module, "hooked", False) else ""
                 raise ValueError(
                     "exact mode needs every linear layer to be a models.products.Linear in exact "
-                    f"mode, got {type(module).__name__} for {name}; merge the adapter into the "
-                    "weights, and set model.exact again"
+                    f"mode without hooks, got {type(module).__name__}{hooked} for {name}; merge "
+                    "the adapter into the weights, and set model.exact again"
                 )
 
     def num_parameters(self) -> int:

@@ -43,6 +43,8 @@ class PaddedLinear(Linear):
             return y[..., : self.out_features]
         return multiply(_padded_product, x, self.weight, self.bias)
 
+    PLAIN_FORWARD = forward
+
 
 def _padded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In padded rows."""

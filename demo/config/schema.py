@@ -207,22 +207,7 @@ def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
         f"optim.warmup_steps must be at most optim.steps={optim.steps}, got {optim.warmup_steps}; "
         f"lower it, for example to {optim.steps // 10}",
     )
-    _require(
-        not (config.exact and config.trainer.compile),
-        "exact=true needs trainer.compile=false, got true: what the compiler makes of a block "
-        "rounds otherwise than the same block in infer.py; leave out one of them",
-    )
-    ranks = config.trainer.tensor_parallel
-    _require(
-        ranks == 1 or config.trainer.strategy != "fsdp",
-        f"trainer.tensor_parallel must be 1 with trainer.strategy=fsdp, got {ranks}; leave out one "
-        "of them",
-    )
-    _require(
-        not (config.exact and ranks > 1),
-        f"exact=true needs trainer.tensor_parallel=1, got {ranks}: sums over processes round "
-        "otherwise than the products of one; leave out one of them",
-    )
+    check_together(config)
     for key, usual in UNUSED[data.source].items():
         _require(
             (value := getattr(data, key)) == usual,
@@ -235,6 +220,27 @@ def train_config(values: Mapping[str, Any], typed: frozenset[str] = frozenset())
             f"data={data.source} needs data.{key}, got none; name {what}",
         )
     return config
+
+
+def check_together(config: TrainConfig) -> None:
+    """Raises ConfigError for values that may each be changed when a run goes on, and that do not go
+    together."""
+    ranks = config.trainer.tensor_parallel
+    _require(
+        not (config.exact and config.trainer.compile),
+        "exact=true needs trainer.compile=false, got true: what the compiler makes of a block "
+        "rounds otherwise than the same block in infer.py; leave out one of them",
+    )
+    _require(
+        ranks == 1 or config.trainer.strategy != "fsdp",
+        f"trainer.tensor_parallel must be 1 with trainer.strategy=fsdp, got {ranks}; leave out one "
+        "of them",
+    )
+    _require(
+        not (config.exact and ranks > 1),
+        f"exact=true needs trainer.tensor_parallel=1, got {ranks}: sums over processes round "
+        "otherwise than the products of one; leave out one of them",
+    )
 
 
 def infer_config(values: Mapping[str, Any], _: frozenset[str] = frozenset()) -> InferConfig:

@@ -10,7 +10,7 @@ from demo.checkpoints.checkpoint import CONFIG, WEIGHTS, load, newest_runs
 from demo.checkpoints.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from demo.config.errors import ConfigError, about
 from demo.config.overrides import compose
-from demo.config.schema import TrainConfig, model_name
+from demo.config.schema import TrainConfig, check_together, model_name
 from demo.training.processes import Processes, check_memory
 from demo.training.run import AT_WORK, LAST, LOADER, METRICS, Rows, Run, part_of
 from demo.training.schedule import (
@@ -138,6 +138,7 @@ def _resumed_config(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
             setattr(config.trainer, name, values[key])
         elif key == "exact":
             config.exact = values[key]
+    check_together(config)
     return config
 
 

@@ -32,6 +32,7 @@ from models import (
 from models.exact import CHUNK
 from models.generation import generate
 from models.language_model import LanguageModel
+from models.products import Linear
 from small_models import MIXERS
 
 
@@ -187,6 +188,39 @@ def test_an_adapter_is_refused_by_its_name(model, name):
         model(random_tokens(1, 3))
     model.exact = False
     model(random_tokens(1, 3))
+
+
+class LowRank(Linear):
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def a_subclass(linear):
+    linear.__class__ = LowRank
+
+
+def a_forward_of_its_own(linear):
+    linear.forward = lambda x: x @ linear.weight.T
+
+
+def a_hook(linear):
+    linear.register_forward_hook(lambda module, given, out: out + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [(a_subclass, "LowRank"), (a_forward_of_its_own, "Linear"), (a_hook, "Linear with a hook")],
+)
+def test_a_linear_layer_that_does_more_is_refused(model, change, got):
+    change(model.blocks[1].mixer.out_proj)
+    with pytest.raises(ValueError, match=f"got {got} for blocks.1.mixer.out_proj; merge"):
+        model(random_tokens(1, 3))
+
+
+def test_a_linear_layer_of_another_name_is_refused(model):
+    model.blocks[0].mlp = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.SiLU())
+    with pytest.raises(ValueError, match=r"got Linear for blocks\.0\.mlp\.0; merge"):
+        model(random_tokens(1, 3))
 
 
 class Quantised(torch.Tensor):

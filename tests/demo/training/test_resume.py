@@ -177,6 +177,16 @@ def test_a_run_goes_on_with_other_devices(stopped_run):
     assert config.exact
 
 
+def test_what_a_run_has_and_what_is_asked_for_must_go_together(stopped_run):
+    run = stopped_run(5)
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("exact: false", "exact: true"))
+    with pytest.raises(ConfigError, match=r"exact=true needs trainer\.compile=false, got true"):
+        find_start(config_of(run, "trainer.compile=true"))
+    with pytest.raises(ConfigError, match=r"exact=true needs trainer\.tensor_parallel=1, got 2"):
+        find_start(config_of(run, "trainer.tensor_parallel=2"))
+
+
 def test_a_run_whose_text_has_changed_stays_as_it_is(tmp_path, monkeypatch):
     text, runs = tmp_path / "book.txt", tmp_path / "runs"
     text.write_bytes(bytes(range(256)) * 40)
