@@ -143,7 +143,7 @@ def _step(
     """One token [S, 1] for each sequence, without a branch that a CUDA graph could not hold: the
     open chunk with the token in its place, and the state at its end where that fills it."""
     count = len(opened)
-    opened = opened.scatter(1, filled[:, None], tokens)
+    opened = opened.scatter(1, filled[:, None], tokens.to(opened.dtype))
     offsets = CHUNK * torch.arange(count + 1, dtype=torch.int32, device="cpu")
     logits, ends = run(opened.view(1, -1), layers, True, offsets)
     rows = torch.arange(count, device=filled.device)

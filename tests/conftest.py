@@ -118,9 +118,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The list of mutants and of what noticed each, whichever process ran them."""
+    """What tests have recorded to be read, whichever process ran them: the mutants and what noticed
+    each, and how many logits the exact mode's tests have compared."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
-    mutants = [line for r in reports for key, line in r.user_properties if key == "mutant"]
-    if mutants:
-        terminalreporter.section("mutants")
-        terminalreporter.write_line("\n".join(sorted(mutants)))
+    for title in ("mutants", "exact mode"):
+        lines = [line for r in reports for key, line in r.user_properties if key == title]
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.write_line("\n".join(sorted(lines)))

@@ -212,7 +212,7 @@ def test_without_a_mutation_all_pass(tmp_path, subset):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(verdicts, name, record_property):
     found = verdicts[name].result()
-    record_property("mutant", f"{MUTANTS[name][0]:22} {name:50} {found}")
+    record_property("mutants", f"{MUTANTS[name][0]:22} {name:50} {found}")
     assert found.startswith("noticed"), found
 
 

@@ -209,7 +209,10 @@ MUTANTS = {
     "ranks kernel: two numbers side by side": ("combine_kernel", "rank * (2 * n_rows)", "rank * n_rows"),
     "ranks kernel: ranks that are not there": ("combine_kernel", "(rank < RANKS) & any_rows", "(rank < PLACES) & any_rows"),
     "ranks: calls that differ": ("_check_alike", "theirs.get(key) != any_first.get(key)", "False"),
-    "ranks: looked at once": ("enter", "not known.alike or any_debug", "not known.alike"),
+    "ranks: looked at once": (
+        "enter", "kind not in known.alike or any_debug", "kind not in known.alike",
+    ),
+    "ranks: looked at no other kind of call": ("enter", "kind not in known.alike", "not known.alike"),
     "dtensors: dw of a rank": ("_rules", "[Shard(dim), Replicate(), Partial(), Shard(dim)]", "[Shard(dim), Replicate(), Replicate(), Shard(dim)]"),
     "dtensors: statistics of other rows": ("_rules", "[Shard(dim), Replicate(), Partial(), Shard(dim)]", "[Shard(dim), Replicate(), Partial(), Shard(0)]"),
     "dtensors: no group is one rank's": ("by_columns", "options.group_size is None or any_straddles", "options.group_size is not None and any_straddles"),

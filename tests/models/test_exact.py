@@ -50,11 +50,12 @@ def threads():
 
 @pytest.mark.parametrize("count", [1, 3], ids=["1-thread", "3-threads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_bits_in_every_call(model, dtype, count, threads):
+def test_bits_in_every_call(model, dtype, count, threads, record_property):
     """Random splits, batches, packings and lengths around the chunk's border."""
     threads(count)
     different, compared = count_differences(model.to(dtype))
-    print(f"{compared:,} logits compared, {different} different")
+    what = f"{type(model.config).__name__}, {dtype}, {count} threads"
+    record_property("exact mode", f"{what}: {compared:,} logits compared, {different} different")
     assert different == 0
     assert compared > 100_000
 

@@ -142,13 +142,16 @@ def test_sampling_does_not_wait_for_the_gpu():
 
 @pytest.mark.parametrize("how", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_exact_mode(mixer, how):
+def test_exact_mode(mixer, how, record_property):
     """The bits of the training forward in every call, and those that generation reports, with and
     without the graph."""
     model = exact_model(mixer, hidden_size=64, **MIXERS[mixer])
     model = model.to("cuda", torch.bfloat16 if how == "bf16" else torch.float32)
     with torch.autocast("cuda", torch.bfloat16, enabled=how == "autocast"):
         different, compared = count_differences(model, device="cuda")
+        record_property(
+            "exact mode", f"{mixer}, {how}: {compared:,} logits compared, {different} different"
+        )
         assert (different, compared > 100_000) == (0, True)
         prompts = [random_tokens(n, seed=n).cuda() for n in (1, 40, 64, 99)]
         for cuda_graph in (True, False):
