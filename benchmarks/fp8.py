@@ -8,8 +8,8 @@ elementwise kernel that reads two tensors of bf16 and writes one of FP8. `apart`
 and `quantize_fp8_ref` compiled by torch.compile, which writes and reads the result in bf16 between
 them; `compiled` is torch.compile of the equation and the quantising as one. Peers of the cases in
 `PEERS`, while `--seconds` lasts. Groups of 64 channels, and heads with one scale a row, take a
-second kernel. "pair": forward and backward of norm and projection, `apart` in bf16 against
-`precision="fp8"`, and flash-linear-attention's where it is installed (benchmarks/linear.py).
+second kernel. "pair": forward and backward of norm and projection, `apart` and `together` in bf16
+against `precision="fp8"`, and flash-linear-attention where it is installed (benchmarks/linear.py).
 """
 
 import csv
@@ -97,7 +97,8 @@ def pair(*case) -> dict:
     found = linear.measure(*case)
     row = {"what": "pair", **{name: found[name] for name in ("case", "gate")}}
     row |= {"ours_us": found.get("FP8_us", ""), "apart_us": found["apart_us"]}
-    return row | {"fla_us": found.get("FLA_us", ""), "faster": found.get("FP8_faster", "")}
+    row |= {"together_us": found["together_us"], "fla_us": found.get("FLA_us", "")}
+    return row | {"faster": found.get("FP8_faster", "")}
 
 
 def draw(table: Path) -> None:

@@ -13,10 +13,9 @@ from .autograd import NAMESPACE, Maybe, needs_operator
 from .call import check_tensors, describe
 from .functional import refuse_gradients, refuse_transforms
 from .operators import check_shapes, implement, none_to_empty
-from .options import BLOCKS, Options, make_options, one_of
+from .options import BLOCKS, Options, check_scale, make_options, one_of
 
 SCALINGS = ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4")
-GIVEN = ("tensorwise", "nvfp4")  # with a given scale
 
 
 def rms_norm_gated_fp8(
@@ -297,17 +296,7 @@ def _check_scaling(x: Tensor, scaling: str, scale: Maybe, heads: bool) -> None:
         raise ValueError(
             f"x must be [..., H, D] with heads=True, got shape {tuple(x.shape)}; pass heads=False"
         )
-    if (scale is not None) != (scaling in GIVEN):
-        got = "None" if scale is None else f"one of shape {tuple(scale.shape)}"
-        raise ValueError(
-            f"scale must be given with scaling='tensorwise' or 'nvfp4' alone, got {got} and "
-            f"scaling={scaling!r}; pass one fp32 number with these, or scale=None"
-        )
-    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
-        raise ValueError(
-            f"scale must be one float32 number, got {scale.dtype} of shape {tuple(scale.shape)}; "
-            "pass torch.tensor(0.01, device=x.device), for example"
-        )
+    check_scale(scaling, scale)
     if scale is not None and scale.device != x.device:
         raise ValueError(
             f"scale must be on the device of x, got {scale.device} and {x.device}; "

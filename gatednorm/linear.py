@@ -12,7 +12,7 @@ from .distributed import enter, name_of, share
 from .functional import refuse_transforms
 from .linear_fp8 import PRECISIONS, GatedNormLinearFP8Fn, check_precision
 from .modules import LayerNorm, NotesHooks, RMSNorm
-from .options import DTYPES, Options, make_options, one_of, product_dtype
+from .options import DTYPES, Options, make_options, one_of, product_dtype, rows_of
 
 
 class GatedNormLinearFn(torch.autograd.Function):
@@ -49,7 +49,7 @@ class GatedNormLinearFn(torch.autograd.Function):
         dy = (dout @ linear_weight.to(ctx.dtype)).view(x.shape).to(options.out_dtype or x.dtype)
         *_, needs_dlinear, needs_dbias, _ = ctx.needs_input_grad
         *grads, y = gradients(ctx, dy, tuple(saved), with_output=needs_dlinear)
-        dout, dlinear = dout.flatten(0, -2) if dout.dim() > 1 else dout[None], None
+        dout, dlinear = rows_of(dout), None
         if y is not None:
             y = _operand(y, linear_weight, ctx.dtype).reshape(len(dout), linear_weight.shape[1])
             dlinear = (dout.t() @ y).to(linear_weight.dtype)
@@ -83,7 +83,7 @@ def gated_norm_linear(
 ) -> Tensor:
     """`gated_norm(x, z) @ linear_weight^T + linear_bias`, keeping `x` and `z` for the backward.
 
-    The graph holds `rows * D` elements less than norm and projection apart.
+    The graph holds `rows * D` elements less than norm and projection apart, where both train.
 
     Args:
         x, z: `[..., D]` with `linear_weight` `[N, D]`, or heads `[..., H, D]` with `linear_weight`
@@ -210,6 +210,8 @@ def norm_then_linear(
     Returns:
         `[..., N]`; with a `process_group` of the norm a share of a sum, as from `linear` itself.
     """
+    if precision is not None:
+        one_of("precision", precision, PRECISIONS)
     y: Tensor
     if (
         isinstance(norm, LayerNorm)
@@ -253,7 +255,10 @@ class GatedNormLinear(nn.Module):
         linear_bias: whether the projection has a bias.
         precision: `fp8` or `fp8_emulated`, as in :func:`gated_norm_linear`.
 
-    Other arguments as :class:`gatednorm.LayerNorm`.
+    Other arguments as :class:`gatednorm.LayerNorm`, which has two more, `process_group` and `path`.
+
+    Raises:
+        ValueError, TypeError: sizes, names or flags that do not fit, before any parameter is made.
     """
 
     def __init__(
@@ -278,10 +283,12 @@ class GatedNormLinear(nn.Module):
         if precision is not None:
             one_of("precision", precision, PRECISIONS)
         self.precision = precision
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(
-                f"num_heads must be an int of at least 1, got {num_heads!r}; use 1 for no heads"
-            )
+        for name, n in (("num_heads", num_heads), ("out_features", out_features)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {n!r}; pass such a one")
+        for name, flag in (("is_rms_norm", is_rms_norm), ("linear_bias", linear_bias)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         self.num_heads = num_heads
         self.norm = (RMSNorm if is_rms_norm else LayerNorm)(
             hidden_size, eps, group_size, norm_before_gate, device, dtype, activation=activation,

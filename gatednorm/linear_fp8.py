@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autograd import OnceDifferentiable, gradients, save_statistics
 from .fp8 import Pair, forward_fp8, norm_columns, quantize
-from .options import Options, one_of, product_dtype
+from .options import Options, no_autocast, one_of, product_dtype, rows_of
 
 PRECISIONS = ("fp8", "fp8_emulated")
 
@@ -66,7 +66,7 @@ class GatedNormLinearFP8Fn(torch.autograd.Function):
 def _gradients(ctx: Any, dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """Of `x, weight, bias, z, linear_weight, linear_bias`."""
     x, weight, bias, z, mean, rstd, linear_weight = saved
-    dout = (dout.flatten(0, -2) if dout.dim() > 1 else dout[None]).contiguous()
+    dout = rows_of(dout).contiguous()
     *_, needs_dlinear, needs_dbias, _, _, _ = ctx.needs_input_grad
     rows, *others = quantize(dout, rows=True, columns=needs_dlinear)
     (of_weight,) = quantize(linear_weight.contiguous(), columns=True, square=True)
@@ -89,7 +89,7 @@ def _product(a: Pair, b: Pair, dtype: torch.dtype, emulated: bool) -> Tensor:
     if emulated:
         wide_a = a8.float() * scale_a.repeat_interleave(128, 1)
         wide_b = b8.float() * scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
-        with torch.autocast(a8.device.type, enabled=False):  # which would round both
+        with no_autocast(a8.device.type):  # which would round both
             return torch.mm(wide_a, wide_b.t()).to(dtype)
     rows = len(a8)
     if rows % 4:  # cuBLAS reads four scales at a time
@@ -126,13 +126,22 @@ def check_precision(precision: str, x: Tensor, linear_weight: Tensor) -> bool:
             "precision='fp8' needs torch.nn.functional.scaled_mm, which PyTorch has from 2.10 on, "
             f"got PyTorch {torch.__version__}; update it, or {remedy}"
         )
-    found = x.device.type
-    if found == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        if major == 9:
-            return False
-        found = f"compute capability {major}.{minor}"
+    found = lacks_products(x.device)
+    if found is None:
+        return False
     raise ValueError(
-        "precision='fp8' needs an NVIDIA GPU of compute capability 9.0, whose cuBLAS multiplies "
-        f"blocks of 128 with a scale each, got {found}; {remedy}"
+        "precision='fp8' needs an NVIDIA GPU of compute capability 9.0 and CUDA 12.9, whose cuBLAS "
+        f"multiplies blocks of 128 with a scale each, got {found}; {remedy}"
     )
+
+
+def lacks_products(device: torch.device) -> str | None:
+    """What keeps a device from multiplying blocks of FP8 with a scale each, None for one that can;
+    :func:`check_precision` looks at PyTorch's version."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"compute capability {major}.{minor}"
+    cuda = torch.version.cuda or "none"
+    return None if tuple(map(int, cuda.split(".")[:2])) >= (12, 9) else f"CUDA {cuda}"

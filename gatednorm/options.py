@@ -1,5 +1,6 @@
 """The options of a call as one object, made and checked once."""
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ ROUNDING = {
     "torchtitan": (None, "x"),
 }
 BLOCKS = {"1x128": 128, "mxfp8": 32, "nvfp4": 16}  # columns that share a scale
+GIVEN = ("tensorwise", "nvfp4")  # scalings of FP8 with a given scale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,6 +106,37 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not (known and torch.is_autocast_enabled(kind)):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def check_scale(scaling: str, scale: Any) -> None:
+    """Raises TypeError or ValueError for a given scale of FP8 that is missing, that has no use, or
+    that is not one fp32 number."""
+    given = isinstance(scale, torch.Tensor)
+    if (scale is not None) != (scaling in GIVEN):
+        got = f"one of shape {tuple(scale.shape)}" if given else repr(scale)
+        raise ValueError(
+            f"scale must be given with scaling='tensorwise' or 'nvfp4' alone, got {got} and "
+            f"scaling={scaling!r}; pass one fp32 number with these, or scale=None"
+        )
+    remedy = "pass torch.tensor(0.01, device=x.device), for example"
+    if scale is not None and not given:
+        raise TypeError(f"scale must be a torch.Tensor, got {type(scale).__name__}; {remedy}")
+    if given and (scale.numel() != 1 or scale.dtype != torch.float32):
+        raise ValueError(
+            f"scale must be one float32 number, got {scale.dtype} of shape {tuple(scale.shape)}; "
+            f"{remedy}"
+        )
+
+
+def no_autocast(kind: str) -> Any:
+    """A context without autocast on devices of a kind, if that has any."""
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
+
+
+def rows_of(t: torch.Tensor) -> torch.Tensor:
+    """`[..., N]` as `[rows, N]`; `flatten` has no rule for batched gradients."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def channels_in_group(group_size: int | None, width: int, what: str, name: str) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .options import BLOCKS, channels_in_group, check_options, one_of
+from .options import BLOCKS, channels_in_group, check_options, check_scale, one_of
 
 # What a family of models rounds to besides the store, after the norm and after the weight. See
 # `numerics` in functional.py.
@@ -114,11 +114,11 @@ def quantize_fp8_ref(
 ) -> tuple[Tensor, Tensor]:
     """FP8 values and their scales, `y = values * scale`, in the order of operations of the kernels.
 
-    `scale = max(amax, 1e-12) / 448`, where `amax` is the largest magnitude of a row or of its 128
-    columns, so that the largest value becomes 448, the largest of the format; zeros have a scale of
-    `1e-12 / 448`. With `mxfp8` it is the smallest power of two that is no less. An infinity or NaN
-    makes the scale infinite or NaN, and all that shares it NaN once it is multiplied. With a given
-    scale what exceeds 448 becomes 448.
+    `scale = max(amax, 1e-12) * (1 / 448)`, where `amax` is the largest magnitude of a row or of its
+    128 columns, so that the largest value becomes 448, the largest of the format; zeros have a
+    scale of `1e-12 / 448`. With `mxfp8` it is the smallest power of two that is no less. An
+    infinity or NaN makes the scale infinite or NaN, and all that shares it NaN once it is
+    multiplied. With a given scale what exceeds 448 becomes 448.
 
     `nvfp4` has values of four bits (`e2m1`: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign), and for each 16
     columns a scale `amax / 6` in units of the given one, rounded to `float8_e4m3fn`, 2^-6 at least;
@@ -140,17 +140,14 @@ def quantize_fp8_ref(
         those of `mxfp8` for 16 columns each.
 
     Raises:
-        ValueError: a scaling that is not there, a scale where none belongs or none where one does,
-            values that are not `[rows, K]` in fp32 of whole blocks.
+        ValueError: a scaling that is not there, a scale where none belongs or none where one does
+            or that is not one fp32 number, values that are not `[rows, K]` in fp32 of whole blocks.
+        TypeError: a scale that is no tensor.
     """
     one_of("scaling", scaling, ("1x128", "rowwise", "tensorwise", "mxfp8", "nvfp4", "128x128"))
-    if (scale is not None) != (scaling in ("tensorwise", "nvfp4")):
-        raise ValueError(
-            f"scale must be given with scaling='tensorwise' or 'nvfp4' alone, got {scale} with "
-            f"scaling={scaling!r}; pass one fp32 number with these, or scale=None"
-        )
+    check_scale(scaling, scale)
     blocks = (128, 128) if scaling == "128x128" else (1, BLOCKS.get(scaling, 1))
-    fits = y.dim() == 2 and y.dtype == torch.float32
+    fits = y.dim() == 2 and y.shape[1] > 0 and y.dtype == torch.float32
     if not fits or any(n % block for n, block in zip(y.shape, blocks, strict=True)):
         raise ValueError(
             f"y must be [rows, K] in float32, of blocks of {list(blocks)} with "

@@ -18,6 +18,7 @@ from demo.checkpoints.weights import largest_sizes, model_on_meta
 from demo.config.command import process_rank
 from demo.config.errors import ConfigError, RunError, about
 from demo.config.schema import TrainConfig, TrainerConfig, model_name
+from gatednorm.linear_fp8 import lacks_products
 from models.config import ModelConfig
 
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -121,16 +122,13 @@ def check_devices(config: TrainerConfig) -> None:
 
 def _check_fp8(gpu: bool) -> None:
     """Raises ConfigError where no GPU multiplies blocks of FP8."""
-    found = "a CPU"
-    if gpu:
-        major, minor = torch.cuda.get_device_capability()
-        found = f"compute capability {major}.{minor}"
-        if major == 9 and hasattr(torch.nn.functional, "scaled_mm"):
-            return
+    found = lacks_products(torch.device("cuda" if gpu else "cpu"))
+    if found is None and hasattr(torch.nn.functional, "scaled_mm"):
+        return
     raise ConfigError(
-        "trainer.norm_linear_precision=fp8 needs an H100 or H200 (compute capability 9.0) and "
-        f"PyTorch 2.10, got {found} and PyTorch {torch.__version__}; use fp8_emulated, which "
-        "multiplies the same values in fp32"
+        "trainer.norm_linear_precision=fp8 needs an H100 or H200 (compute capability 9.0), CUDA "
+        f"12.9 and PyTorch 2.10, got {found or 'those'} and PyTorch {torch.__version__}; use "
+        "fp8_emulated, which multiplies the same values in fp32"
     )
 
 

@@ -12,6 +12,7 @@ def test_output_and_pair_beside_their_peers(tmp_path, monkeypatch):
     """The times are made up, and the calls are not."""
     cases = [(8, 1, 128, None, True, "1x128"), (4, 2, 64, None, False, "tensorwise")]
     found = {"case": "8 x 128 -> 128", "gate": "after", "apart_us": 3.0, "FP8_us": 2.0}
+    found["together_us"] = 3.1
     times = {"graph_time": lambda call: len(call()) * 3.0, "ceiling": lambda ways: 4.0}
     for name, value in {**times, "CASES": cases, "PEERS": cases[1:]}.items():
         monkeypatch.setattr(fp8, name, value)
@@ -25,6 +26,7 @@ def test_output_and_pair_beside_their_peers(tmp_path, monkeypatch):
     with table.open() as file:
         pair, alone, beside = csv.DictReader(file)
     assert (pair["what"], pair["ours_us"], pair["faster"]) == ("pair", "2.0", "1.5")
+    assert pair["together_us"] == "3.1"
     assert (alone["case"], alone["ratio"], alone["apart_us"]) == ("8 x 128", "1.5", "")
     assert (beside["case"], beside["compiled_us"], beside["faster"]) == ("4 x 2 x 64", "6.0", "1.0")
     assert table.with_suffix(".png").stat().st_size > 1000

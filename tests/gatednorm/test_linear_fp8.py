@@ -201,6 +201,32 @@ def test_bad_input_is_one_clear_error(arguments, error, rule):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "cuda", "found"),
+    [
+        ("cuda", (9, 0), "12.9", None),
+        ("cuda", (9, 0), "13.0", None),
+        ("cuda", (9, 0), "12.8", "CUDA 12.8"),
+        ("cuda", (10, 0), "13.0", "compute capability 10.0"),
+        ("cpu", (9, 0), "13.0", "cpu"),
+    ],
+)
+def test_a_gpu_without_the_products(monkeypatch, kind, capability, cuda, found):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert linear_fp8.lacks_products(torch.device(kind)) == found
+
+
+def test_emulation_on_the_meta_device():
+    block = GatedNormLinear(128, 256, precision="fp8_emulated", device="meta")
+    x = torch.empty(3, 128, device="meta", requires_grad=True)
+    out = block(x, x)
+    assert (out.shape, out.dtype) == ((3, 256), torch.float32)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_emulation_on_a_gpu_that_cannot_convert(path, monkeypatch):
     """By the norm's own kernels in fp32, and plain PyTorch: the same values."""
     i = inputs_of(Case((3,), 128, 2, False, bias=True), path.device)

@@ -207,13 +207,26 @@ def test_inference_refuses_to_cut_a_graph(launched, path, name):
         (torch.ones(2, 128), {"scaling": "row-wise"}, "scaling must be one of 1x128"),
         (torch.ones(2, 128), {"scale": torch.ones(())}, "scale must be given with"),
         (torch.ones(2, 128), {"scaling": "tensorwise"}, "scale must be given with"),
+        (
+            torch.ones(2, 128), {"scaling": "tensorwise", "scale": torch.ones(2, 1)},
+            "scale must be one float32 number, got torch.float32 of shape (2, 1)",
+        ),
+        (torch.ones(2, 0), {"scaling": "rowwise"}, "got [2, 0] in torch.float32"),
         (torch.ones(2, 100), {}, "of blocks of [1, 128] with scaling='1x128', got [2, 100]"),
         (torch.ones(2, 128), {"scaling": "128x128"}, "of blocks of [128, 128]"),
         (torch.ones(1, 2, 128), {}, "y must be [rows, K] in float32"),
         (torch.ones(2, 128).bfloat16(), {}, "in torch.bfloat16; flatten and convert it"),
     ],
-    ids=["name", "a_scale", "no_scale", "columns", "rows", "dimensions", "dtype"],
-)
+    ids=[
+        *("name", "a_scale", "no_scale", "scales", "no_columns", "columns", "rows", "dimensions"),
+        "dtype",
+    ],
+)  # fmt: skip
 def test_the_reference_refuses_what_it_would_get_wrong(y, arguments, rule):
     with pytest.raises(ValueError, match=re.escape(rule)):
         quantize_fp8_ref(y, **arguments)
+
+
+def test_the_reference_takes_a_scale_that_is_a_tensor():
+    with pytest.raises(TypeError, match=r"scale must be a torch\.Tensor, got float; pass"):
+        quantize_fp8_ref(torch.ones(2, 128), "tensorwise", 0.02)

@@ -46,10 +46,17 @@ def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after
             assert torch.equal(again, y)
         assert y.isfinite().all()
         given = (x, weight, bias, z)
+        linear = torch.randn(8, width, device="cuda").bfloat16().requires_grad_()
+        out = gatednorm.gated_norm_linear(x, z, weight, linear, bias=bias, **options)
+        out.backward(torch.ones_like(out))  # the backward kernel writes y once more
         fits = width % 128 == 0
-        for scaling in ("rowwise", "1x128")[: 1 + fits]:
-            y, _ = gatednorm.rms_norm_gated_fp8(*given, **options, scaling=scaling)
+        for scaling in ("tensorwise", "rowwise", "1x128")[: 2 + fits]:
+            scale = torch.tensor(0.02, device="cuda") if scaling == "tensorwise" else None
+            y, _ = gatednorm.rms_norm_gated_fp8(*given, **options, scaling=scaling, scale=scale)
             assert y.float().isfinite().all()
+        if width % 32 == 0:
+            tokens = [t.unflatten(-1, (2, -1)) for t in (x, z)]
+            gatednorm.rms_norm_gated_fp8(tokens[0], z=tokens[1], scaling="rowwise", heads=True)
         if fits:
             made = make_options(*options.values(), "silu", False, "fp32", None, None)
             y, _ = fp8.norm_columns(*given, mean, rstd, made, False)

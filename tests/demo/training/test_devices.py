@@ -35,7 +35,7 @@ ALONE = Processes(1, 1, 0)
         (2, ["trainer=ddp", "trainer.devices=2", "trainer.precision=16-mixed"], None),
         (2, ["trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-mixed"], None),
         (1, ["trainer=cpu", "trainer.strategy=ddp", "trainer.devices=4"], None),
-        (0, ["trainer.norm_linear_precision=fp8"], r"9\.0\) and PyTorch 2\.10, got a CPU and"),
+        (0, ["trainer.norm_linear_precision=fp8"], r"CUDA 12\.9 and PyTorch 2\.10, got cpu and"),
         (1, ["trainer.norm_linear_precision=fp8"], r"got compute capability 8\.0 and PyTorch"),
         (0, ["trainer.norm_linear_precision=fp8_emulated"], None),
     ],
@@ -43,7 +43,7 @@ ALONE = Processes(1, 1, 0)
 def test_what_the_devices_cannot_do_is_refused(gpus, overrides, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     config = compose("train", overrides).trainer
     if says is None:
         check_devices(config)
