@@ -143,5 +143,5 @@ def lacks_products(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"compute capability {major}.{minor}"
-    cuda = torch.version.cuda or "none"
+    cuda = torch.version.cuda or "0"
     return None if tuple(map(int, cuda.split(".")[:2])) >= (12, 9) else f"CUDA {cuda}"
