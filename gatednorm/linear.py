@@ -283,9 +283,12 @@ class GatedNormLinear(nn.Module):
         if precision is not None:
             one_of("precision", precision, PRECISIONS)
         self.precision = precision
-        for name, n in (("num_heads", num_heads), ("out_features", out_features)):
+        for name, n, remedy in (
+            ("num_heads", num_heads, "use 1 for no heads"),
+            ("out_features", out_features, "pass the columns of the result"),
+        ):
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {n!r}; pass such a one")
+                raise ValueError(f"{name} must be an int of at least 1, got {n!r}; {remedy}")
         for name, flag in (("is_rms_norm", is_rms_norm), ("linear_bias", linear_bias)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")

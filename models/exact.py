@@ -61,7 +61,7 @@ def forward(
     multiples of `CHUNK`. A state has one entry more than there are layers: the tokens of each
     sequence's open chunk, [S, CHUNK] int64, and their number, below `CHUNK`, [S] int64.
     """
-    offsets = sequence_offsets(cu_seqlens, *tokens.shape)
+    offsets, tokens = sequence_offsets(cu_seqlens, *tokens.shape), tokens.long()
     if offsets is None:
         pieces = tokens.unbind()
     else:
@@ -143,7 +143,7 @@ def _step(
     """One token [S, 1] for each sequence, without a branch that a CUDA graph could not hold: the
     open chunk with the token in its place, and the state at its end where that fills it."""
     count = len(opened)
-    opened = opened.scatter(1, filled[:, None], tokens.to(opened.dtype))
+    opened = opened.scatter(1, filled[:, None], tokens)
     offsets = CHUNK * torch.arange(count + 1, dtype=torch.int32, device="cpu")
     logits, ends = run(opened.view(1, -1), layers, True, offsets)
     rows = torch.arange(count, device=filled.device)

@@ -127,7 +127,7 @@ def _check_fp8(gpu: bool) -> None:
         return
     raise ConfigError(
         "trainer.norm_linear_precision=fp8 needs an H100 or H200 (compute capability 9.0), CUDA "
-        f"12.9 and PyTorch 2.10, got {found or 'those'} and PyTorch {torch.__version__}; use "
+        f"12.9 and PyTorch 2.10, got {found or 'such a GPU'} and PyTorch {torch.__version__}; use "
         "fp8_emulated, which multiplies the same values in fp32"
     )
 

@@ -191,6 +191,18 @@ def test_an_adapter_is_refused_by_its_name(model, name):
     model(random_tokens(1, 3))
 
 
+def test_tokens_of_32_bits(model):
+    """In the training forward, a prefill and a step: the bits of those of 64."""
+    tokens = random_tokens(1, CHUNK + 3)
+    expected, _ = model(tokens)
+    short, parts, state = tokens.int(), [], None
+    for piece in short.split([CHUNK + 1, 1, 1], dim=1):
+        logits, state = model(piece, state, output_state=True)
+        parts.append(logits)
+    assert torch.equal(torch.cat(parts, dim=1), expected)
+    assert torch.equal(model(short)[0], expected)
+
+
 class LowRank(Linear):
     def forward(self, x):
         return super().forward(x) + x.mean(-1, keepdim=True)
