@@ -1,6 +1,7 @@
 """Training in FP8 against bf16: the loss of both 170M models, step by step on the same batches.
 
     python -m benchmarks.fp8_loss                   # on an H100 or H200: results/fp8_loss.csv, .png
+    python -m benchmarks.fp8_loss --seeds 1 2 3     # how far two runs in bf16 are apart
     python -m benchmarks.fp8_loss --device cpu --tiny --steps 20    # the same code, emulated
     python -m benchmarks.fp8_loss --draw benchmarks/results/fp8_loss.csv
 
@@ -8,8 +9,10 @@ Sizes, text (Python's standard library, by bytes) and optimiser are those of `tr
 experiment=single_gpu`, with 8 rows of 2048 bytes a step and a tenth of the steps to warm up;
 weights are fp32, products bf16. `fp8` has `trainer.norm_linear_precision=fp8`. Both begin with the
 same weights and take turns, ten steps each, so that what `--seconds` cuts short can be compared
-too. Losses are bits per byte, a row the mean of ten steps; the last row of a model, "held out", is
-text that it has not seen, read without FP8.
+too. Another seed means other weights to begin with; the batches stay. Losses are bits per byte, a
+row the mean of ten steps; the last row of a run, "held out", is text that it has not seen, read
+without FP8. Several processes on one GPU, a seed each, have the same losses, and no times that mean
+anything: `--no-times` leaves these out.
 """
 
 import csv
@@ -66,8 +69,10 @@ def batches(content: np.ndarray, rows: int, tokens: int, device: str) -> Iterato
 class Run:
     """A model in training, as train.py would."""
 
-    def __init__(self, config: ModelConfig, precision: str | None, optim: OptimConfig, device: str):
-        torch.manual_seed(1)
+    def __init__(
+        self, config: ModelConfig, precision: str | None, optim: OptimConfig, device: str, seed: int
+    ):
+        torch.manual_seed(seed)
         self.model, self.optim, self.device = LanguageModel(config).to(device), optim, device
         for block in self.model.blocks:
             block.mixer.norm_linear_precision = precision
@@ -111,8 +116,8 @@ class Run:
         return statistics.mean(self.loss(batch).item() for batch in some) / math.log(2)
 
 
-def train(name: str, args, content: list[np.ndarray]) -> list[dict]:
-    """The rows of one model."""
+def train(name: str, seed: int, args, content: list[np.ndarray]) -> list[dict]:
+    """The rows of one model and seed."""
     config = model_config(config_file(f"model/{name}.yaml") | config_file(f"size/{name}_170m.yaml"))
     rows, tokens, fp8 = 8, 2048, "fp8"
     if args.tiny:
@@ -122,14 +127,15 @@ def train(name: str, args, content: list[np.ndarray]) -> list[dict]:
         steps=args.steps, batch_size=rows, learning_rate=1e-3, min_learning_rate=None,
         warmup_steps=args.steps // 10, weight_decay=0.1, betas=(0.9, 0.95), gradient_clip=1.0,
     )  # fmt: skip
-    runs = {kind: Run(config, kind, optim, args.device) for kind in (None, fp8)}
+    runs = {kind: Run(config, kind, optim, args.device, seed) for kind in (None, fp8)}
     begin, found = time.perf_counter(), []
 
     def add(steps: int, what: str, losses: dict, ms: dict) -> None:
         for kind, loss in losses.items():
-            row = {"model": name, "precision": kind or "bf16", "steps": steps, "text": what}
-            row |= {"bits_per_byte": f"{loss:.5f}", "to_bf16": f"{loss / losses[None]:.5f}"}
-            found.append(row | {"ms": f"{ms[kind]:.1f}" if ms else ""})
+            row = {"model": name, "seed": seed, "precision": kind or "bf16", "steps": steps}
+            row |= {"text": what, "bits_per_byte": f"{loss:.5f}"}
+            row["to_bf16"] = f"{loss / losses[None]:.5f}"
+            found.append(row | {"ms": f"{ms[kind]:.1f}" if ms and args.times else ""})
 
     source, done = batches(content[0], rows, tokens, args.device), 0
     while done < args.steps and time.perf_counter() - begin < args.seconds:
@@ -138,36 +144,45 @@ def train(name: str, args, content: list[np.ndarray]) -> list[dict]:
         pairs = {kind: run.steps(some) for kind, run in runs.items()}
         losses, ms = ({kind: pair[i] for kind, pair in pairs.items()} for i in (0, 1))
         add(done, "training", losses, ms)
-        print(name, done, *(f"{loss:.4f}" for loss in losses.values()), flush=True)
+        print(name, seed, done, *(f"{loss:.4f}" for loss in losses.values()), flush=True)
     held_out = list(itertools.islice(batches(content[1], rows, tokens, args.device), 10))
     add(done, "held out", {kind: run.held_out(held_out) for kind, run in runs.items()}, {})
     return found
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Of each model the means of the last steps, and the ratio that the issue is about."""
-    table = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
-        curves = {}
-        for row in mine:
-            if row["text"] == "training":
-                curves.setdefault(row["precision"], []).append(row)
-        bf16, fp8 = (
-            statistics.mean(float(row["bits_per_byte"]) for row in curve[-LAST // EACH :])
-            for curve in curves.values()
-        )
-        unseen = [float(row["bits_per_byte"]) for row in mine if row["text"] == "held out"]
-        ms = [statistics.median(float(row["ms"]) for row in curve) for curve in curves.values()]
-        table.append(
-            {
-                "model": name, "steps": mine[-1]["steps"], "bf16": f"{bf16:.4f}",
-                "fp8": f"{fp8:.4f}", "fp8 / bf16": f"{fp8 / bf16:.4f}",
-                "held out": f"{unseen[1] / unseen[0]:.4f}",
-                "ms a step": f"{ms[0]:.1f}, {ms[1]:.1f}",
-            }
-        )  # fmt: skip
-    return table
+    """Of each run the means of the last steps and their ratio, that of the unseen text, and the
+    times of a step; of each model with several seeds mean and standard deviation."""
+    runs, table = {}, []
+    for row in rows:
+        of_seed = runs.setdefault(row["model"], {}).setdefault(str(row["seed"]), {})
+        of_seed.setdefault((row["text"], row["precision"][:3]), []).append(row)
+    for model, seeds in runs.items():
+        lines = {}
+        for seed, found in seeds.items():
+            bf16, fp8 = (found["training", precision] for precision in ("bf1", "fp8"))
+            losses = [
+                statistics.mean(float(row["bits_per_byte"]) for row in curve[-LAST // EACH :])
+                for curve in (bf16, fp8)
+            ]
+            unseen = float(found["held out", "fp8"][0]["to_bf16"])
+            lines[seed] = (*losses, losses[1] / losses[0], unseen)
+            ms = [
+                f"{statistics.median(float(row['ms'] or 'nan') for row in c):.0f}"
+                for c in (bf16, fp8)
+            ]
+            table.append((model, seed, lines[seed], ", ".join(ms)))
+        if len(lines) > 1:
+            columns = list(zip(*lines.values(), strict=True))
+            table.append((model, "mean", map(statistics.mean, columns), ""))
+            table.append((model, "deviation", map(statistics.stdev, columns), ""))
+    names = ("bf16", "fp8", "fp8 / bf16", "unseen, / bf16")
+    return [
+        {"model": model, "seed": seed}
+        | {name: f"{value:.4f}" for name, value in zip(names, values, strict=True)}
+        | {"ms a step": ms}
+        for model, seed, values, ms in table
+    ]
 
 
 def draw(table: Path) -> None:
@@ -180,13 +195,17 @@ def draw(table: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = plt.subplots(1, len(names), figsize=(10, 3.6), sharey=True, squeeze=False)
     for name, panel in zip(names, panels[0], strict=True):
-        for precision, style in (("bf16", "-"), ("fp8", "--")):
-            points = [
-                (int(row["steps"]), float(row["bits_per_byte"]))
-                for row in rows
-                if row["model"] == name and row["precision"].startswith(precision)
-            ]
-            panel.plot(*zip(*points, strict=True), style, label=precision)
+        seeds = list(dict.fromkeys(row["seed"] for row in rows if row["model"] == name))
+        for precision, style in (("bf16", "C0-"), ("fp8", "C1--")):
+            for seed in seeds:
+                points = [
+                    (int(row["steps"]), float(row["bits_per_byte"]))
+                    for row in rows
+                    if (row["model"], row["seed"]) == (name, seed)
+                    and row["precision"].startswith(precision)
+                ]
+                label = precision if seed == seeds[0] else None
+                panel.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
         panel.set(title=MODELS[name], xlabel="step", yscale="log")
     panels[0][0].set(ylabel="bits per byte", yticks=(1, 1.5, 2, 3, 4, 5))
     panels[0][0].yaxis.set_major_formatter(ScalarFormatter())
@@ -202,14 +221,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=230, help="at most, for a model")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
-    parser.add_argument("--draw", type=Path, metavar="CSV", help="the picture alone, from this one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the first weights")
+    parser.add_argument("--no-times", dest="times", action="store_false")
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="table and picture of this one")
     args = parser.parse_args()
     if args.draw:
+        with args.draw.open() as file:
+            report.show(summary(list(csv.DictReader(file))))
         draw(args.draw)
         return
     content, rows = text(), []
-    for name in args.models:
-        rows += train(name, args, content)
+    for name, seed in itertools.product(args.models, args.seeds):
+        rows += train(name, seed, args, content)
         report.write(args.out, rows, report.about(args.device))  # what there is, should one fail
     report.show(summary(rows))
     draw(args.out)
