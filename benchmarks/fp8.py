@@ -3,18 +3,21 @@
     python -m benchmarks.fp8             # a table, results/fp8.csv and fp8.png; an H100 or H200
     python -m benchmarks.fp8 --draw benchmarks/results/fp8.csv       # the picture alone
 
-"output": GPU time of a forward, bf16 inputs, five bytes an element. The ceiling is the best
-elementwise kernel that reads two tensors of bf16 and writes one of FP8. `apart` is `rms_norm_gated`
+"output": GPU time of a forward, 16-bit inputs, five bytes an element. The ceiling is the best
+elementwise kernel that reads two such tensors and writes one of FP8 (for `nvfp4` too, which writes
+half of that). `apart` is `rms_norm_gated`
 and `quantize_fp8_ref` compiled by torch.compile, which writes and reads the result in bf16 between
 them; `compiled` is torch.compile of the equation and the quantising as one. Peers of the cases in
-`PEERS`, while `--seconds` lasts. Groups of 64 channels, and heads with one scale a row, take a
-second kernel. "pair": forward and backward of norm and projection, `apart` and `together` in bf16
-against `precision="fp8"`, and flash-linear-attention where it is installed (benchmarks/linear.py).
+`PEERS`, while `--seconds` lasts. Groups of 64 channels, heads with one scale a row, and `nvfp4`
+take a second kernel. "pair": forward and backward of norm and projection, `apart` and `together` in
+bf16 against `precision="fp8"`, and flash-linear-attention where it is installed
+(benchmarks/linear.py).
 """
 
 import csv
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,54 +26,98 @@ from gatednorm import gated_norm_ref, quantize_fp8_ref, rms_norm_gated, rms_norm
 from gatednorm.bench.timing import ceiling, graph_time
 from gatednorm.kernels.ceilings import forward_ways
 
-# tokens, heads, width, group_size, norm_before_gate, scaling
+WIDTHS = ((16384, 4096), (8192, 8192), (4096, 16384))
+SCALINGS = ("1x128", "rowwise", "tensorwise")
+
+
+class Case(NamedTuple):
+    """A forward; `layer_norm` with a bias and a sigmoid, `strided` with z in a wider row."""
+
+    tokens: int
+    width: int
+    norm_before_gate: bool
+    scaling: str = "1x128"
+    heads: int = 1
+    group_size: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    layer_norm: bool = False
+    strided: bool = False
+
+    def options(self) -> str:
+        said = {
+            "fp16": self.dtype == torch.float16,
+            "layer norm, bias, sigmoid": self.layer_norm,
+            "z strided": self.strided,
+        }
+        return ", ".join(name for name, holds in said.items() if holds)
+
+
 CASES = (
     *(
-        (tokens, 1, width, None, after, scaling)
-        for tokens, width in ((16384, 4096), (8192, 8192), (4096, 16384))
+        Case(*shape, after, scaling)
+        for shape in WIDTHS
         for after in (True, False)
-        for scaling in ("1x128", "rowwise", "tensorwise")
+        for scaling in SCALINGS
     ),
-    (8192, 32, 128, None, True, "1x128"),
-    (8192, 32, 128, None, True, "tensorwise"),
-    (8192, 32, 128, None, True, "rowwise"),
-    (8192, 1, 8192, 1024, False, "1x128"),
-    (8192, 1, 8192, 1024, False, "rowwise"),
-    (16384, 1, 5120, None, False, "1x128"),
-    (16384, 64, 64, None, True, "1x128"),
+    Case(8192, 128, True, heads=32),
+    Case(8192, 128, True, "tensorwise", heads=32),
+    Case(8192, 128, True, "rowwise", heads=32),
+    Case(8192, 8192, False, group_size=1024),
+    Case(8192, 8192, False, "rowwise", group_size=1024),
+    Case(16384, 5120, False),
+    Case(16384, 64, True, heads=64),
+    Case(65536, 1024, True),
+    Case(32768, 2048, False),
+    Case(5461, 12288, True),
+    Case(5461, 12288, False, "rowwise"),
+    Case(16384, 4096, True, dtype=torch.float16),
+    Case(16384, 4096, False, strided=True),
+    Case(16384, 4096, True, layer_norm=True),
+    Case(8192, 8192, False, "rowwise", layer_norm=True),
+    Case(16384, 4096, True, "mxfp8"),
+    Case(16384, 4096, False, "mxfp8"),
+    Case(16384, 4096, True, "nvfp4"),
 )
 
+PEERS = [
+    case
+    for case in CASES
+    if case.scaling in SCALINGS and not case.options()
+    if case.heads > 1 or case.group_size or case[:2] == WIDTHS[0]
+]
 
-PEERS = [case for case in CASES if case[1] > 1 or case[3] or case[:3] == (16384, 1, 4096)]
 
-
-def output(
-    tokens: int, heads: int, width: int, group_size: int | None, norm_before_gate: bool,
-    scaling: str, peers: bool, device: str = "cuda",
-) -> dict:  # fmt: skip
+def output(case: Case, peers: bool, device: str = "cuda") -> dict:
     """A row of the table."""
+    tokens, width, heads, scaling = case.tokens, case.width, case.heads, case.scaling
     shape = (tokens, heads, width) if heads > 1 else (tokens, width)
-    x, z = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-    w = torch.randn(width, device=device)
-    scale = torch.tensor(0.02, device=device) if scaling == "tensorwise" else None
-    options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    wider = (*shape[:-1], 2 * width + 256 if case.strided else width)
+    x, packed = (torch.randn(s, device=device, dtype=case.dtype) for s in (shape, wider))
+    z, w = packed[..., :width], torch.randn(width, device=device)
+    b = torch.randn(width, device=device) if case.layer_norm else None
+    scale = torch.tensor(0.02, device=device) if scaling in ("tensorwise", "nvfp4") else None
+    options = {"group_size": case.group_size, "norm_before_gate": case.norm_before_gate}
+    if case.layer_norm:
+        options |= {"is_rms_norm": False, "activation": "sigmoid"}
 
     def quantize(y):
         return quantize_fp8_ref(y.view(tokens, -1).float(), scaling, scale)
 
     def ours():
         return rms_norm_gated_fp8(
-            x, w, None, z, **options, scaling=scaling, scale=scale, heads=heads > 1
+            x, w, b, z, **options, scaling=scaling, scale=scale, heads=heads > 1
         )
 
-    flat = (x.view(tokens, -1), z.view(tokens, -1), ours()[0].view(tokens, -1))
+    y = ours()[0] if scaling != "nvfp4" else torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    flat = (t.view(tokens, -1) if t.is_contiguous() else t for t in (x, z, y))
     floor, fp8 = ceiling(forward_ways(*flat)), graph_time(ours)
     row = {
         "what": "output",
         "case": f"{tokens} x {f'{heads} x ' if heads > 1 else ''}{width}",
-        "groups": width // (group_size or width),
-        "gate": "after" if norm_before_gate else "before",
+        "groups": width // (case.group_size or width),
+        "gate": "after" if case.norm_before_gate else "before",
         "scaling": scaling,
+        "options": case.options(),
         "ceiling_us": round(floor, 1),
         "ours_us": round(fp8, 1),
         "ratio": round(fp8 / floor, 3),
@@ -80,11 +127,11 @@ def output(
     torch.compiler.reset()
     alone = torch.compile(quantize, dynamic=False)
     whole = torch.compile(
-        lambda x, z: quantize(gated_norm_ref(x, w, None, z, **options, out_dtype=torch.float32)),
+        lambda x, z: quantize(gated_norm_ref(x, w, b, z, **options, out_dtype=torch.float32)),
         dynamic=False,
     )
     calls = {
-        "apart": lambda: alone(rms_norm_gated(x, w, None, z, **options)),
+        "apart": lambda: alone(rms_norm_gated(x, w, b, z, **options)),
         "compiled": lambda: whole(x, z),
     }
     times = {name: graph_time(call) for name, call in calls.items()}
@@ -107,13 +154,24 @@ def draw(table: Path) -> None:
 
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    columns = ("case", "groups", "gate", "scaling", "ratio", "apart_us", "ours_us", "faster")
+    columns = (
+        "case",
+        "groups",
+        "gate",
+        "scaling",
+        "options",
+        "ratio",
+        "apart_us",
+        "ours_us",
+        "faster",
+    )
     for line in (columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)):
         print("|", " | ".join(line), "|")
     rows = [row for row in rows if row["what"] == "output"][::-1]
     labels = [
         f"{row['case']}, {row['scaling']}, gate {row['gate']}"
         + (f", {row['groups']} groups" if row["groups"] != "1" else "")
+        + (f", {row['options']}" if row["options"] else "")
         for row in rows
     ]
     figure, axis = plt.subplots(figsize=(8, 0.25 * len(rows) + 1))
@@ -142,7 +200,7 @@ def main() -> None:
     rows = [pair(*case) for case in linear.CASES]
     for case in CASES:
         peers = case in PEERS and time.perf_counter() - begin < args.seconds
-        rows.append(output(*case, peers, args.device))
+        rows.append(output(case, peers, args.device))
         print(*rows[-1].values(), flush=True)
         report.write(args.out, rows, run)  # what there is, should the next one fail
     for what in ("output", "pair"):

@@ -1,4 +1,5 @@
-"""Every schedule of the kernels once: `compute-sanitizer python tests/helpers/sanitized.py`.
+"""Every schedule of the kernels once: `compute-sanitizer python tests/helpers/sanitized.py`, or some
+of `SHAPES`, whose names may follow, so that several processes share them.
 
 The caller turns PyTorch's caching allocator off (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that each
 tensor is an allocation of its own and a read one element too far is seen.
@@ -65,9 +66,9 @@ def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after
 
 
 if __name__ == "__main__":
-    for name, shape in SHAPES.items():
+    for name in sys.argv[1:] or SHAPES:
         for layer_norm in (False, True):
             for gate_after in (True, False):
-                run(*shape, layer_norm=layer_norm, gate_after=gate_after)
+                run(*SHAPES[name], layer_norm=layer_norm, gate_after=gate_after)
         print(name, flush=True)
     torch.cuda.synchronize()
