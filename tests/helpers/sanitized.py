@@ -1,5 +1,5 @@
-"""Every schedule of the kernels once: `compute-sanitizer python tests/helpers/sanitized.py`, or some
-of `SHAPES`, whose names may follow, so that several processes share them.
+"""Every schedule of the kernels once: `compute-sanitizer python tests/helpers/sanitized.py`, or
+those of the `SHAPES` that are named after it, so that several processes can share them.
 
 The caller turns PyTorch's caching allocator off (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that each
 tensor is an allocation of its own and a read one element too far is seen.
