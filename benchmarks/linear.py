@@ -9,13 +9,14 @@ alone).
 """
 
 import importlib.util
+import statistics
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import report
 from gatednorm import gated_norm_linear, rmsnorm_fn
-from gatednorm.bench.timing import graph_time
+from gatednorm.bench.timing import graph_time, rotated
 
 # tokens, heads, width of a norm row, columns of the result, norm_before_gate
 CASES = (
@@ -77,12 +78,14 @@ def measure(tokens: int, heads: int, width: int, columns: int, norm_before_gate:
     }
     calls = functions(heads, norm_before_gate)
     times = {name: [] for name in calls}
-    for _ in range(3):  # in turn, so that a GPU that gets warm is warm for all
-        for name, call in calls.items():
+    # In turns that begin with another each time: products heat a GPU, which slows what comes next.
+    for number in range(2 * len(calls)):
+        for name in rotated(calls, number):
+            call = calls[name]
             step = graph_time(lambda call=call: torch.autograd.grad(call(*leaves), leaves, dout))
             times[name].append(step)
     for name, call in calls.items():
-        row[f"{name}_us"] = round(min(times[name]), 1)
+        row[f"{name}_us"] = round(statistics.median(times[name]), 1)
         row[f"{name}_held_mib"] = round(held(call, leaves), 1)
     row["ratio"] = round(row["together_us"] / row["apart_us"], 3)
     if "FP8" in calls:

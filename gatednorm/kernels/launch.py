@@ -19,7 +19,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import ranks as ranks_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import FP8_REGISTERS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
+from .tiles import FP8_WARPS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -155,8 +155,11 @@ def _forward_launchers(
     hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
     constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
     columns = tile.block_a + tile.block_b
-    maxnreg = FP8_REGISTERS.get((scaling, kind.norm_before_gate, columns), tile.maxnreg)
-    main = Launcher(forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, maxnreg)
+    warps, maxnreg = tile.num_warps, tile.maxnreg
+    if not bias:
+        key = (scaling, kind.norm_before_gate, columns)
+        warps, maxnreg = FP8_WARPS.get(key, (warps, maxnreg))
+    main = Launcher(forward_kernels.forward_kernel, constants, kind.device, warps, maxnreg)
     return tile, main, sums
 
 

@@ -86,10 +86,13 @@ HOPPER_BACKWARD = (
     # One row: Triton computes a tile of two in two layouts, so twice.
     Rule(256, 1, {"stages": 4, "workers_per_sm": 8}),
     Rule(768, 2, {"stages": 3, "workers_per_sm": 6}),
+    # Rows that do not fill the tile: their masked loads are dear in the pipeline.
+    Rule(1023, 4, {"stages": 3, "workers_per_sm": 6, "ahead": True}),
+    Rule(1024, 4, {"stages": 3, "workers_per_sm": 4, "maxnreg": 128}),
     Rule(1536, 4, {"stages": 3, "workers_per_sm": 3}),
-    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2}),
+    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2, "maxnreg": 128}),
     # Half the workers, so half of the partial sums of dw and db.
-    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1}, bias=True),
+    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1, "maxnreg": 128}, bias=True),
     Rule(3072, 4, {"stages": 3, "workers_per_sm": 2}),
     Rule(4096, 8, {"stages": 2, "workers_per_sm": 2, "ahead": True}),
     Rule(4608, 16, {"stages": 3, "workers_per_sm": 1}),
@@ -102,11 +105,16 @@ HOPPER_BACKWARD = (
     Rule(WIDEST, 32, WIDE, norm_before_gate=True),
     Rule(WIDEST, 32, KEPT, norm_before_gate=False),
 )
-# Registers of a forward that writes FP8, by scaling, gate order and columns, where this tile needs
-# others to keep as many programs on a multiprocessor.
-FP8_REGISTERS: dict[tuple[str | None, bool, int], int | None] = {
-    ("rowwise", True, 4096): 48,
-    ("rowwise", False, 8192): 32,
+# Warps and registers a thread of a forward without a bias that writes FP8, by scaling, gate order
+# and columns, where it is faster with others than the tile's. Sums keep the tile's order.
+FP8_WARPS: dict[tuple[str | None, bool, int], tuple[int, int]] = {
+    ("rowwise", True, 4096): (8, 48),
+    ("tensorwise", True, 4096): (8, 64),
+    ("rowwise", False, 8192): (16, 32),
+    ("1x128", True, 8192): (8, 64),
+    ("rowwise", True, 8192): (8, 64),
+    ("1x128", False, 16384): (32, 32),
+    ("rowwise", False, 16384): (32, 32),
 }
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
 # vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of

@@ -47,7 +47,8 @@ def run(rows: int, group_size: int, groups: int, *, layer_norm: bool, gate_after
             assert torch.equal(again, y)
         assert y.isfinite().all()
         given = (x, weight, bias, z)
-        linear = torch.randn(8, width, device="cuda").bfloat16().requires_grad_()
+        # An odd number of columns, since racecheck sees races in the kernels that cuBLAS has for 8.
+        linear = torch.randn(7, width, device="cuda").bfloat16().requires_grad_()
         out = gatednorm.gated_norm_linear(x, z, weight, linear, bias=bias, **options)
         out.backward(torch.ones_like(out))  # the backward kernel writes y once more
         fits = width % 128 == 0
