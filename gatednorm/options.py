@@ -102,10 +102,15 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """In which a product of `x` computes: autocast's where that is on, but for fp64."""
     kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for the meta device
-    if x.dtype == torch.float64 or not (known and torch.is_autocast_enabled(kind)):
+    if x.dtype == torch.float64 or not (has_autocast(kind) and torch.is_autocast_enabled(kind)):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def has_autocast(kind: str) -> bool:
+    """Whether a kind of device has autocast, which the meta device has not. PyTorch 2.11 cannot
+    trace the question."""
+    return bool(torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
 
 
 def check_scale(scaling: str, scale: Any) -> None:
@@ -130,8 +135,7 @@ def check_scale(scaling: str, scale: Any) -> None:
 
 def no_autocast(kind: str) -> Any:
     """A context without autocast on devices of a kind, if that has any."""
-    known = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else contextlib.nullcontext()
 
 
 def rows_of(t: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import ranks as ranks_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import FP8_WARPS, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
+from .tiles import FP8_TILES, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -152,14 +152,13 @@ def _forward_launchers(
     if tile.chunks > 1 and not stats_given:
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
+    columns = tile.block_a + tile.block_b
+    tile = tile._replace(**FP8_TILES.get((bias, scaling, kind.norm_before_gate, columns), {}))
     hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
     constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
-    columns = tile.block_a + tile.block_b
-    warps, maxnreg = tile.num_warps, tile.maxnreg
-    if not bias:
-        key = (scaling, kind.norm_before_gate, columns)
-        warps, maxnreg = FP8_WARPS.get(key, (warps, maxnreg))
-    main = Launcher(forward_kernels.forward_kernel, constants, kind.device, warps, maxnreg)
+    main = Launcher(
+        forward_kernels.forward_kernel, constants, kind.device, tile.num_warps, tile.maxnreg
+    )
     return tile, main, sums
 
 

@@ -79,6 +79,8 @@ HOPPER_FORWARD = (
     Rule(6144, 8),
     Rule(8192, 16, SPILLS, bias=True),
     Rule(8192, 16, {"hoist": False, "maxnreg": 40}),
+    Rule(12288, 16, SPILLS),
+    Rule(WIDEST, 32, {"hoist": False, "maxnreg": 32}, bias=False, norm_before_gate=False),
     Rule(WIDEST, 16, SPILLS),
 )
 HOPPER_BACKWARD = (
@@ -86,10 +88,10 @@ HOPPER_BACKWARD = (
     # One row: Triton computes a tile of two in two layouts, so twice.
     Rule(256, 1, {"stages": 4, "workers_per_sm": 8}),
     Rule(768, 2, {"stages": 3, "workers_per_sm": 6}),
-    # Rows that do not fill the tile: their masked loads are dear in the pipeline.
-    Rule(1023, 4, {"stages": 3, "workers_per_sm": 6, "ahead": True}),
+    # Rows that do not fill the tile, whose masked loads are slow in the pipeline.
+    Rule(1023, 4, {"stages": 3, "workers_per_sm": 6, "ahead": True, "maxnreg": 80}),
     Rule(1024, 4, {"stages": 3, "workers_per_sm": 4, "maxnreg": 128}),
-    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3}),
+    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3, "maxnreg": 112}),
     Rule(2048, 4, {"stages": 3, "workers_per_sm": 2, "maxnreg": 128}),
     # Half the workers, so half of the partial sums of dw and db.
     Rule(3072, 8, {"stages": 4, "workers_per_sm": 1, "maxnreg": 128}, bias=True),
@@ -105,16 +107,19 @@ HOPPER_BACKWARD = (
     Rule(WIDEST, 32, WIDE, norm_before_gate=True),
     Rule(WIDEST, 32, KEPT, norm_before_gate=False),
 )
-# Warps and registers a thread of a forward without a bias that writes FP8, by scaling, gate order
-# and columns, where it is faster with others than the tile's. Sums keep the tile's order.
-FP8_WARPS: dict[tuple[str | None, bool, int], tuple[int, int]] = {
-    ("rowwise", True, 4096): (8, 48),
-    ("tensorwise", True, 4096): (8, 64),
-    ("rowwise", False, 8192): (16, 32),
-    ("1x128", True, 8192): (8, 64),
-    ("rowwise", True, 8192): (8, 64),
-    ("1x128", False, 16384): (32, 32),
-    ("rowwise", False, 16384): (32, 32),
+# What a forward that writes FP8 has instead, by bias, scaling, gate order and columns, where it is
+# faster. Sums keep the tile's order.
+FP8_TILES: dict[tuple[bool, str | None, bool, int], dict[str, Any]] = {
+    (False, "1x128", True, 4096): {"num_warps": 4, "maxnreg": 64, "hoist": False},
+    (False, "rowwise", True, 4096): {"maxnreg": 48},
+    (False, "tensorwise", True, 4096): {"maxnreg": 64},
+    (False, "1x128", True, 8192): {"num_warps": 8, "maxnreg": 64},
+    (False, "rowwise", True, 8192): {"num_warps": 8, "maxnreg": 64},
+    (False, "rowwise", False, 8192): {"maxnreg": 32},
+    (False, "1x128", False, 12288): {"maxnreg": 48},
+    (True, "1x128", True, 4096): {"num_warps": 4, "maxnreg": 64},
+    (True, "1x128", True, 8192): {"num_warps": 8, "maxnreg": 80},
+    (True, "rowwise", False, 8192): {"maxnreg": 40},
 }
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
 # vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of
