@@ -186,31 +186,39 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def draw(table: Path) -> None:
-    """The curves in a CSV as a PNG beside it, a panel for each model."""
+    """Curves, and FP8 over bf16 on the same batches, as a PNG beside the CSV; a column a model."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
     with table.open() as file:
         rows = [row for row in csv.DictReader(file) if row["text"] == "training"]
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = plt.subplots(1, len(names), figsize=(10, 3.6), sharey=True, squeeze=False)
-    for name, panel in zip(names, panels[0], strict=True):
-        seeds = list(dict.fromkeys(row["seed"] for row in rows if row["model"] == name))
-        for precision, style in (("bf16", "C0-"), ("fp8", "C1--")):
-            for seed in seeds:
-                points = [
-                    (int(row["steps"]), float(row["bits_per_byte"]))
-                    for row in rows
-                    if (row["model"], row["seed"]) == (name, seed)
-                    and row["precision"].startswith(precision)
-                ]
-                label = precision if seed == seeds[0] else None
-                panel.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
-        panel.set(title=MODELS[name], xlabel="step", yscale="log")
+    figure, panels = plt.subplots(
+        2, len(names), figsize=(10, 6), sharex=True, sharey="row", squeeze=False
+    )
+    for name, curves, ratios in zip(names, *panels, strict=True):
+        mine = [row for row in rows if row["model"] == name]
+        seeds = list(dict.fromkeys(row["seed"] for row in mine))
+        for seed, (precision, style) in itertools.product(seeds, (("bf16", "-"), ("fp8", "--"))):
+            some = [r for r in mine if r["seed"] == seed and r["precision"].startswith(precision)]
+            steps = [int(row["steps"]) for row in some]
+            color = "C0" if precision == "bf16" else "C1"
+            label = precision if seed == seeds[0] else None
+            losses = [float(row["bits_per_byte"]) for row in some]
+            curves.plot(steps, losses, style, color=color, label=label, linewidth=1)
+            if precision == "fp8":
+                added = [float(row["to_bf16"]) - 1 for row in some]
+                ratios.plot(steps, added, linewidth=1, label=f"seed {seed}")
+        ratios.axhspan(-0.01, 0.01, color="grey", alpha=0.2, linewidth=0)  # the aim
+        ratios.legend()
+        curves.set(title=MODELS[name], yscale="log")
+        ratios.set(xlabel="step")
     panels[0][0].set(ylabel="bits per byte", yticks=(1, 1.5, 2, 3, 4, 5))
     panels[0][0].yaxis.set_major_formatter(ScalarFormatter())
     panels[0][0].yaxis.set_minor_formatter(NullFormatter())
     panels[0][0].legend()
+    panels[1][0].set(ylabel="FP8 over bf16")
+    panels[1][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.savefig(table.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 
