@@ -26,6 +26,8 @@ TESTS = [
     "tests/gatednorm/test_library.py",
     "tests/gatednorm/test_functional.py",
     "tests/gatednorm/test_modules.py",
+    "tests/gatednorm/test_linear.py",
+    "tests/gatednorm/test_linear_fp8.py",
     "tests/gatednorm/test_launch.py",
     "tests/gatednorm/test_compilation.py",
     "tests/compat/test_transformers.py",

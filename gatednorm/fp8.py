@@ -99,7 +99,7 @@ def forward_fp8(
     if not needs_operator(*given):
         return _run_forward(*given, options, scaling, heads, save_stats)
     y, scales, mean, rstd = autograd.ops.forward_fp8(
-        *given, *options[:-2], scaling, heads, save_stats
+        *given, *tuple(options)[:-2], scaling, heads, save_stats
     )
     if scale is not None and scaling == "tensorwise":
         scales = scale  # an operator may not return what it was given
@@ -197,7 +197,7 @@ def norm_columns(
     given = (x, weight, bias, z, mean, rstd)
     if not needs_operator(*given):
         return _run_columns(*given, options, heads)
-    y, scales = autograd.ops.norm_columns(*given, *options[:-2], heads)
+    y, scales = autograd.ops.norm_columns(*given, *tuple(options)[:-2], heads)
     return y, scales
 
 

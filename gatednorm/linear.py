@@ -113,7 +113,8 @@ def gated_norm_linear(
     """
     refuse_transforms("gated_norm_linear", x, weight, bias, z, linear_weight, linear_bias)
     values = (
-        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics, None,
+        eps, group_size, norm_before_gate, is_rms_norm, activation, zero_centered, numerics,
+        None if precision is None else torch.float32,
         None if process_group is None else name_of(process_group),
     )  # fmt: skip
     # A trace cannot look into the memory of checked options; the operator checks them again.
@@ -144,9 +145,8 @@ def gated_norm_linear(
         emulated = check_precision(precision, x, linear_weight)
         heads = bool(linear_weight.shape[1] != x.shape[-1])  # a tensor in TorchScript's trace
         out = GatedNormLinearFP8Fn.apply(
-            x, weight, bias, z, linear_weight, linear_bias,
-            local._replace(out_dtype=torch.float32), heads, emulated,
-        )  # fmt: skip
+            x, weight, bias, z, linear_weight, linear_bias, local, heads, emulated
+        )
         return out
     out = GatedNormLinearFn.apply(x, weight, bias, z, linear_weight, linear_bias, options)
     return out

@@ -35,7 +35,7 @@ class NotesHooks(nn.Module):
     def is_plain(self) -> bool:
         """Whether a call does what `PLAIN_FORWARD` does and nothing else."""
         cls = type(self)
-        own = cls.forward is cls.PLAIN_FORWARD and "forward" not in vars(self)
+        own = cls.forward is cls.PLAIN_FORWARD and "forward" not in self.__dict__
         return own and not self.hooked
 
     register_forward_pre_hook = _noting("register_forward_pre_hook")

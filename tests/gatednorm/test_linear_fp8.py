@@ -183,7 +183,11 @@ MISTAKES = {
     ),
     "rows": ({"linear_weight": LINEAR[:100]}, ValueError, "multiple of 128 rows"),
     "device": (
-        {"precision": "fp8"}, ValueError, "needs an NVIDIA GPU of compute capability 9.0",
+        {"precision": "fp8"}, *(
+            (ValueError, "needs an NVIDIA GPU of compute capability 9.0")
+            if hasattr(torch.nn.functional, "scaled_mm")
+            else (RuntimeError, "which PyTorch has from 2.10 on")
+        ),
     ),
     "quantised": ({"linear_weight": LINEAR.to(torch.float8_e4m3fn)}, TypeError, "by its scales"),
     "weight": ({"linear_weight": LINEAR[0]}, ValueError, "linear_weight must be [N, D]"),
