@@ -196,8 +196,8 @@ def main() -> None:
     if args.draw:
         draw(args.draw)
         return
-    run, begin = report.about(args.device, *linear.PEERS), time.perf_counter()
-    rows = [pair(*case) for case in linear.CASES]
+    run = report.about(args.device, *linear.PEERS)
+    rows, begin = [pair(*case) for case in linear.CASES], time.perf_counter()
     for case in CASES:
         peers = case in PEERS and time.perf_counter() - begin < args.seconds
         rows.append(output(case, peers, args.device))

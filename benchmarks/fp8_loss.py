@@ -10,8 +10,8 @@ experiment=single_gpu`, with 8 rows of 2048 bytes a step and a tenth of the step
 weights are fp32, products bf16. `fp8` has `trainer.norm_linear_precision=fp8`. Both begin with the
 same weights and take turns, ten steps each, so that what `--seconds` cuts short can be compared
 too. Another seed means other weights to begin with; the batches stay. Losses are bits per byte, a
-row the mean of ten steps; the last row of a run, "held out", is text that it has not seen, read
-without FP8. Several processes on one GPU, a seed each, have the same losses, and no times that mean
+row the mean of ten steps; the last rows, "held out", are of text that was not seen, read without
+FP8. Several processes on one GPU, a seed each, have the same losses, and no times that mean
 anything: `--no-times` leaves these out.
 """
 
@@ -167,11 +167,9 @@ def summary(rows: list[dict]) -> list[dict]:
             ]
             unseen = float(found["held out", "fp8"][0]["to_bf16"])
             lines[seed] = (*losses, losses[1] / losses[0], unseen)
-            ms = [
-                f"{statistics.median(float(row['ms'] or 'nan') for row in c):.0f}"
-                for c in (bf16, fp8)
-            ]
-            table.append((model, seed, lines[seed], ", ".join(ms)))
+            times = [[float(row["ms"]) for row in curve if row["ms"]] for curve in (bf16, fp8)]
+            ms = ", ".join(f"{statistics.median(some):.0f}" for some in times if some)
+            table.append((model, seed, lines[seed], ms))
         if len(lines) > 1:
             columns = list(zip(*lines.values(), strict=True))
             table.append((model, "mean", map(statistics.mean, columns), ""))
@@ -227,7 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seconds", type=float, default=230, help="at most, for a model")
+    parser.add_argument("--seconds", type=float, default=230, help="at most, for a model and seed")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the first weights")
     parser.add_argument("--no-times", dest="times", action="store_false")

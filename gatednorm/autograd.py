@@ -174,6 +174,8 @@ def addressable(dy: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
     Nothing else is ever copied. The gradient of `sum()`, for example, is an expanded scalar without
     unit stride; the user did not choose its strides and cannot be asked to change them.
     """
+    if not dy.numel():  # whose strides, often zeros, mean nothing
+        return dy.new_empty(dy.shape)
     if dy.is_contiguous():
         return dy
     if dy.shape == x.shape and 1 in (dy.stride(-1), dy.shape[-1]):
@@ -256,6 +258,8 @@ def gradients(ctx: Any, dy: Tensor, saved: Saved, with_output: bool = False) -> 
             addressable(dy, x, z), x, weight, bias, z, *by_rows(x, mean, rstd), None, None,
             ctx.options, with_output, any(ctx.needs_input_grad[1:3]),
         )  # fmt: skip
+    except distributed.RanksDifferError:
+        raise
     except (TypeError, ValueError) as error:  # the forward accepted all of it
         raise RuntimeError(f"{HOOKS}, but {error}") from error
 

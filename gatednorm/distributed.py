@@ -128,6 +128,10 @@ def share(options: Options, width: int) -> tuple[Ranks | None, Options]:
     return Ranks(process_group, first, ranks), local._replace(group_size=None)
 
 
+class RanksDifferError(ValueError):
+    """The ranks of a process group were called with different shapes, dtypes or options."""
+
+
 def enter(name: str, options: Options, **tensors: object) -> tuple[Ranks | None, Options]:
     """:func:`share` of a checked call. At a process group's first call with these options, dtypes
     and widths, and at each under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the ranks tell each other what
@@ -175,7 +179,7 @@ def _check_alike(
     for key in mine:
         for rank, theirs in enumerate(everyone):
             if theirs.get(key) != everyone[0].get(key):
-                raise ValueError(
+                raise RanksDifferError(
                     f"process_group: {key} must be the same on every rank, got "
                     f"{everyone[0].get(key)} on rank 0 and {theirs.get(key)} on rank {rank} of the "
                     "group; pass equal shapes, dtypes and options"

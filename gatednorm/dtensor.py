@@ -20,8 +20,7 @@ Placements = list[Any]  # of a tensor, None for what is none
 def _rules(x: Any, group_size: int | None, process_group: str | None) -> list[Placements]:
     """Placements of the rows, the parameters, their gradients, and the statistics."""
     rules: list[Placements] = [[Replicate()] * 4]
-    if process_group is not None:  # its rows are local tensors
-        return rules
+    _refuse(process_group)
     last = x.ndim - 1
     for dim in range(last):
         rules.append([Shard(dim), Replicate(), Partial(), Shard(dim)])
@@ -29,6 +28,14 @@ def _rules(x: Any, group_size: int | None, process_group: str | None) -> list[Pl
     if group_size and x.shape[-1] % (group_size * x.mesh.size()) == 0:
         rules.append([Shard(last), Shard(0), Shard(0), Shard(last)])
     return rules
+
+
+def _refuse(process_group: str | None) -> None:
+    if process_group is not None:
+        raise TypeError(
+            "process_group goes with local tensors, and x is a DTensor, whose mesh says what is "
+            "shared; pass x.to_local(), or process_group=None"
+        )
 
 
 def _if_given(placement: Any, t: Any) -> Any:
@@ -83,12 +90,18 @@ def by_columns(
 
     Raises:
         ValueError: placements that leave no way to run the norm.
-        TypeError: a plain tensor beside the DTensor.
+        TypeError: a plain tensor beside the DTensor with its sharded columns; a process group.
     """
+    _refuse(options.process_group)
     last, mesh, width = x.ndim - 1, x.device_mesh, x.shape[-1]
     channels_in_group(options.group_size, width, "the channels of x", "D")
     rows = [Replicate() if p.is_partial() else p for p in x.placements]
     columns = [i for i, p in enumerate(rows) if p.is_shard(last)]
+    if any(type(p) is not Shard and getattr(p, "dim", None) == last for p in rows):
+        raise ValueError(
+            "the columns of x must be sharded by Shard() alone, got placements "
+            f"{tuple(x.placements)}; redistribute x"
+        )
     if not columns:
         return None
     given = {}
@@ -104,11 +117,6 @@ def by_columns(
         raise ValueError(
             f"z must have the shape of x, got {tuple(z.shape)} and {tuple(x.shape)}; pass one gate "
             "for each element"
-        )
-    if any(type(p) is not Shard and getattr(p, "dim", None) == last for p in rows):
-        raise ValueError(
-            "the columns of x must be sharded by Shard() alone, got placements "
-            f"{tuple(x.placements)}; redistribute x"
         )
     ranks = math.prod(mesh.size(i) for i in columns)
     group = None

@@ -69,11 +69,6 @@ def _of_dtensors(
     rules = dtensors(kind)
     if rules is None:
         return None
-    if options[-1] is not None:
-        raise TypeError(
-            "process_group goes with local tensors, and x is a DTensor, whose mesh says what is "
-            "shared; pass x.to_local(), or process_group=None"
-        )
     y: Maybe = rules.by_columns(layernorm_fn, x, weight, bias, z, make_options(*options))
     if y is None and torch.is_grad_enabled():
         y = LayerNormFn.apply(x, weight, bias, z, *options)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .autograd import gradients, save_forward
+from .autograd import dtensors, gradients, save_forward
 from .distributed import enter, name_of, share
-from .functional import refuse_transforms
+from .functional import layernorm_fn, refuse_transforms
 from .linear_fp8 import PRECISIONS, GatedNormLinearFP8Fn, check_precision
 from .modules import LayerNorm, NotesHooks, RMSNorm
 from .options import DTYPES, Options, make_options, one_of, product_dtype, rows_of
@@ -127,6 +127,15 @@ def gated_norm_linear(
             "ranks"
         )
     out: Tensor
+    if not torch.compiler.is_compiling() and (rules := dtensors(type(x))) is not None:
+        y = rules.by_columns(layernorm_fn, x, weight, bias, z, options)
+        if y is not None:  # which the exchange needs
+            dtype = product_dtype(y)
+            out = F.linear(
+                _operand(y, linear_weight, dtype), linear_weight.to(dtype),
+                None if linear_bias is None else linear_bias.to(dtype),
+            )  # fmt: skip
+            return out
     ranks, local = None, options
     if process_group is not None and not torch.compiler.is_compiling():
         name = "gated_norm_linear" + ("" if precision is None else f" in {precision}")

@@ -68,8 +68,9 @@ class LayerNorm(NotesHooks):
     is_rms_norm = False
     weight: nn.Parameter
     bias: nn.Parameter | None
-    # The name alone: a module is copied and saved, a process group cannot be.
+    # The name alone, and the ranks: a module is copied and saved, a process group cannot be.
     _process_group: str | None = None
+    _ranks: list[int] | None = None
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class LayerNorm(NotesHooks):
             raise ValueError(f"hidden_size must be at least 1, got {hidden_size}; use a larger one")
         if process_group is not None:
             self._process_group = name_of(process_group)
+            self._ranks = dist.get_process_group_ranks(process_group)
         options = make_options(
             eps, group_size, norm_before_gate, self.is_rms_norm, activation, zero_centered,
             numerics, None, self._process_group,
@@ -129,7 +131,16 @@ class LayerNorm(NotesHooks):
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
-        return None if self._process_group is None else process_group_of(self._process_group)
+        if self._process_group is None:
+            return None
+        found = process_group_of(self._process_group)
+        if not torch.compiler.is_compiling() and self._ranks != dist.get_process_group_ranks(found):
+            raise RuntimeError(
+                f"process_group {self._process_group!r} must have the ranks {self._ranks}, with "
+                f"which this module was made, got {dist.get_process_group_ranks(found)}; make the "
+                "process groups in the order of that program, or the module anew"
+            )
+        return found
 
     def reset_parameters(self) -> None:
         (nn.init.zeros_ if self.zero_centered else nn.init.ones_)(self.weight)

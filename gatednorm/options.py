@@ -108,9 +108,11 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def has_autocast(kind: str) -> bool:
-    """Whether a kind of device has autocast, which the meta device has not. PyTorch 2.11 cannot
-    trace the question."""
-    return bool(torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    """Whether a kind of device has autocast. PyTorch 2.11 cannot trace the question: while it
+    traces, all have but the meta device."""
+    if torch.compiler.is_compiling():
+        return kind != "meta"
+    return torch.amp.is_autocast_available(kind)
 
 
 def check_scale(scaling: str, scale: Any) -> None:

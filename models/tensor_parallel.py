@@ -94,7 +94,8 @@ def check_ranks(model: LanguageModel, ranks: int) -> None:
             if count % ranks and not (shared and ranks % count == 0):
                 raise ValueError(
                     f"{name} must be a multiple of the number of ranks{', or divide it' * shared}, "
-                    f"got {count} for {ranks}; use {math.gcd(count, ranks)}, or change the model"
+                    f"got {count} for {ranks}; use {math.gcd(count, ranks)} of them, "
+                    "or change the model"
                 )
         if block.mlp is not None and block.mlp.out_proj.in_features % ranks:
             raise ValueError(

@@ -19,7 +19,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import ranks as ranks_kernels
 from .rows import INTERPRETED, NVIDIA, TL_DTYPES
-from .tiles import FP8_TILES, Tile, backward_tile, forward_tile, reduce_tile, sums_tile
+from .tiles import Tile, backward_tile, forward_tile, fp8_tile, reduce_tile, sums_tile
 
 
 class Launcher:
@@ -116,6 +116,15 @@ def constants_of(kind: Kind) -> dict[str, Any]:
     }
 
 
+def _of_16_bits(kind: Kind) -> bool:
+    return all(dtype is None or dtype.itemsize == 2 for dtype in kind.dtypes[::3])  # x, z
+
+
+def _in_units(kind: Kind) -> bool:
+    """Whether rows of 16 bits lie in units of 16 bytes."""
+    return _of_16_bits(kind) and kind.align % 8 == kind.group_size % 8 == 0
+
+
 def _tile_constants(kind: Kind, tile: Tile) -> dict[str, Any]:
     return {
         "CHUNKS": tile.chunks, "ROWS": tile.rows, "BLOCK_A": tile.block_a, "BLOCK_B": tile.block_b,
@@ -145,15 +154,17 @@ def _forward_launchers(
     heads: int = 1,
 ) -> tuple[Tile, Launcher, Launcher | None]:
     bias = kind.dtypes[2] is not None
-    tile = forward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
+    order, architecture = kind.norm_before_gate, _architecture(kind.device)
+    # Not by strides: a row's bits do not depend on how it lies in memory.
+    tile = forward_tile(kind.group_size, bias, order, architecture, _of_16_bits(kind))
     tile = _fit(tile, kind)
     constants = constants_of(kind) | _tile_constants(kind, tile)
     sums = None
     if tile.chunks > 1 and not stats_given:
         sums = _sums_launcher(forward_kernels.forward_sums_kernel, kind)
     given = stats_given or sums is not None
-    columns = tile.block_a + tile.block_b
-    tile = tile._replace(**FP8_TILES.get((bias, scaling, kind.norm_before_gate, columns), {}))
+    if _in_units(kind):  # after the constants, which say in what order sums run
+        tile = fp8_tile(tile, bias, order, scaling, architecture)
     hoist = tile.hoist and (not bias or (scaling is not None and tile.rows > 1))
     constants |= {"STATS_GIVEN": given, "HOIST": hoist, "SCALING": scaling, "HEADS": heads}
     main = Launcher(
@@ -208,7 +219,8 @@ def _backward_launchers(
     """`y_dtype` tells apart what is compiled with and without the forward's output, `parameters`
     with and without gradients of weight and bias."""
     bias = kind.dtypes[2] is not None
-    tile = backward_tile(kind.group_size, bias, kind.norm_before_gate, _architecture(kind.device))
+    order, architecture = kind.norm_before_gate, _architecture(kind.device)
+    tile = backward_tile(kind.group_size, bias, order, architecture, _in_units(kind))
     tile = _fit(tile, kind)
     # One instruction fetches a whole group, in units of 16 bytes.
     loaded = [dtype for dtype in (kind.dtypes[0], *kind.dtypes[3:]) if dtype is not None]

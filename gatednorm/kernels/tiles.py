@@ -51,8 +51,10 @@ class Tile(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The tile of groups of up to `upto` columns, for calls with (True) or without (False) a bias
-    and a norm before the gate; None for both. The first rule of a table that fits holds.
+    """The tile of groups of up to `upto` columns, for calls with (True) or without (False) a bias,
+    a norm before the gate, and `packed` inputs; None for both. The first rule of a table that fits
+    holds. Packed are inputs of 16 bits, and in a backward rows in units of 16 bytes too: others
+    need more registers for values, addresses and masks.
 
     `columns` a program make a tile of `columns / block_a` rows, `max_rows` at most; by default one.
     """
@@ -62,6 +64,7 @@ class Rule(NamedTuple):
     tile: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
     bias: bool | None = None
     norm_before_gate: bool | None = None
+    packed: bool | None = None
     columns: int = 1
     max_rows: int = 128
 
@@ -80,7 +83,7 @@ HOPPER_FORWARD = (
     Rule(8192, 16, SPILLS, bias=True),
     Rule(8192, 16, {"hoist": False, "maxnreg": 40}),
     Rule(12288, 16, SPILLS),
-    Rule(WIDEST, 32, {"hoist": False, "maxnreg": 32}, bias=False, norm_before_gate=False),
+    Rule(WIDEST, 32, {"hoist": False, "maxnreg": 32}, False, norm_before_gate=False, packed=True),
     Rule(WIDEST, 16, SPILLS),
 )
 HOPPER_BACKWARD = (
@@ -89,12 +92,16 @@ HOPPER_BACKWARD = (
     Rule(256, 1, {"stages": 4, "workers_per_sm": 8}),
     Rule(768, 2, {"stages": 3, "workers_per_sm": 6}),
     # Rows that do not fill the tile, whose masked loads are slow in the pipeline.
-    Rule(1023, 4, {"stages": 3, "workers_per_sm": 6, "ahead": True, "maxnreg": 80}),
+    Rule(1023, 4, {"stages": 3, "workers_per_sm": 6, "ahead": True, "maxnreg": 80}, packed=True),
+    Rule(1023, 4, {"stages": 3, "workers_per_sm": 3}),
     Rule(1024, 4, {"stages": 3, "workers_per_sm": 4, "maxnreg": 128}),
-    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3, "maxnreg": 112}),
-    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2, "maxnreg": 128}),
+    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3, "maxnreg": 112}, packed=True),
+    Rule(1536, 4, {"stages": 3, "workers_per_sm": 3}),
+    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2, "maxnreg": 128}, packed=True),
+    Rule(2048, 4, {"stages": 3, "workers_per_sm": 2}),
     # Half the workers, so half of the partial sums of dw and db.
-    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1, "maxnreg": 128}, bias=True),
+    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1, "maxnreg": 128}, bias=True, packed=True),
+    Rule(3072, 8, {"stages": 4, "workers_per_sm": 1}, bias=True),
     Rule(3072, 4, {"stages": 3, "workers_per_sm": 2}),
     Rule(4096, 8, {"stages": 2, "workers_per_sm": 2, "ahead": True}),
     Rule(4608, 16, {"stages": 3, "workers_per_sm": 1}),
@@ -107,16 +114,15 @@ HOPPER_BACKWARD = (
     Rule(WIDEST, 32, WIDE, norm_before_gate=True),
     Rule(WIDEST, 32, KEPT, norm_before_gate=False),
 )
-# What a forward that writes FP8 has instead, by bias, scaling, gate order and columns, where it is
-# faster. Sums keep the tile's order.
-FP8_TILES: dict[tuple[bool, str | None, bool, int], dict[str, Any]] = {
+# What a forward that writes FP8 from packed inputs has instead, by bias, scaling, gate order and
+# columns: registers and warps with which more programs fit on a multiprocessor.
+HOPPER_FP8: dict[tuple[bool, str | None, bool, int], dict[str, Any]] = {
     (False, "1x128", True, 4096): {"num_warps": 4, "maxnreg": 64, "hoist": False},
     (False, "rowwise", True, 4096): {"maxnreg": 48},
     (False, "tensorwise", True, 4096): {"maxnreg": 64},
     (False, "1x128", True, 8192): {"num_warps": 8, "maxnreg": 64},
     (False, "rowwise", True, 8192): {"num_warps": 8, "maxnreg": 64},
     (False, "rowwise", False, 8192): {"maxnreg": 32},
-    (False, "1x128", False, 12288): {"maxnreg": 48},
     (True, "1x128", True, 4096): {"num_warps": 4, "maxnreg": 64},
     (True, "1x128", True, 8192): {"num_warps": 8, "maxnreg": 80},
     (True, "rowwise", False, 8192): {"maxnreg": 40},
@@ -124,22 +130,37 @@ FP8_TILES: dict[tuple[bool, str | None, bool, int], dict[str, Any]] = {
 # By NVIDIA's major compute capability: H100 and H200 are 9. A GPU that is not here, also of another
 # vendor, takes Hopper's, as far as its memory and its warps allow (launch.py). The last rules of
 # a table must reach WIDEST.
-TABLES = {9: (HOPPER_FORWARD, HOPPER_BACKWARD)}
+TABLES = {9: (HOPPER_FORWARD, HOPPER_BACKWARD, HOPPER_FP8)}
 DEFAULT = TABLES[9]
 
 
-def forward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
+def forward_tile(
+    n: int, bias: bool, norm_before_gate: bool, architecture: int = 9, packed: bool = True
+) -> Tile:
     """The forward's tile for groups of `n` columns."""
     if n > WIDEST:
         return sums_tile(n)
-    return _tile(TABLES.get(architecture, DEFAULT)[0], n, bias, norm_before_gate)
+    return _tile(TABLES.get(architecture, DEFAULT)[0], n, bias, norm_before_gate, packed)
 
 
-def backward_tile(n: int, bias: bool, norm_before_gate: bool, architecture: int = 9) -> Tile:
+def fp8_tile(
+    tile: Tile, bias: bool, norm_before_gate: bool, scaling: str | None, architecture: int = 9
+) -> Tile:
+    """The same for packed inputs and a result in FP8, `None` for another. Sums must keep the order
+    of the tile that is given, for the bits of the forward in 32 bits."""
+    if tile.chunks > 1:
+        return tile
+    key = (bias, scaling, norm_before_gate, tile.block_a + tile.block_b)
+    return tile._replace(**TABLES.get(architecture, DEFAULT)[2].get(key, {}))
+
+
+def backward_tile(
+    n: int, bias: bool, norm_before_gate: bool, architecture: int = 9, packed: bool = True
+) -> Tile:
     """The backward's tile for groups of `n` columns."""
     if n > WIDEST:
         return sums_tile(n)._replace(workers_per_sm=2)
-    return _tile(TABLES.get(architecture, DEFAULT)[1], n, bias, norm_before_gate)
+    return _tile(TABLES.get(architecture, DEFAULT)[1], n, bias, norm_before_gate, packed)
 
 
 def sums_tile(n: int) -> Tile:
@@ -148,13 +169,16 @@ def sums_tile(n: int) -> Tile:
     return Tile(1, block, 0, -(-n // block), max(1, min(8, block // 256)))
 
 
-def _tile(table: tuple[Rule, ...], n: int, bias: bool, norm_before_gate: bool) -> Tile:
+def _tile(
+    table: tuple[Rule, ...], n: int, bias: bool, norm_before_gate: bool, packed: bool
+) -> Tile:
     rule = next(
         rule
         for rule in table
         if n <= rule.upto
         and rule.bias in (None, bias)
         and rule.norm_before_gate in (None, norm_before_gate)
+        and rule.packed in (None, packed)
     )
     a, b = _pieces(n)
     rows = max(1, min(rule.max_rows, rule.columns // a))

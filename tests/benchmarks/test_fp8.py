@@ -61,6 +61,7 @@ def test_losses_in_fp8_beside_those_in_bf16(tmp_path, monkeypatch):
     assert all(0.99 < ratio < 1.01 for ratio in ratios)
     assert any(ratio != 1 for ratio in ratios)
     found = fp8_loss.summary(rows)
+    assert not any(row["ms a step"] for row in found)
     assert [row["seed"] for row in found] == ["4", "5", "mean", "deviation"]
     first, second, mean, deviation = (float(row["bf16"]) for row in found)
     assert first == pytest.approx(statistics.mean(losses[:6:2]), abs=1e-4)

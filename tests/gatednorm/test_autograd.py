@@ -204,6 +204,14 @@ def test_gradient_of_a_sum(small):
         assert same_bits(leaf.grad, grad)
 
 
+def test_gradient_of_a_sum_over_no_rows(path):
+    x = torch.randn(0, 16, device=path.device, requires_grad=True)
+    weight = torch.ones(16, device=path.device, requires_grad=True)
+    gatednorm.rmsnorm_fn(x, weight).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+
+
 def test_gradient_that_no_kernel_can_address(path):
     """Strides that do not merge into three outer dimensions, chosen by autograd, not the user."""
     i = inputs_of(Case((2, 3, 2, 3), 8, 1), path.device)

@@ -32,7 +32,7 @@ def compile_for(kind: str, arch: str, cache: Path) -> list[dict]:
     names = {row["kernel"] for row in rows}
     backward = {"backward", "backward with output", "backward sums", "reduce", "combine"}
     fp8 = {f"forward {scaling}" for scaling in SCALINGS[:-1]}
-    fp8 |= {"both", "columns", "rows", "rows nvfp4"}
+    fp8 |= {"forward FP8", "both", "columns", "rows", "rows nvfp4"}
     has_fp8 = kind == "cuda" and int(arch) >= 89
     assert names == {"forward", "forward sums"} | backward | (fp8 if has_fp8 else set())
     return rows

@@ -1,6 +1,7 @@
 """Norm groups over several ranks; what runs on them is in many_ranks.py, dtensor_ranks.py and
 gpu_ranks.py of tests/helpers."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -72,5 +73,9 @@ def test_a_module_follows_the_world_of_its_day():
             norm = norm or gatednorm.RMSNorm(4, process_group=world)
             assert norm.process_group is world
             norm(torch.ones(2, 4))
+            other = copy.deepcopy(norm)
+            other._ranks = [0, 1]  # as one that was saved by two ranks
+            with pytest.raises(RuntimeError, match=r"must have the ranks \[0, 1\].* got \[0\]"):
+                other(torch.ones(2, 4))
         finally:
             torch.distributed.destroy_process_group()

@@ -31,6 +31,7 @@ SHAPES = [
     pytest.param((301, 4096), None, False, id="D4096"),
     pytest.param((301, 5120), 640, False, id="g640-D5120"),
     pytest.param((301, 8192), None, False, id="D8192"),
+    pytest.param((301, 12_288), None, False, id="D12288"),
     pytest.param((301, 16_384), None, False, id="D16384"),
     pytest.param((301, 20_480), None, False, id="D20480"),
 ]
@@ -42,24 +43,27 @@ def scale_of(scaling):
 
 @pytest.mark.parametrize("scaling", ["1x128", "rowwise", "tensorwise"])
 @pytest.mark.parametrize("norm_before_gate", ORDERS)
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer_norm-bias"])
 @pytest.mark.parametrize(("shape", "group_size", "heads"), SHAPES)
 def test_bytes_of_the_reference_whatever_the_batch(
-    shape, group_size, heads, norm_before_gate, scaling
+    shape, group_size, heads, layer_norm, norm_before_gate, scaling
 ):
     """Also with a row of zeros and one with an infinity, and with every other row left out."""
     x, z = (randn(*shape, seed=i) for i in range(2))
     x[1] = 0
     x.view(-1, shape[-1])[-1, 3] = float("inf")
     w = randn(shape[-1], dtype=torch.float32, seed=2)
+    b = randn(shape[-1], dtype=torch.float32, seed=3) if layer_norm else None
     options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    options["is_rms_norm"] = not layer_norm
 
     def run(x, z):
         y, scales = rms_norm_gated_fp8(
-            x, w, None, z, **options, scaling=scaling, scale=scale_of(scaling), heads=heads
+            x, w, b, z, **options, scaling=scaling, scale=scale_of(scaling), heads=heads
         )
         return (y, scales) if scaling != "tensorwise" else (y,)
 
-    wide = gatednorm.rms_norm_gated(x, w, None, z, **options, out_dtype=torch.float32)
+    wide = gatednorm.rms_norm_gated(x, w, b, z, **options, out_dtype=torch.float32)
     values, scales = quantize_fp8_ref(wide.flatten(1), scaling, scale_of(scaling))
     y, *found = run(x, z)
     lost = values.float().isnan()

@@ -249,9 +249,11 @@ def test_frozen_projection_writes_no_output_again(path, monkeypatch):
     assert same_bits(*found)
 
 
-def test_on_the_meta_device():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_on_the_meta_device(compiled):
     module = GatedNormLinear(8, 6, num_heads=2, device="meta")
-    assert module(torch.empty(3, 2, 8, device="meta")).shape == (3, 6)
+    call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    assert call(torch.empty(3, 2, 8, device="meta")).shape == (3, 6)
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,12 @@ def test_a_gpu_without_the_products(monkeypatch, kind, capability, cuda, found):
     assert linear_fp8.lacks_products(torch.device(kind)) == found
 
 
-def test_emulation_on_the_meta_device():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_emulation_on_the_meta_device(compiled):
     block = GatedNormLinear(128, 256, precision="fp8_emulated", device="meta")
     x = torch.empty(3, 128, device="meta", requires_grad=True)
-    out = block(x, x)
+    call = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+    out = call(x, torch.empty(3, 128, device="meta"))
     assert (out.shape, out.dtype) == ((3, 256), torch.float32)
     out.sum().backward()
     assert x.grad.shape == x.shape

@@ -30,6 +30,7 @@ from gatednorm import call  # noqa: E402
 from gatednorm.bench.cases import Case  # noqa: E402
 from gatednorm.fp8 import SCALINGS  # noqa: E402
 from gatednorm.kernels import launch, launch_fp8  # noqa: E402
+from gatednorm.kernels.tiles import TABLES  # noqa: E402
 from gatednorm.options import make_options  # noqa: E402
 
 TARGET = GPUTarget("cuda", int(ARCH), 32) if KIND == "cuda" else GPUTarget("hip", ARCH, 64)
@@ -40,11 +41,16 @@ TYPES = {
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MORE = (
     Case(4096, 8192),
+    Case(4096, 8192, norm_before_gate=False),
+    Case(4096, 8192, is_rms_norm=False, bias=True, activation="sigmoid"),
+    Case(4096, 8192, norm_before_gate=False, is_rms_norm=False, bias=True, activation="sigmoid"),
+    Case(4096, 4096, is_rms_norm=False, bias=True, activation="sigmoid"),
     Case(5461, 12_288),
     Case(5461, 12_288, norm_before_gate=False),
     Case(4096, 16384, norm_before_gate=False, is_rms_norm=False, bias=True, activation="sigmoid"),
     Case(300, 20_000, bias=True),
     Case(300, 600, norm_before_gate=False, is_rms_norm=False),
+    Case(300, 1001, is_rms_norm=False, bias=True),
 )
 
 WITH_OUTPUT = (128, 4096, 5120)
@@ -112,6 +118,11 @@ def kernels_of(case: Case):
     kind = described(call._remembered, x, w, b, z, None)
     tile, main, sums = launch._forward_launchers(kind, True)
     yield "forward", main, [x, w, b, z, x, mean, rstd, None]
+    for other, scaling, order, columns in TABLES[9][2] if FP8 else ():
+        if (other, order, columns) == (b is not None, case.norm_before_gate, kind.group_size):
+            _, fp8, _ = launch._forward_launchers(kind, False, False, scaling)
+            eighth = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
+            yield "forward FP8", fp8, [x, w, b, z, eighth, None, None, w]
     if FP8 and case.width == 4096 and not case.bias:
         eighth = torch.empty(1, dtype=torch.float8_e4m3fn, device="meta")
         for scaling in SCALINGS[:-1]:  # that of four bits has no forward of its own

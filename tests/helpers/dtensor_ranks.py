@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 
 import gatednorm
 from each_rank import device, refused, run_on_ranks
+from many_ranks import travelled
 from norm_cases import Case, inputs_of, same_bits
 
 
@@ -64,6 +65,30 @@ def dtensors() -> None:
             found = torch.autograd.grad(ours, given[0], gradient, retain_graph=True)
             for mine, one in zip(found, wanted, strict=True):
                 torch.testing.assert_close(mine.full_tensor(), one, rtol=1e-5, atol=1e-5)
+
+
+def norm_and_projection() -> None:
+    """Columns across a group, and those of the projection with them: the result and the gradients
+    of one rank, and one number a row that travels."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    shapes = {"x": (6, 32), "z": (6, 32), "weight": (32,), "linear_weight": (8, 32)}
+    generator = torch.Generator().manual_seed(0)
+    whole = [
+        torch.randn(s, generator=generator).to(device()).requires_grad_() for s in shapes.values()
+    ]
+    parts = [
+        distribute_tensor(t.detach(), mesh, [Shard(t.ndim - 1)]).requires_grad_() for t in whole
+    ]
+    out, ours = (gatednorm.gated_norm_linear(*leaves) for leaves in (whole, parts))
+    torch.testing.assert_close(ours.full_tensor(), out, rtol=1e-5, atol=1e-5)
+    for mine, one in zip(
+        torch.autograd.grad(ours.full_tensor().sin().sum(), parts),
+        torch.autograd.grad(out.sin().sum(), whole), strict=True,
+    ):  # fmt: skip
+        assert mine.placements == (Shard(mine.ndim - 1),)
+        torch.testing.assert_close(mine.full_tensor(), one, rtol=1e-5, atol=1e-5)
+    if device().type == "cpu":
+        assert travelled(lambda: gatednorm.gated_norm_linear(*parts)) == [[6]]
 
 
 def unequal_rows() -> None:
@@ -185,6 +210,19 @@ def what_dtensors_refuse() -> None:
         "process_group goes with local tensors, and x is a DTensor",
         lambda: gatednorm.rmsnorm_fn(columns, process_group=mesh.get_group()),
     )
+    linear = distribute_tensor(torch.ones(8, 32, device=device()), mesh, [Shard(1)])
+    refused(
+        TypeError,
+        "process_group goes with local tensors, and x is a DTensor",
+        lambda: gatednorm.gated_norm_linear(
+            columns, None, None, linear, process_group=mesh.get_group()
+        ),
+    )
+    inner = distribute_tensor(torch.ones(4, 2, 8 * mesh.size(), device=device()), mesh, [Shard(2)])
+    refused(
+        ValueError, "the columns of x must be sharded by Shard() alone, got placements",
+        lambda: gatednorm.rmsnorm_fn(inner.flatten(1)),
+    )  # fmt: skip
     refused(
         TypeError,
         "weight must be a DTensor as x is, got Tensor",
@@ -220,5 +258,6 @@ def what_dtensors_refuse() -> None:
 
 if __name__ == "__main__":
     size = int(sys.argv[1])
-    checks = [compiled_before_any_other, dtensors, unequal_rows, what_dtensors_refuse]
+    checks = [compiled_before_any_other, dtensors, norm_and_projection, unequal_rows]
+    checks.append(what_dtensors_refuse)
     run_on_ranks(size, [*checks, a_parallel_plan] if size == 4 else checks)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from each_rank import device, refused, run_on_ranks  # isort: skip (first: it finds the packages)
 
@@ -79,7 +80,8 @@ def gathered(parts: Tensors) -> Tensors:
 
 @contextmanager
 def bytes_sent() -> Iterator[list[int]]:
-    """What this rank hands to each collective that the norm runs."""
+    """What this rank hands to each exchange of the norm; that nothing else travels is seen by
+    :func:`travelled`."""
     sent, send = [], distributed.all_gather
 
     def counted(everyone, own, process_group):
@@ -91,6 +93,28 @@ def bytes_sent() -> Iterator[list[int]]:
         yield sent
     finally:
         distributed.all_gather = send
+
+
+def travelled(run: Callable[[], object]) -> list[list[int]]:
+    """The shapes of what this rank hands to collectives, as the profiler sees gloo's."""
+    run()  # the first call of a kind compares ranks
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        run()
+    return [event.input_shapes[0] for event in found.events() if event.name.startswith("gloo:")]
+
+
+def nothing_else_travels() -> None:
+    """One number a row, or two, in each direction; nothing for groups within a rank."""
+    x = torch.randn(6, 16).requires_grad_()
+    for rms, group_size in itertools.product((True, False), (None, 8)):
+
+        def step(rms=rms, group_size=group_size):
+            options = {"is_rms_norm": rms, "group_size": group_size}
+            y = gatednorm.layernorm_fn(x, None, None, x, **options, process_group=dist.group.WORLD)
+            y.square().sum().backward()
+
+        numbers = [6 if rms else 12]
+        assert travelled(step) == [numbers] * 2 * (group_size is None), (rms, group_size)
 
 
 def check_case(case: Case, run=by_autograd) -> None:
@@ -235,6 +259,9 @@ def a_rank_that_differs() -> None:
         ValueError, "linear_weight must be the same on every rank, got [5, 8] in torch.float32",
         lambda: gatednorm.gated_norm_linear(x, None, None, linear, process_group=group),
     )  # fmt: skip
+    leaf = x.clone().requires_grad_()
+    results = [gatednorm.rmsnorm_fn(leaf, eps=eps, process_group=group) for eps in (0.1, 0.2)]
+    refused(ValueError, "eps must be the same", lambda: results[odd].sum().backward())
     # From now on every call is looked at.
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     try:
@@ -384,7 +411,7 @@ CHECKS = {
         2,
         [
             *(some_options, kernels, a_rank_that_differs, groups_that_do_not_fit),
-            projection_in_fp8,
+            *(projection_in_fp8, nothing_else_travels),
         ],
     ),
     "groups": (
