@@ -5,13 +5,12 @@
 
 "output": GPU time of a forward, 16-bit inputs, five bytes an element. The ceiling is the best
 elementwise kernel that reads two such tensors and writes one of FP8 (for `nvfp4` too, which writes
-half of that). `apart` is `rms_norm_gated`
-and `quantize_fp8_ref` compiled by torch.compile, which writes and reads the result in bf16 between
-them; `compiled` is torch.compile of the equation and the quantising as one. Peers of the cases in
-`PEERS`, while `--seconds` lasts. Groups of 64 channels, heads with one scale a row, and `nvfp4`
-take a second kernel. "pair": forward and backward of norm and projection, `apart` and `together` in
-bf16 against `precision="fp8"`, and flash-linear-attention where it is installed
-(benchmarks/linear.py).
+half of that). `apart` is `rms_norm_gated` and `quantize_fp8_ref` compiled by torch.compile, which
+writes and reads the result in bf16 between them; `compiled` is torch.compile of the equation and
+the quantising as one. Peers of the cases in `PEERS`, while `--seconds` lasts. Groups of 64
+channels, heads with one scale a row, and `nvfp4` take a second kernel. "pair": forward and backward
+of norm and projection, `apart` and `together` in bf16 against `precision="fp8"`, and
+flash-linear-attention where it is installed (benchmarks/linear.py).
 """
 
 import csv
@@ -154,17 +153,10 @@ def draw(table: Path) -> None:
 
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    columns = (
-        "case",
-        "groups",
-        "gate",
-        "scaling",
-        "options",
-        "ratio",
-        "apart_us",
-        "ours_us",
-        "faster",
-    )
+    columns = [
+        *("case", "groups", "gate", "scaling", "options"),
+        *("ratio", "apart_us", "ours_us", "faster"),
+    ]
     for line in (columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)):
         print("|", " | ".join(line), "|")
     rows = [row for row in rows if row["what"] == "output"][::-1]

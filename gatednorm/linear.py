@@ -127,9 +127,10 @@ def gated_norm_linear(
             "ranks"
         )
     out: Tensor
-    if not torch.compiler.is_compiling() and (rules := dtensors(type(x))) is not None:
+    rules = None if torch.compiler.is_compiling() else dtensors(type(x))
+    if rules is not None and precision is None:  # FP8 refuses them
         y = rules.by_columns(layernorm_fn, x, weight, bias, z, options)
-        if y is not None:  # which the exchange needs
+        if y is not None:
             dtype = product_dtype(y)
             out = F.linear(
                 _operand(y, linear_weight, dtype), linear_weight.to(dtype),

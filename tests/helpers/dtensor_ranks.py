@@ -211,6 +211,7 @@ def what_dtensors_refuse() -> None:
         lambda: gatednorm.rmsnorm_fn(columns, process_group=mesh.get_group()),
     )
     linear = distribute_tensor(torch.ones(8, 32, device=device()), mesh, [Shard(1)])
+    wide = distribute_tensor(torch.ones(128, 128 * mesh.size(), device=device()), mesh, [Shard(1)])
     refused(
         TypeError,
         "process_group goes with local tensors, and x is a DTensor",
@@ -218,6 +219,12 @@ def what_dtensors_refuse() -> None:
             columns, None, None, linear, process_group=mesh.get_group()
         ),
     )
+    refused(
+        TypeError, "FP8 takes local tensors, and x is a DTensor",
+        lambda: gatednorm.gated_norm_linear(
+            wide, None, None, wide, group_size=128, precision="fp8_emulated"
+        ),
+    )  # fmt: skip
     inner = distribute_tensor(torch.ones(4, 2, 8 * mesh.size(), device=device()), mesh, [Shard(2)])
     refused(
         ValueError, "the columns of x must be sharded by Shard() alone, got placements",
