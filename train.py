@@ -23,7 +23,7 @@ def train(config: TrainConfig) -> Summary:
     from demo.training.loggers import check_loggers
     from demo.training.module import LitLanguageModel, prepare_blocks
     from demo.training.plots import compressors, plot_loss
-    from demo.training.processes import check_devices, ends_in_a_line, find_processes, leave
+    from demo.training.processes import check_devices, ends_in_a_line, find_processes
     from demo.training.resume import find_start, start_model
     from demo.training.run import PICTURE, VAL, Run, best_on_the_way
     from demo.training.stopping import Signals
@@ -52,7 +52,6 @@ def train(config: TrainConfig) -> Summary:
             before = trainer.validate(module, data.validation, verbose=False)[0][VAL]
         trainer.fit(module, data.train, data.sample, ckpt_path=start.checkpoint, weights_only=True)
         after = trainer.validate(module, data.validation, verbose=False)[0][VAL]
-    leave()
 
     folder, speed = run.folder, throughput.tokens_per_s
     rows = run.read_metrics() if rank == 0 else ()

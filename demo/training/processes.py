@@ -183,13 +183,6 @@ def host_memory() -> float:
     return min(limits)
 
 
-def leave() -> None:
-    """Take leave of the other processes, as PyTorch asks before an exit: one that had not done so
-    was aborted at its end (SIGABRT, seen once)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 @contextmanager
 def ends_in_a_line(rank: int) -> Iterator[None]:
     """Turn running out of memory into a RunError. Processes other than the first, whose errors are
