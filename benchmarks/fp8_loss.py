@@ -174,7 +174,7 @@ def summary(rows: list[dict]) -> list[dict]:
             columns = list(zip(*lines.values(), strict=True))
             table.append((model, "mean", map(statistics.mean, columns), ""))
             table.append((model, "deviation", map(statistics.stdev, columns), ""))
-    names = ("bf16", "fp8", "fp8 / bf16", "unseen, / bf16")
+    names = ("bf16", "fp8", "fp8 / bf16", "unseen ratio")
     return [
         {"model": model, "seed": seed}
         | {name: f"{value:.4f}" for name, value in zip(names, values, strict=True)}

@@ -220,4 +220,28 @@ def test_every_width_has_a_tile_that_covers_it(bias, norm_before_gate):
         ):
             tile = choose(n, bias, norm_before_gate, architecture)
             assert (tile.block_a + tile.block_b) * tile.chunks >= n
+            loose = choose(n, bias, norm_before_gate, architecture, packed=False)
+            assert (loose.block_a + loose.block_b) * loose.chunks >= n
             assert tile == choose(n, bias, norm_before_gate, 8), "the stated default"
+
+
+@pytest.mark.parametrize("scaling", ["1x128", "rowwise", "tensorwise"])
+def test_fp8_keeps_the_order_of_a_rows_sums(monkeypatch, scaling):
+    """Other warps and registers, in units of 16 bytes alone; the constants are the forward's."""
+    monkeypatch.setattr(launch, "_architecture", lambda device: 9)
+    monkeypatch.setattr(launch, "_shared_memory", lambda device: None)
+    changed = []
+    for width, dtype in itertools.product((4096, 8192, 4100), (torch.bfloat16, torch.float32)):
+        launch._forward_launchers.cache_clear()
+        kind = kind_of(width=width, dtype=dtype)
+        (plain, first, _), (tile, second, _) = (
+            launch._forward_launchers(kind, True, False, s) for s in (None, scaling)
+        )
+        names = first.kernel.arg_names[-len(first.constants) :]
+        for name, a, b in zip(names, first.constants, second.constants, strict=True):
+            assert a == b or name in ("SCALING", "HOIST"), (name, a, b)
+        if tile != plain:
+            changed.append((width, dtype))
+    launch._forward_launchers.cache_clear()
+    assert changed
+    assert all(dtype == torch.bfloat16 and width % 8 == 0 for width, dtype in changed)
